@@ -1,0 +1,65 @@
+"""Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011) behind the sample order, the crops and the masks.
+
+A counter-based generator has no state: the numbers are a pure function of (seed, domain, index, ...), so any rank on
+any device computes exactly the same ones, in any order, and a resumed run needs nothing but the step number.
+
+The functions work alike on NumPy int64 arrays and torch int64 tensors. 32-bit words are held in int64: products of two
+words wrap modulo 2^64, and an arithmetic shift followed by a 32-bit mask still yields the right upper half.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Words = TypeVar("Words", "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", torch.Tensor)
+
+# The second counter word's upper bits name what the numbers are for, so that no two uses ever share a stream.
+DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET = range(1, 6)
+
+_MASK32 = 0xFFFFFFFF
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+
+
+def philox4x32(
+    c0: Words, c1: Words | int, c2: Words | int, c3: Words | int, *, seed: int
+) -> tuple[Words, Words, Words, Words]:
+    """Four random 32-bit words for every counter (c0, c1, c2, c3).
+
+    Args:
+        c0: int64 array or tensor of any shape, values in [0, 2^32).
+        c1, c2, c3: the same (broadcastable against c0), or ints in [0, 2^32).
+        seed: the 64-bit key, in [0, 2^64).
+
+    Returns:
+        Four int64 arrays (tensors) of the broadcast shape, uniform in [0, 2^32).
+    """
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    zero = c0 * 0
+    x0, x1, x2, x3 = c0, zero + c1, zero + c2, zero + c3
+    for _ in range(10):
+        p0, p1 = x0 * _M0, x2 * _M1
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & _MASK32) ^ x1 ^ k0,
+            p1 & _MASK32,
+            ((p0 >> 32) & _MASK32) ^ x3 ^ k1,
+            p0 & _MASK32,
+        )
+        k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
+    return x0, x1, x2, x3
+
+
+def uniform_int(word: Words, bound: Words | int) -> Words:
+    """Integers uniform in [0, bound) from 32-bit words, by multiplication and shift: no division, no floating point.
+
+    The bias is below bound / 2^32. `bound` must lie in [1, 2^31).
+    """
+    return (word * bound) >> 32
+
+
+def unit_interval(word: Words) -> Words:
+    """float64 values uniform in [0, 1) from 32-bit words, exact multiples of 2^-32."""
+    return word * 2.0**-32
