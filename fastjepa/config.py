@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from fastjepa.errors import ConfigError
+
 Pair = tuple[float, float]
 
 class ModelSize(NamedTuple):
@@ -34,7 +36,7 @@ MODEL_SIZES = {
 
 def _require(ok: bool, key: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{key} = {value!r}: expected {expected}")
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
 
 
 def _require_range(key: str, value: Pair, low: float, high: float) -> None:
@@ -219,7 +221,7 @@ class Config:
     seed: int = 0
     output_dir: str = "runs/default"
     """The run folder: config.yaml, metrics.jsonl, checkpoints/."""
-    epochs: float = 300
+    epochs: float = 300.0
     """Passes over the data; fractions allowed."""
     global_batch_size: int = 2048
     """Images per optimizer step over all ranks and micro batches: the run is the same on any number of GPUs."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-Words = TypeVar("Words", "np.ndarray[tuple[int, ...], np.dtype[np.int64]]", torch.Tensor)
+Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
 
 # The second counter word's upper bits name what the numbers are for, so that no two uses ever share a stream.
 DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET = range(1, 6)
@@ -60,6 +61,7 @@ def uniform_int(word: Words, bound: Words | int) -> Words:
     return (word * bound) >> 32
 
 
-def unit_interval(word: Words) -> Words:
+def unit_interval(word: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """float64 values uniform in [0, 1) from 32-bit words, exact multiples of 2^-32."""
-    return word * 2.0**-32
+    scaled: npt.NDArray[np.float64] = word * 2.0**-32
+    return scaled

@@ -1,0 +1,259 @@
+"""Reads a run's settings from a YAML file and the command line into `fastjepa.config.Config`, and writes them back.
+
+The dataclasses are the schema: a value is read as its field's annotation says, not as YAML 1.1 would guess it, so `1e-3`
+is a number (YAML reads text) and `output_dir: 2024-01-01` is text (YAML reads a date). Everything that is wrong with the
+keys and types is reported at once, each with the file, the line, the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import textwrap
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fastjepa.config import Config
+
+_Section = TypeVar("_Section")
+_Pairs = list[tuple[yaml.Node, yaml.Node]]
+
+_COMMAND_LINE = "command line"
+_NULL = "tag:yaml.org,2002:null"
+_PLAIN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be read or cannot work. The message is meant for the user, one problem a line."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's settings.
+
+    Args:
+        path: a YAML file; its keys replace the defaults. None: all defaults. An empty file is all defaults, too.
+        overrides: `section.key=value`, the value written as in YAML; they replace the file's, a later one an earlier one.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has an unknown, repeated, ill-typed or impossible setting.
+    """
+    reader = _Reader()
+    if path is not None:
+        reader.read(_read_text(Path(path)), str(path))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if equals:
+            reader.read(f"{key.strip()}: {value}", _COMMAND_LINE)
+        else:
+            reader.problems.append(f"{_COMMAND_LINE}: {override}: expected section.key=value, such as optim.lr=1e-3")
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    try:
+        return _build(Config, reader.values)
+    except ValueError as error:
+        sources = ([str(path)] if path is not None else []) + ([_COMMAND_LINE] if overrides else [])
+        raise ConfigError(f"{' and '.join(sources) or 'defaults'}: {error}") from error
+
+
+def dump_config(config: Config) -> str:
+    """YAML text with every setting, in the order of the dataclasses; `load_config` reads an equal `Config` from it."""
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes tuples as one-line lists."""
+
+
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+class _Mismatch(Exception):
+    """A YAML node does not fit the annotation."""
+
+
+class _Reader:
+    """Collects settings from YAML documents, the later in place of the earlier, and all that is wrong with them."""
+
+    def __init__(self) -> None:
+        self.schema = _schema(Config)
+        self.values: dict[str, Any] = {}
+        """Dotted key -> value."""
+        self.problems: list[str] = []
+
+    def read(self, text: str, source: str) -> None:
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader) or yaml.ScalarNode(_NULL, "")
+        except yaml.YAMLError as error:
+            line, problem = _syntax_problem(error, text)
+            place = f"{source}: {text}" if source == _COMMAND_LINE else f"{source}, line {line}"
+            self.problems.append(f"{place}: not valid YAML: {problem}")
+            return
+        if (pairs := _pairs(root)) is not None:
+            self._read_section(pairs, "", source, set())
+        else:
+            self.problems.append(f"{_place(source, root)}: expected lines of `key: value`, got {_excerpt(root)}")
+
+    def _read_section(self, pairs: _Pairs, prefix: str, source: str, seen: set[str]) -> None:
+        for key_node, node in pairs:
+            key = prefix + (key_node.value if isinstance(key_node, yaml.ScalarNode) else _excerpt(key_node))
+            place = _place(source, key_node)
+            annotation = self.schema.get(key)
+            if annotation is None:
+                self.problems.append(f"{place}: unknown key {key}{self._hint(key)}")
+            elif key in seen:
+                self.problems.append(f"{place}: {key} is given twice: remove one")
+            elif _is_section(annotation) and (inner := _pairs(node)) is not None:
+                self._read_section(inner, f"{key}.", source, seen)
+            else:
+                try:
+                    self.values[key] = _convert(node, annotation)
+                except _Mismatch:
+                    self.problems.append(f"{place}: {key} = {_excerpt(node)}: expected {_describe(annotation)}")
+            seen.add(key)
+
+    def _hint(self, unknown: str) -> str:
+        """The valid key of the most similar name, in whatever section; else the section's keys."""
+        section, _, name = unknown.rpartition(".")
+
+        def likeness(key: str) -> tuple[float, float]:
+            own = key.rpartition(".")[2]
+            score = max(difflib.SequenceMatcher(None, name, own).ratio(), 0.95 * (name in own))
+            return score, difflib.SequenceMatcher(None, unknown, key).ratio()
+
+        nearest = max(self.schema, key=likeness)
+        if likeness(nearest)[0] >= 0.6:
+            return f"; did you mean {nearest}?"
+        siblings = [key for key in self.schema if key.rpartition(".")[0] == section]
+        return f"; valid keys: {', '.join(siblings or self.schema)}"
+
+
+def _schema(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> annotation, for every setting and (its dataclass) for every section."""
+    schema: dict[str, Any] = {}
+    for name, annotation in get_type_hints(cls).items():
+        schema[prefix + name] = annotation
+        if _is_section(annotation):
+            schema |= _schema(annotation, f"{prefix}{name}.")
+    return schema
+
+
+def _is_section(annotation: Any) -> TypeGuard[type]:
+    return dataclasses.is_dataclass(annotation)
+
+
+def _build(cls: type[_Section], values: dict[str, Any], prefix: str = "") -> _Section:
+    """The dataclass `cls` with the values of the dotted keys under `prefix`; raises what its __post_init__ raises."""
+    arguments: dict[str, Any] = {}
+    for name, annotation in get_type_hints(cls).items():
+        if _is_section(annotation):
+            arguments[name] = _build(annotation, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            arguments[name] = values[prefix + name]
+    return cls(**arguments)
+
+
+def _convert(node: yaml.Node, annotation: Any) -> Any:
+    """The node's value as the annotation wants it; _Mismatch if it does not fit."""
+    if isinstance(annotation, types.UnionType):
+        for alternative in get_args(annotation):
+            try:
+                return _convert(node, alternative)
+            except _Mismatch:
+                continue
+        raise _Mismatch
+    if get_origin(annotation) is tuple:
+        items = get_args(annotation)
+        if not isinstance(node, yaml.SequenceNode):
+            raise _Mismatch
+        if items[-1] is Ellipsis:
+            items = (items[0],) * len(node.value)
+        if len(items) != len(node.value):
+            raise _Mismatch
+        return tuple(_convert(child, item) for child, item in zip(node.value, items, strict=True))
+    if not isinstance(node, yaml.ScalarNode):
+        raise _Mismatch
+    return _convert_scalar(node, annotation)
+
+
+def _convert_scalar(node: yaml.ScalarNode, annotation: Any) -> Any:
+    kind = node.tag.rpartition(":")[2]  # what YAML takes it for; a quoted scalar is always "str"
+    quoted = node.style is not None
+    if annotation is types.NoneType and kind == "null":
+        return None
+    if annotation is bool and kind == "bool":
+        return yaml.SafeLoader.bool_values[node.value.lower()]
+    if annotation is str and kind != "null":
+        return node.value
+    if get_origin(annotation) is Literal and node.value in get_args(annotation):
+        return node.value
+    if annotation in (int, float) and not quoted:
+        try:
+            number = annotation(node.value)
+        except ValueError:
+            raise _Mismatch from None
+        if abs(number) < math.inf:  # neither infinite nor not a number; isfinite fails on large integers
+            return number
+    raise _Mismatch
+
+
+def _describe(annotation: Any) -> str:
+    """The annotation in plain words."""
+    arguments = get_args(annotation)
+    if isinstance(annotation, types.UnionType):
+        return " or ".join(_describe(alternative) for alternative in arguments)
+    if get_origin(annotation) is Literal:
+        return f"one of: {', '.join(arguments)}"
+    if get_origin(annotation) is tuple:
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"a list of {count}{_describe(arguments[0]).removeprefix('a ')}s"
+    if _is_section(annotation):
+        return f"a section with the keys {', '.join(field.name for field in dataclasses.fields(annotation))}"
+    return _PLAIN_WORDS[annotation]
+
+
+def _pairs(node: yaml.Node) -> _Pairs | None:
+    """Keys and values of a mapping; none if there is nothing, as in an empty file or section; None for anything else."""
+    if node.tag == _NULL:
+        return []
+    return node.value if isinstance(node, yaml.MappingNode) else None
+
+
+def _syntax_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    """The line and what PyYAML says of it."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return text.count("\n", 0, error.position) + 1, f"{error.reason}: U+{error.character:04X}"
+    assert isinstance(error, yaml.MarkedYAMLError)  # all others that composing raises
+    assert error.problem_mark is not None
+    return error.problem_mark.line + 1, ", ".join(filter(None, (error.context, error.problem)))
+
+
+def _place(source: str, node: yaml.Node) -> str:
+    return source if source == _COMMAND_LINE else f"{source}, line {node.start_mark.line + 1}"
+
+
+def _excerpt(node: yaml.Node) -> str:
+    """The node as it is written."""
+    start, end = node.start_mark, node.end_mark
+    assert start.buffer is not None  # kept by PyYAML whenever it reads from a str
+    return textwrap.shorten(start.buffer[start.pointer : end.pointer], 80, placeholder=" ...") or "nothing"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: expected a YAML file") from error
+    except OSError as error:
+        folder = path if path.is_dir() else path.parent
+        names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        found = f"{folder} holds {', '.join(names) or 'no .yaml file'}"
+        hint = f"did you mean {folder / near[0]}?" if near else found
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from error

@@ -1,0 +1,110 @@
+"""Which images a step sees and how they are cropped: pure functions of (seed, epoch, index), on a counter-based generator.
+
+No state: any rank computes the same numbers, and a resumed run needs the step number only.
+
+Boxes are int32 [B, 4]: top, left, height, width in pixels. Sizes are [B, 2]: height, width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from fastjepa.config import DataConfig
+from fastjepa.philox import DOMAIN_CROP, DOMAIN_ORDER, philox4x32, uniform_int, unit_interval
+
+Ints = npt.NDArray[np.int64]
+Boxes = npt.NDArray[np.int32]
+
+_CROP_ATTEMPTS = 10
+
+
+def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
+    """Full batches in an epoch; the images left over are not seen in that epoch (another few in each).
+
+    Raises:
+        ValueError: there are fewer images than one batch needs.
+    """
+    if num_images < global_batch_size:
+        raise ValueError(
+            f"global_batch_size = {global_batch_size}: the data set has {num_images} images, expected at least one batch; "
+            f"use a smaller batch or more images"
+        )
+    return num_images // global_batch_size
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> Ints:
+    """The permutation of an epoch, int64 [num_images]: images sorted by 64-bit random keys (stable, hence exact)."""
+    high, low, _, _ = philox4x32(np.arange(num_images, dtype=np.int64), DOMAIN_ORDER, 0, epoch, seed=seed)
+    return np.argsort((high << 32) | low, kind="stable")
+
+
+def batch_positions(step: int, micro_step: int, rank: int, *, world_size: int, micro_batch_size: int, accum: int) -> Ints:
+    """Positions in the run's endless sequence of samples of one rank's micro batch, int64 [micro_batch_size].
+
+    The global batch of a step is world_size * micro_batch_size * accum consecutive positions; the micro batches of all
+    ranks are laid side by side in it, so the batch is the same set of samples however it is split.
+    """
+    across_ranks = world_size * micro_batch_size
+    first = (step * accum + micro_step) * across_ranks + rank * micro_batch_size
+    return np.arange(first, first + micro_batch_size, dtype=np.int64)
+
+
+def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, sizes: npt.NDArray[np.int32]) -> Boxes:
+    """Random crops by the rule of torchvision's RandomResizedCrop.
+
+    Ten attempts at: an area uniform in `crop_scale` of the image's, an aspect ratio log-uniform in `crop_aspect`, width
+    and height rounded from them; the first that fits is put at a uniform position. If none fits, the crop is central and
+    as large as `crop_aspect` allows. With `crop_scale` None it is the whole image.
+
+    Args:
+        config: the crop settings.
+        seed, epoch: of the run.
+        indices: int64 [B], indices in the data set.
+        sizes: int32 [B, 2], the images' heights and widths.
+
+    Returns:
+        int32 [B, 4]; each row depends on (seed, epoch, its index, its size) alone.
+    """
+    height, width = sizes.astype(np.int64).T
+    if config.crop_scale is None:
+        return _boxes(0 * height, 0 * width, height, width)
+    attempts = np.arange(_CROP_ATTEMPTS, dtype=np.int64)[:, None]
+    words = philox4x32(attempts, DOMAIN_CROP, indices[None], epoch, seed=seed)  # four words [attempts, B]
+    u_area, u_aspect = unit_interval(words[0]), unit_interval(words[1])
+    area = _between(config.crop_scale, u_area) * (height * width)
+    aspect = np.exp(_between((math.log(config.crop_aspect[0]), math.log(config.crop_aspect[1])), u_aspect))
+    crop_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    crop_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
+    first = fits.argmax(axis=0), np.arange(len(indices))  # argmax: the first that fits
+    central = _central(height, width, *config.crop_aspect)
+    crop_h = np.where(fits[first], crop_h[first], central[:, 2])
+    crop_w = np.where(fits[first], crop_w[first], central[:, 3])
+    top = np.where(fits[first], uniform_int(words[2][first], height - crop_h + 1), central[:, 0])
+    left = np.where(fits[first], uniform_int(words[3][first], width - crop_w + 1), central[:, 1])
+    return _boxes(top, left, crop_h, crop_w)
+
+
+def central_boxes(sizes: npt.NDArray[np.int32], image_hw: tuple[int, int]) -> Boxes:
+    """The largest central boxes with the aspect ratio of the output, for evaluation: int32 [B, 4]."""
+    height, width = sizes.astype(np.int64).T
+    aspect = image_hw[1] / image_hw[0]
+    return _central(height, width, aspect, aspect)
+
+
+def _central(height: Ints, width: Ints, min_aspect: float, max_aspect: float) -> Boxes:
+    """The largest central boxes whose width / height lies between the two."""
+    crop_w = np.minimum(width, np.rint(height * max_aspect).astype(np.int64).clip(1))
+    crop_h = np.minimum(height, np.rint(width / min_aspect).astype(np.int64).clip(1))
+    return _boxes((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
+
+
+def _between(limits: tuple[float, float], u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return limits[0] + u * (limits[1] - limits[0])
+
+
+def _boxes(top: Ints, left: Ints, height: Ints, width: Ints) -> Boxes:
+    return np.stack([top, left, height, width], axis=1).astype(np.int32)

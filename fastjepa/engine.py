@@ -1,0 +1,283 @@
+"""Where the step is carried out: plain PyTorch, or DeepSpeed ZeRO behind the same interface. The only file that knows DeepSpeed.
+
+Both hold the model, the optimizer and this rank's part of the fp32 state (weights, moments, EMA), and say where each
+parameter's elements lie in it (`pieces`), so that a checkpoint is written and read alike, whoever trained.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjepa import distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config
+from fastjepa.ds_config import ZERO_SUB_GROUP_SIZE, read_ds_config
+from fastjepa.errors import ConfigError
+from fastjepa.masks import MaskBatch
+from fastjepa.objective import IJEPA
+from fastjepa.optim import AdamWEMA, flatten_groups, param_groups
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a parameter's elements within an fp32 tensor that the optimizer holds on this rank."""
+
+    name: str
+    start: int
+    """First element, in the flattened parameter."""
+    numel: int
+    tensor: Tensor
+    """The optimizer's parameter: weights (of the target groups: the EMA); its moments lie alike in optimizer.state."""
+    offset: int
+    """First element, in the flattened tensor."""
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The run's elements in `tensor`, which is laid out as `self.tensor`."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+
+
+class Engine(ABC):
+    """One micro batch in, and after the last one of a step an optimizer step with EMA."""
+
+    model: IJEPA
+    optimizer: AdamWEMA
+    device: torch.device
+
+    @abstractmethod
+    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """Forward, backward, and after `grad_accum_steps` calls the optimizer step. Returns the loss, not read back."""
+
+    @abstractmethod
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last optimizer step, before clipping. Reads it back from the device."""
+
+    @property
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, for the schedule to write into."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """Where this rank's fp32 state lies."""
+
+    @abstractmethod
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        """Shape of every parameter by name, the target encoder's included, whole even where ZeRO shards it."""
+
+    @property
+    @abstractmethod
+    def writes_state(self) -> bool:
+        """Whether this rank's pieces belong into a checkpoint (False: another rank holds the same)."""
+
+    @abstractmethod
+    def publish_weights(self) -> None:
+        """After the fp32 state was written to: bring the model's weights on all ranks up to date with it."""
+
+
+def resolve_precision(config: Config, device: torch.device) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+class TorchEngine(Engine):
+    """Plain PyTorch: fp32 weights, bf16 by autocast, gradients averaged over the ranks in one all-reduce per group."""
+
+    def __init__(self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device) -> None:
+        self.model, self.device, self._sizes = model.to(device), device, sizes
+        self._dtype = resolve_precision(config, device)
+        self._clip = config.optim.clip_grad
+        groups = param_groups(self.model)
+        params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
+        self._shapes = {name: list(p.shape) for name, p in params.items()}
+        flatten_groups(groups)
+        self.optimizer = AdamWEMA(groups, config.optim)
+        self.optimizer.bind({group["name"]: group["params"] for group in groups})
+        self._pieces = [
+            Piece(name, 0, params[name].numel(), group["params"][0], params[name].storage_offset())
+            for group in groups
+            for name in group["names"]
+        ]
+        self._grads: list[Tensor] = [group["params"][0].grad for group in groups if not group["ema_of"]]
+        self._micro_steps = 0
+        self._grad_norm = torch.zeros((), device=device)
+
+    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            loss: Tensor = self.model(images, masks)
+        (loss / self._sizes.accum).backward()  # type: ignore[no-untyped-call]
+        self._micro_steps += 1
+        if self._micro_steps % self._sizes.accum == 0:
+            self._optimizer_step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _optimizer_step(self) -> None:
+        world = distributed.world_size()
+        if world > 1:
+            for work in [dist.all_reduce(grad, async_op=True) for grad in self._grads]:
+                work.wait()
+            torch._foreach_div_(self._grads, world)
+        self._grad_norm = torch.nn.utils.get_total_norm(self._grads)
+        if self._clip:
+            torch._foreach_mul_(self._grads, (self._clip / (self._grad_norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        torch._foreach_zero_(self._grads)
+
+    def grad_norm(self) -> float:
+        return self._grad_norm.item()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        return self._shapes
+
+    @property
+    def writes_state(self) -> bool:
+        return distributed.rank() == 0
+
+    def publish_weights(self) -> None:
+        pass  # the model's weights are views of the state
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO, stages 0 to 3. The target encoder is a parameter group like the others (fastjepa.optim)."""
+
+    def __init__(
+        self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path
+    ) -> None:
+        self._dtype = resolve_precision(config, device)
+        settings = read_ds_config(
+            ds_config, config, sizes, distributed.world_size(), bf16=self._dtype == torch.bfloat16
+        )
+        self._stage: int = settings["zero_optimization"]["stage"]
+        groups = param_groups(model)
+        self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+        self._params = {group["name"]: list(group["params"]) for group in groups}
+        self._shapes = {name: list(p.shape) for p, name in self._names.items()}
+        if self._stage == 0:
+            model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
+        exact = {name: p.detach().clone() for p, name in self._names.items()}
+        self.model, self.device = model, device
+        self.optimizer = AdamWEMA(groups, config.optim)
+        self._engine = _initialize(model, self.optimizer, settings)
+        self.optimizer.bind(self._state_tensors())
+        # DeepSpeed clones the fp32 state from weights that it has already rounded to bf16.
+        for piece in self.pieces():
+            piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
+        self.publish_weights()
+        self._grad_norm: float | Tensor = 0.0
+
+    def _state_tensors(self) -> dict[str, list[Tensor]]:
+        """Group name -> the fp32 tensors that DeepSpeed steps it with on this rank."""
+        if self._stage < 3:
+            return {group["name"]: list(group["params"]) for group in self.param_groups}
+        zero, names = self._engine.optimizer, [group["name"] for group in self.param_groups]
+        tensors: dict[str, list[Tensor]] = {name: [] for name in names}
+        for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            tensors[names[zero.sub_group_to_group_id[sub_group]]].append(flat)
+        if any(len(flats) != 1 for flats in tensors.values()):
+            raise ConfigError(
+                f"zero_optimization.sub_group_size splits a parameter group: remove the key (default {ZERO_SUB_GROUP_SIZE})"
+            )
+        return tensors
+
+    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        autocast = self._stage == 0 and self._dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            loss: Tensor = self._engine(images, masks)
+        self._engine.backward(loss)
+        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for p in self.model.trained_parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(grads)
+        self._engine.step()
+        return loss.detach()
+
+    def grad_norm(self) -> float:
+        return float(self._grad_norm if self._stage == 0 else self._engine.get_global_grad_norm())
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def pieces(self) -> list[Piece]:
+        pieces = []
+        rank = distributed.rank()
+        for name, tensors in self._state_tensors().items():
+            offset = 0
+            for index, param in enumerate(self._params[name]):
+                if self._stage == 0:
+                    pieces.append(Piece(self._names[param], 0, param.numel(), tensors[index], 0))
+                elif self._stage == 3:
+                    # Every rank holds the same share of each parameter, one behind the other; the last may be padded.
+                    share = param.ds_tensor.numel()
+                    start = rank * share
+                    pieces.append(Piece(self._names[param], start, min(share, param.ds_numel - start), tensors[0], offset))
+                    offset += share
+                else:
+                    # The group is one flat buffer of which each rank holds an equal share: cut the parameter to ours.
+                    first = param.storage_offset()
+                    low, high = rank * tensors[0].numel(), (rank + 1) * tensors[0].numel()
+                    start, stop = max(first, low), min(first + param.numel(), high)
+                    pieces.append(Piece(self._names[param], start - first, stop - start, tensors[0], start - low))
+        return [piece for piece in pieces if piece.numel > 0]
+
+    def parameter_shapes(self) -> dict[str, list[int]]:
+        return self._shapes
+
+    @property
+    def writes_state(self) -> bool:
+        return self._stage > 0 or distributed.rank() == 0
+
+    @torch.no_grad()
+    def publish_weights(self) -> None:
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero.checkpoint_event_prologue()  # partitions the small parameters that are kept whole
+            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            zero.checkpoint_event_epilogue()  # and gathers them again
+
+
+def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any]) -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Else the first run compiles an extension for a minute without a word, and hangs on its lock if that was interrupted.
+        compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+        if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
+            compatible["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    distributed.init_single_process_group()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def build_engine(
+    model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path | None
+) -> Engine:
+    if ds_config is None:
+        return TorchEngine(model, config, sizes, device)
+    return DeepSpeedEngine(model, config, sizes, device, ds_config)

@@ -1,0 +1,27 @@
+"""What a user can put right. The command line prints the message of these and exits with status 2, without a traceback."""
+
+from __future__ import annotations
+
+
+class FastjepaError(Exception):
+    """Base of the errors that are meant for users."""
+
+
+class ConfigError(FastjepaError, ValueError):
+    """A setting cannot work; the message names it, its value and what was expected."""
+
+
+class DataError(FastjepaError, ValueError):
+    """The images cannot be used."""
+
+
+class CheckpointError(FastjepaError, RuntimeError):
+    """A checkpoint cannot be written, read, or used for this run."""
+
+
+class RunFolderError(FastjepaError, RuntimeError):
+    """The run folder cannot be used."""
+
+
+class TrainingError(FastjepaError, RuntimeError):
+    """Training cannot go on."""

@@ -1,0 +1,124 @@
+"""What a run reports: one JSON line per logging interval, and its progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Meter:
+    """Sums since the last line. The loss stays on the device: nothing is read back until a line is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.started = time.perf_counter()
+        self.loss_sum = torch.zeros((), device=self._device)
+        self.micro_batches = self.images = self.context_tokens = self.target_tokens = 0
+        self.data_wait = 0.0
+
+    def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
+        self.loss_sum += loss
+        self.micro_batches += 1
+        self.images += images
+        self.context_tokens += context_tokens
+        self.target_tokens += target_tokens
+
+    def summary(self, world_size: int) -> dict[str, float]:
+        """Rates over all ranks (taking the others to be like this one), tokens per image, memory of this rank."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "images_per_second": self.images * world_size / seconds,
+            "tokens_per_second": (self.context_tokens + self.target_tokens) * world_size / seconds,
+            "data_wait": self.data_wait / seconds,
+            "context_tokens": self.context_tokens / self.images,
+            "target_tokens": self.target_tokens / self.images,
+            "memory_gib": peak_memory(self._device) / 2**30,
+        }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, flushed as it is written.
+
+    A run that resumes at step `first_step` drops the lines of later steps, which it is about to write again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of a run that may have been killed while writing the last one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+
+
+class Progress:
+    """A bar with the time left on a terminal, plain lines elsewhere; silent on all ranks but the first."""
+
+    def __init__(self, start: int, total: int, *, enabled: bool) -> None:
+        self._enabled, self._start, self._total = enabled, start, total
+        self._started = time.perf_counter()
+        on_terminal = enabled and sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, values: dict[str, Any]) -> None:
+        """Show the line of metrics that was just written."""
+        if not self._enabled:
+            return
+        figures = (
+            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
+            f"data wait {values['data_wait']:.0%}"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures)
+            return
+        done = values["step"]
+        left = (time.perf_counter() - self._started) / (done - self._start) * (self._total - done)
+        print(f"step {done}/{self._total}  {figures}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

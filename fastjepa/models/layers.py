@@ -1,0 +1,137 @@
+"""What the encoders and the predictor are made of: transformer block on packed tokens, position table, initialisation.
+
+Parameter names are those of the official checkpoints and of timm (`norm1`, `attn.qkv`, `attn.proj`, `norm2`, `mlp.fc1`,
+`mlp.fc2`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjepa_kernels import Ragged, block_attention, masked_gather
+
+
+@dataclass(frozen=True)
+class TokenSubset:
+    """The tokens of a packed batch whose outputs are needed: the others act as keys and values only."""
+
+    rows: Tensor
+    """int64 [S]: rows of the packed batch, sequence by sequence."""
+    lengths: Ragged
+    """How many of them each sequence has."""
+
+
+class QKVProjection(nn.Linear):
+    """The fused query, key and value projection; queries for a subset of the rows if asked."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, query_rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> queries [T or S, D] and keys with values [T, 2 D]."""
+        width = self.in_features
+        if query_rows is None:
+            q, kv = super().forward(x).split([width, 2 * width], dim=-1)
+            return q, kv
+        q_bias, kv_bias = self.bias[:width], self.bias[width:]
+        q = F.linear(masked_gather(x, query_rows), self.weight[:width], q_bias)
+        return q, F.linear(x, self.weight[width:], kv_bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = QKVProjection(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, q: Tensor, kv: Tensor, queries: Ragged, keys: Ragged) -> Tensor:
+        """q [S, D], kv [T, 2 D] -> [S, D]."""
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        out = block_attention(q.unflatten(-1, (self.num_heads, -1)), k, v, queries, keys)
+        return self.proj(out.flatten(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, lengths: Ragged, *, source_rows: Tensor | None = None, subset: TokenSubset | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: [T, D] packed tokens; with `source_rows`, the [U, D] distinct rows that the tokens are copies of.
+            lengths: the packed sequences (T tokens).
+            source_rows: int64 [T]: token t is x[source_rows[t]]. LayerNorm and QKV then run once per distinct row.
+            subset: the tokens whose outputs are needed; default: all.
+
+        Returns:
+            [T, D], or [S, D] for a subset of S tokens.
+        """
+        query_rows = subset.rows if subset else None
+        if source_rows is not None:
+            query_rows = source_rows if query_rows is None else source_rows[query_rows]
+        if source_rows is None or subset is not None:
+            q, kv = self.attn.qkv(self.norm1(x), query_rows)
+        else:
+            q, kv = self.attn.qkv(self.norm1(x))
+            q = masked_gather(q, source_rows)
+        if source_rows is not None:
+            kv = masked_gather(kv, source_rows)
+        if query_rows is not None:
+            x = masked_gather(x, query_rows)
+        x = x + self.attn(q, kv, subset.lengths if subset else lengths, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_position_table(dim: int, grid_h: int, grid_w: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (MAE's convention): the first half of the features encodes the column, the second
+    the row; in each half [sin(pos * omega), cos(pos * omega)], omega_k = 10000^(-k / (dim / 4)).
+
+    Returns:
+        [1, grid_h * grid_w, dim], fp32, computed in fp64.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid_h).double(), torch.arange(grid_w).double(), indexing="ij")
+    angles = [positions.reshape(-1, 1) * omega for positions in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, blocks: nn.ModuleList, init: str) -> None:
+    """Initialise in place (see ModelConfig.init): truncated normal linears, zero biases, LayerNorm 1 / 0.
+
+    `blocks` are the model's transformer blocks in order, whose residual outputs may be rescaled by depth.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            std = 0.02 if init != "fan_in" else module.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    if init != "official":
+        for index, block in enumerate(blocks, start=1):
+            assert isinstance(block, Block)
+            block.attn.proj.weight.div_(math.sqrt(2 * index))
+            block.mlp.fc2.weight.div_(math.sqrt(2 * index))

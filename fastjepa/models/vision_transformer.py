@@ -1,0 +1,73 @@
+"""The encoder: a ViT without class token (Dosovitskiy et al. 2021), on packed tokens."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjepa.config import Config
+from fastjepa.models.layers import Block, TokenSubset, init_weights, sincos_position_table
+from fastjepa_kernels import Ragged, patchify
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution of patch-sized stride, applied to patches that are rows already: one matrix product."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[T, C * p * p] -> [T, D]."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, in_channels: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(in_channels, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class VisionTransformer(nn.Module):
+    """Patch embedding, fixed positions, pre-norm blocks, final LayerNorm.
+
+    `forward` takes whole images; training goes through `embed` and `encode`, on packed patches.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        size = config.model.size
+        self.in_channels, self.patch_size = config.data.in_channels, config.model.patch_size
+        self.grid_h, self.grid_w = config.grid_h, config.grid_w
+        self.patch_embed = PatchEmbed(self.in_channels, size.embed_dim, self.patch_size)
+        self.register_buffer("pos_embed", sincos_position_table(size.embed_dim, self.grid_h, self.grid_w))
+        self.blocks = nn.ModuleList(Block(size.embed_dim, size.num_heads, size.mlp_ratio) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        init_weights(self, self.blocks, config.model.init)
+
+    def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
+        """Patch rows [T, C * p * p] at patch positions int64 [T] in [0, N) -> tokens [T, D]."""
+        return self.patch_embed(patches) + self.pos_embed[0].index_select(0, positions)
+
+    def encode(self, tokens: Tensor, lengths: Ragged, subset: TokenSubset | None = None) -> Tensor:
+        """Tokens [T, D] in packed sequences -> features [T, D], or [S, D] of a subset of the tokens."""
+        *first, last = self.blocks
+        for block in first:
+            tokens = block(tokens, lengths)
+        return self.norm(last(tokens, lengths, subset=subset))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> features of all patches [B, N, D].
+
+        Raises:
+            ValueError: the images' channels or size are not those of the model.
+        """
+        expected = (self.in_channels, self.grid_h * self.patch_size, self.grid_w * self.patch_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images have shape {tuple(images.shape)}, expected [B, C, H, W] with (C, H, W) = {expected}")
+        num_images, num_patches = images.shape[0], self.grid_h * self.grid_w
+        tokens = self.patch_embed(patchify(images, self.patch_size)).unflatten(0, (num_images, num_patches))
+        tokens = (tokens + self.pos_embed).flatten(0, 1)
+        lengths = Ragged.uniform(num_images, num_patches, images.device)
+        return self.encode(tokens, lengths).unflatten(0, (num_images, num_patches))

@@ -1,0 +1,104 @@
+"""Train I-JEPA:  deepspeed fastjepa/train.py --ds_config configs/zero2.json [--config configs/RUN.yaml] [section.key=value ...]
+
+Without --ds_config the run uses plain PyTorch, alone or under torchrun.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on sys.path; there, our modules would stand before others of the same names.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from fastjepa import distributed
+from fastjepa.config import Config
+from fastjepa.config_file import dump_config, load_config
+from fastjepa.errors import ConfigError, FastjepaError
+
+logger = logging.getLogger("fastjepa.train")
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default.yaml"
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fastjepa/train.py", description="Pretrain I-JEPA.")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's")
+    parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
+    parser.add_argument("--ds_config", help="DeepSpeed JSON, such as configs/zero2.json; without it: plain PyTorch")
+    parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    return parser.parse_intermixed_args(argv)
+
+
+def resolve_config(args: argparse.Namespace) -> Config:
+    path = args.config
+    if path is None:
+        if not DEFAULT_CONFIG.is_file():
+            raise ConfigError("no --config given, and configs/default.yaml is not there (it comes with the repository)")
+        path = DEFAULT_CONFIG
+    config = load_config(path, args.overrides)
+    return dataclasses.replace(config, resume=args.resume) if args.resume else config
+
+
+def train(config: Config, ds_config: str | None) -> None:
+    """One run, from the data to the evaluation."""
+    # Imported here: --help, --print_config and a mistake in the configuration need none of this.
+    from fastjepa.batch_sizes import BatchSizes
+    from fastjepa.data import open_dataset
+    from fastjepa.engine import build_engine
+    from fastjepa.evaluate import evaluate_run
+    from fastjepa.objective import build_model
+    from fastjepa.run_folder import RunFolder
+    from fastjepa.trainer import Trainer
+
+    device = distributed.init()
+    first = distributed.rank() == 0
+    logging.getLogger("fastjepa").setLevel(logging.INFO if first else logging.WARNING)
+    sizes = BatchSizes.share(config, distributed.world_size())
+    folder = RunFolder(config.output_dir)
+    if first:
+        folder.create(dump_config(config))
+        dataset = open_dataset(config.data.source, "train")  # the first rank unpacks the embedded data set for all
+    distributed.barrier()
+    if not first:
+        dataset = open_dataset(config.data.source, "train")
+    assert dataset is not None
+    model = build_model(config)
+    if first:
+        trained = sum(p.numel() for p in model.trained_parameters()) / 1e6
+        logger.info("%s: %d images, %.1f M trained parameters, %d ranks", config.output_dir, len(dataset), trained, distributed.world_size())
+        logger.info("per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro)
+    engine = build_engine(model, config, sizes, device, ds_config)
+    Trainer(config, dataset, engine, sizes, folder).run()
+    if first and config.evaluate:
+        evaluate_run(folder, device)
+    distributed.barrier()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        config = resolve_config(args)
+        if args.print_config:
+            print(dump_config(config), end="")
+            return 0
+        train(config, args.ds_config)
+    except FastjepaError as error:
+        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+        print(f"fastjepa: error{where}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

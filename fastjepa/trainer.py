@@ -1,0 +1,180 @@
+"""The training loop: schedule, data, step, log, checkpoint, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastjepa import checkpoint, distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.checkpoint import RunState
+from fastjepa.config import Config
+from fastjepa.data import Batch, ImageDataset, Loader
+from fastjepa.engine import Engine
+from fastjepa.errors import CheckpointError, ConfigError, TrainingError
+from fastjepa.metrics import Meter, MetricsFile, Progress
+from fastjepa.optim import Schedule, set_schedule
+from fastjepa.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains `engine.model` on `dataset` from the step that the run folder holds to the end of the run.
+
+    Raises:
+        ConfigError: the data set is smaller than one global batch.
+        CheckpointError: the checkpoint to resume from is damaged, of another model, or forbidden (resume: never).
+    """
+
+    def __init__(self, config: Config, dataset: ImageDataset, engine: Engine, sizes: BatchSizes, folder: RunFolder) -> None:
+        self.config, self.dataset, self.engine, self.sizes, self.folder = config, dataset, engine, sizes, folder
+        self.is_first_rank = distributed.rank() == 0
+        self.steps_per_epoch = len(dataset) // config.global_batch_size
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"global_batch_size = {config.global_batch_size}: expected at most {len(dataset)}, the number of training images"
+            )
+        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
+        self.start_step = self._resume()
+
+    def run(self) -> None:
+        """Train to the last step; returns at once if the run is complete.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+            CheckpointError: a checkpoint could not be written.
+        """
+        if self.start_step >= self.total_steps:
+            logger.info("the run is complete: %d of %d steps", self.start_step, self.total_steps)
+            return
+        config, engine = self.config, self.engine
+        meter = Meter(engine.device)
+        metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
+        progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
+        engine.model.train()
+        with self._loader() as loader:
+            batches = iter(loader)
+            for step in range(self.start_step, self.total_steps):
+                values = self.schedule.at(step)
+                set_schedule(engine.param_groups, values)
+                for _ in range(self.sizes.accum):
+                    batch = self._next(batches, meter)
+                    loss = engine.micro_step(batch.images, batch.masks)
+                    meter.update(
+                        loss,
+                        images=batch.masks.num_images,
+                        context_tokens=batch.masks.context.total,
+                        target_tokens=batch.masks.target.total,
+                    )
+                progress.advance()
+
+                done, last = step + 1, step + 1 == self.total_steps
+                save_due = done % config.checkpoint_interval == 0 or last
+                if done % config.log_interval == 0 or save_due:
+                    line = self._line(done, values, meter, loader)
+                    if metrics is not None:
+                        metrics.write(line)
+                        progress.report(line)
+                    meter.reset()
+                if save_due:
+                    self._save(done)
+        progress.close()
+        if metrics is not None:
+            metrics.close()
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.dataset,
+            self.config,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            micro_batch_size=self.sizes.micro,
+            grad_accum_steps=self.sizes.accum,
+            steps_per_epoch=self.steps_per_epoch,
+            start_step=self.start_step,
+            total_steps=self.total_steps,
+            device=self.engine.device,
+        )
+
+    @staticmethod
+    def _next(batches: Iterator[Batch], meter: Meter) -> Batch:
+        asked = time.perf_counter()
+        batch = next(batches)
+        meter.data_wait += time.perf_counter() - asked
+        return batch
+
+    def _line(self, done: int, values: dict[str, float], meter: Meter, loader: Loader) -> dict[str, Any]:
+        """One line of metrics: the means since the last one. Reads the loss back, so it is called when a line is due only."""
+        loss = distributed.mean(meter.loss_sum) / meter.micro_batches
+        if not math.isfinite(loss):
+            newest = checkpoint.latest(self.folder.checkpoints)
+            raise TrainingError(
+                f"the loss is {loss} at step {done}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. "
+                f"Newest checkpoint: {newest or 'none'}"
+            )
+        return {
+            "step": done,
+            "epoch": done / self.steps_per_epoch,
+            "loss": loss,
+            **values,
+            "grad_norm": self.engine.grad_norm(),
+            **meter.summary(distributed.world_size()),
+            "bad_samples": loader.bad_samples,
+        }
+
+    def _save(self, step: int) -> None:
+        dataset = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
+        state = RunState(step, dataclasses.asdict(self.config), dataset)
+        path = checkpoint.save(self.folder.checkpoints, self.engine, state)
+        if self.is_first_rank:
+            logger.info("checkpoint %s", path)
+
+    def _resume(self) -> int:
+        """Load the checkpoint to continue from, if any, and return the number of steps done."""
+        resume = self.config.resume
+        newest = checkpoint.latest(self.folder.checkpoints)
+        if resume == "never" and newest is not None:
+            raise CheckpointError(f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto")
+        source = newest if resume in ("auto", "never") else _checkpoint_in(resume)
+        if source is None:
+            return 0
+        state = checkpoint.load(source, self.engine)
+        if self.is_first_rank:
+            logger.info("resuming from %s", source)
+            for change in _differences(state.config, dataclasses.asdict(self.config)):
+                logger.warning("resuming with another setting: %s", change)
+            if state.dataset["fingerprint"] != self.dataset.fingerprint:
+                logger.warning(
+                    "resuming on other data: the checkpoint saw %d images, now there are %d of other names",
+                    state.dataset["images"],
+                    len(self.dataset),
+                )
+        return state.step
+
+
+def _checkpoint_in(path: str) -> Path:
+    """A checkpoint by its own path, or the newest of a run folder."""
+    folder = Path(path)
+    return checkpoint.latest(RunFolder(folder).checkpoints) or checkpoint.latest(folder) or folder
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that changed, but for those that cannot change what is learnt."""
+    harmless = {"resume", "output_dir", "log_interval", "checkpoint_interval", "evaluate", "data.num_threads", "data.prefetch"}
+    changes = []
+    for key, value in new.items():
+        name, before = prefix + key, old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            changes += _differences(before, value, f"{name}.")
+            continue
+        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
+        if before != value and name not in harmless:
+            changes.append(f"{name} was {before}, is {value}")
+    return changes

@@ -1,0 +1,166 @@
+"""Self-attention within packed sequences of different lengths (block-diagonal attention).
+
+For every sequence s and head h:  out_s = softmax(q_s k_s^T * scale) v_s,  with q_s of [queries_s, head_dim] and k_s, v_s of
+[keys_s, head_dim]. Queries may be fewer than keys: the last block of an encoder needs outputs for some tokens only.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastjepa_kernels._backend import attention_backend
+from fastjepa_kernels.ragged import Ragged
+
+
+class _Bucket(NamedTuple):
+    """Sequences of the same number of queries and of keys: one dense SDPA call."""
+
+    num_seqs: int
+    queries: int
+    keys: int
+
+
+class _BucketPlan(NamedTuple):
+    buckets: tuple[_Bucket, ...]
+    # Row permutations that bring the sequences of a bucket together, and their inverses; None: already so.
+    query_order: tuple[Tensor, Tensor] | None
+    key_order: tuple[Tensor, Tensor] | None
+
+
+def _sorted_rows(cu_seqlens: tuple[int, ...], order: list[int]) -> tuple[Tensor, Tensor]:
+    rows = torch.cat([torch.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in order])
+    inverse = torch.empty_like(rows)
+    inverse[rows] = torch.arange(rows.numel())
+    return rows, inverse
+
+
+@lru_cache(maxsize=32)  # all blocks of a model share one plan per batch
+def _plan_buckets(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> _BucketPlan:
+    num_seqs = len(cu_queries) - 1
+    shapes = [(cu_queries[s + 1] - cu_queries[s], cu_keys[s + 1] - cu_keys[s]) for s in range(num_seqs)]
+    counts: dict[tuple[int, int], int] = {}
+    for shape in shapes:
+        counts[shape] = counts.get(shape, 0) + 1
+    buckets = tuple(_Bucket(counts[shape], *shape) for shape in sorted(counts))
+    order = sorted(range(num_seqs), key=shapes.__getitem__)
+    if order == list(range(num_seqs)):
+        return _BucketPlan(buckets, None, None)
+    query_order = _sorted_rows(cu_queries, order)
+    return _BucketPlan(buckets, query_order, query_order if cu_keys == cu_queries else _sorted_rows(cu_keys, order))
+
+
+class _PermuteRows(torch.autograd.Function):
+    """x[rows] for a permutation: the gradient is a gather too, where indexing's own would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, inverse)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, inverse = ctx.saved_tensors
+        return _permute(grads[0], (inverse, rows)), None, None
+
+
+def _permute(x: Tensor, order: tuple[Tensor, Tensor] | None) -> Tensor:
+    return x if order is None else _PermuteRows.apply(x, *order)  # type: ignore[no-untyped-call]
+
+
+def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    plan = _plan_buckets(tuple(queries.cu_seqlens.tolist()), tuple(keys.cu_seqlens.tolist()))
+    query_rows = [b.num_seqs * b.queries for b in plan.buckets]
+    key_rows = [b.num_seqs * b.keys for b in plan.buckets]
+    # split(), not slices: its backward writes each gradient once, where a slice's fills a tensor of the full size.
+    qs = _permute(q, plan.query_order).split(query_rows)
+    ks, vs = (_permute(x, plan.key_order).split(key_rows) for x in (k, v))
+    outs = []
+    for bucket, *qkv in zip(plan.buckets, qs, ks, vs, strict=True):
+        if not bucket.queries or not bucket.keys:
+            outs.append(torch.zeros_like(qkv[0]))  # attention over nothing is 0
+            continue
+        dense_q, dense_k, dense_v = (x.unflatten(0, (bucket.num_seqs, -1)).transpose(1, 2) for x in qkv)
+        out = F.scaled_dot_product_attention(dense_q, dense_k, dense_v, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return _permute(out, plan.query_order and plan.query_order[::-1])
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    """No synchronisation: the padded shapes come from `max_seqlen`."""
+
+    def slots(lengths: Ragged) -> Tensor:  # [total]: the row of each token in the padded layout
+        seq = lengths.sequence_ids()
+        return seq * lengths.max_seqlen + torch.arange(lengths.total, device=q.device) - lengths.cu_seqlens[seq]
+
+    def pad(x: Tensor, lengths: Ragged, rows: Tensor) -> Tensor:  # [num_seqs, heads, max_seqlen, head_dim]
+        dense = x.new_zeros(lengths.num_seqs * lengths.max_seqlen, *x.shape[1:]).index_copy(0, rows, x)
+        return dense.unflatten(0, (lengths.num_seqs, lengths.max_seqlen)).transpose(1, 2)
+
+    query_slots, key_slots = slots(queries), slots(keys)
+    mask = torch.arange(keys.max_seqlen, device=q.device) < keys.lengths()[:, None]  # True: attend
+    # A sequence without keys would be all masked, softmax of nothing: let it see one zero value row instead.
+    mask[:, :1] |= (keys.lengths() == 0)[:, None]
+    out = F.scaled_dot_product_attention(
+        pad(q, queries, query_slots),
+        pad(k, keys, key_slots),
+        pad(v, keys, key_slots),
+        attn_mask=mask[:, None, None, :],
+        scale=scale,
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, query_slots)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen, scale=scale)
+    assert isinstance(out, Tensor)
+    return out
+
+
+_BACKENDS = {"buckets": _attend_buckets, "varlen": _attend_varlen, "padded": _attend_padded}
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged | None = None, *, scale: float | None = None
+) -> Tensor:
+    """Non-causal attention of every packed sequence within itself.
+
+    Args:
+        q: [queries.total, heads, head_dim], any strides.
+        k, v: [keys.total, heads, head_dim], of q's dtype and device.
+        queries: lengths of the query sequences.
+        keys: lengths of the key sequences, as many; default: the same as `queries`.
+        scale: factor on the scores; default head_dim^-1/2.
+
+    Returns:
+        [queries.total, heads, head_dim], q's dtype. Rows of a sequence without keys are 0.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+    """
+    keys = queries if keys is None else keys
+    for name, x, lengths in (("q", q, queries), ("k", k, keys), ("v", v, keys)):
+        expected = (lengths.total, *q.shape[1:])
+        if x.ndim != 3 or tuple(x.shape) != expected:
+            raise ValueError(
+                f"block_attention: {name} has shape {tuple(x.shape)}, expected (tokens, heads, head_dim) = {expected}"
+            )
+        if x.dtype != q.dtype or x.device != q.device or lengths.cu_seqlens.device != q.device:
+            raise ValueError(
+                f"block_attention: {name} ({x.dtype}, {x.device}) and its cu_seqlens must match q ({q.dtype}, {q.device})"
+            )
+    if queries.num_seqs != keys.num_seqs:
+        raise ValueError(
+            f"block_attention: got {queries.num_seqs} query and {keys.num_seqs} key sequences, expected as many"
+        )
+    if queries.total == 0:
+        return torch.zeros_like(q) + 0 * (k.sum() + v.sum())  # keeps the gradient graph
+    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    return _BACKENDS[backend](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,17 @@
+"""Shared by all tests: GPU tests are skipped, with the reason, where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+# Tests run side by side and start processes of their own: threads beyond the cores make steps ten times slower.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

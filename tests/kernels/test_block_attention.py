@@ -1,0 +1,95 @@
+"""block_attention: every backend that runs on a CPU, against the plain twin in fp64, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa_kernels import Ragged, block_attention
+from fastjepa_kernels.block_attention import _attend_buckets, _attend_padded
+from fastjepa_kernels.reference import block_attention_reference
+
+# (queries, keys) of every sequence: equal, ragged, unsorted, one token, empty, fewer queries than keys
+CASES = {
+    "equal": [(7, 7)] * 4,
+    "ragged": [(5, 5), (9, 9), (1, 1), (5, 5), (12, 12)],
+    "one token": [(1, 1)],
+    "empty sequences": [(0, 0), (4, 4), (0, 0), (3, 3), (0, 0)],
+    "fewer queries": [(2, 9), (3, 5), (0, 4), (2, 9)],
+    "sorted": [(1, 1), (2, 2), (2, 2), (8, 8)],
+}
+
+
+def _inputs(case: str, dtype: torch.dtype, head_dim: int = 24) -> tuple[list[Tensor], Ragged, Ragged]:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (Ragged.from_lengths(torch.tensor(n)) for n in zip(*CASES[case], strict=True))
+    q = torch.randn(queries.total, 2, head_dim, generator=generator, dtype=dtype)
+    # k and v as views into the output of a fused projection: strided, as the models pass them
+    kv = torch.randn(keys.total, 2, 2, head_dim, generator=generator, dtype=dtype)
+    return [x.requires_grad_() for x in (q, *kv.unbind(1))], queries, keys
+
+
+@pytest.mark.parametrize("backend", [_attend_buckets, _attend_padded])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_equal_the_reference(case: str, backend: object) -> None:
+    inputs, queries, keys = _inputs(case, torch.float64)
+    assert callable(backend)
+    out = backend(*inputs, queries, keys, 0.3)
+    expected = block_attention_reference(*inputs, queries, keys, 0.3)
+    upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for mine, plain in zip(
+        torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> None:
+    inputs, queries, keys = _inputs("ragged", dtype, head_dim=64)
+    exact = block_attention_reference(*[x.double() for x in inputs], queries, keys, 64**-0.5)
+    plain = block_attention_reference(*inputs, queries, keys, 64**-0.5)
+    error = (block_attention(*inputs, queries, keys).double() - exact).abs().max()
+    assert error <= 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps
+
+
+def test_no_query_at_all_gives_an_empty_result_with_gradients() -> None:
+    none, some = Ragged.from_lengths(torch.tensor([0, 0])), Ragged.from_lengths(torch.tensor([3, 1]))
+    q = torch.zeros(0, 2, 8, requires_grad=True)
+    k, v = (torch.randn(4, 2, 8, requires_grad=True) for _ in range(2))
+    out = block_attention(q, k, v, none, some)
+    assert out.shape == (0, 2, 8)
+    out.sum().backward()
+    assert k.grad is not None
+    assert not k.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[:-1], k, v), "q has shape"),
+        (lambda q, k, v: (q, k[:, :1], v), "k has shape"),
+        (lambda q, k, v: (q, k, v.double()), r"v \(torch.float64"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
+    inputs, queries, keys = _inputs("ragged", torch.float32)
+    assert callable(change)
+    with pytest.raises(ValueError, match=message):
+        block_attention(*change(*inputs), queries, keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_gpu_backends_equal_the_reference(case: str, dtype: torch.dtype) -> None:
+    inputs, queries, keys = _inputs(case, dtype, head_dim=64)
+    exact = block_attention_reference(*[x.double() for x in inputs], queries, keys, 64**-0.5)
+    device = torch.device("cuda")
+    torch.cuda.set_sync_debug_mode("error")  # a host-device synchronisation in the step is a defect
+    try:
+        moved = [x.detach().to(device, non_blocking=True) for x in inputs]
+        out = block_attention(*moved, queries.to(device), keys.to(device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)

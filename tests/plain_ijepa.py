@@ -1,0 +1,88 @@
+"""I-JEPA written out as plainly as possible from REFERENCE-style text: one image, one target block, one head at a time.
+
+An independent second implementation for tests. It shares nothing with fastjepa but the parameter names.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def attention(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
+    tokens, width = x.shape
+    qkv = x @ w[f"{prefix}.qkv.weight"].T + w[f"{prefix}.qkv.bias"]
+    out = []
+    for head in range(heads):
+        d = width // heads
+        q, k, v = (qkv[:, i * width + head * d : i * width + (head + 1) * d] for i in range(3))
+        out.append((q @ k.T / math.sqrt(d)).softmax(-1) @ v)
+    return torch.cat(out, 1) @ w[f"{prefix}.proj.weight"].T + w[f"{prefix}.proj.bias"]
+
+
+def block(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
+    def norm(y: Tensor, name: str) -> Tensor:
+        return F.layer_norm(y, y.shape[-1:], w[f"{prefix}.{name}.weight"], w[f"{prefix}.{name}.bias"], eps=1e-6)
+
+    x = x + attention(norm(x, "norm1"), w, f"{prefix}.attn", heads)
+    y = norm(x, "norm2") @ w[f"{prefix}.mlp.fc1.weight"].T + w[f"{prefix}.mlp.fc1.bias"]
+    y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    return x + y @ w[f"{prefix}.mlp.fc2.weight"].T + w[f"{prefix}.mlp.fc2.bias"]
+
+
+def encoder(image: Tensor, kept: Tensor, w: Weights, heads: int, depth: int, patch: int) -> Tensor:
+    """Image [C, H, W], indices of the patches that are seen -> features [kept, D]."""
+    tokens = F.conv2d(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)[0]
+    x = (tokens.flatten(1).T + w["pos_embed"][0])[kept]
+    for i in range(depth):
+        x = block(x, w, f"blocks.{i}", heads)
+    return F.layer_norm(x, x.shape[-1:], w["norm.weight"], w["norm.bias"], eps=1e-6)
+
+
+def predictor(context: Tensor, kept: Tensor, wanted: Tensor, w: Weights, heads: int, depth: int) -> Tensor:
+    x = context @ w["predictor_embed.weight"].T + w["predictor_embed.bias"] + w["predictor_pos_embed"][0, kept]
+    x = torch.cat([x, w["mask_token"][0] + w["predictor_pos_embed"][0, wanted]])
+    for i in range(depth):
+        x = block(x, w, f"predictor_blocks.{i}", heads)
+    x = F.layer_norm(x, x.shape[-1:], w["predictor_norm.weight"], w["predictor_norm.bias"], eps=1e-6)
+    return x[len(kept) :] @ w["predictor_proj.weight"].T + w["predictor_proj.bias"]
+
+
+def part(weights: Weights, prefix: str) -> Weights:
+    return {name.removeprefix(prefix + "."): w for name, w in weights.items() if name.startswith(prefix + ".")}
+
+
+def loss(
+    images: Tensor,
+    contexts: list[Tensor],
+    targets: list[list[Tensor]],
+    weights: Weights,
+    *,
+    heads: int,
+    depth: int,
+    predictor_depth: int,
+    patch: int,
+    kind: str = "smooth_l1",
+    normalize: bool = True,
+) -> Tensor:
+    """Images [B, C, H, W]; per image the kept patches and the patches of each target block."""
+    predictions, wanted = [], []
+    for image, kept, blocks in zip(images, contexts, targets, strict=True):
+        with torch.no_grad():
+            everything = torch.arange(weights["target_encoder.pos_embed"].shape[1])
+            h = encoder(image, everything, part(weights, "target_encoder"), heads, depth, patch)
+            if normalize:
+                h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        z = encoder(image, kept, part(weights, "context_encoder"), heads, depth, patch)
+        for positions in blocks:
+            predictions.append(predictor(z, kept, positions, part(weights, "predictor"), heads, predictor_depth))
+            wanted.append(h[positions])
+    error = torch.cat(predictions) - torch.cat(wanted)
+    if kind == "l2":
+        return (error**2).mean()
+    return torch.where(error.abs() < 1, 0.5 * error**2, error.abs() - 0.5).mean()
