@@ -30,7 +30,6 @@ from fastjepa.errors import CheckpointError
 
 FORMAT = 1
 INDEX, LATEST = "index.json", "latest"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,9 @@ def _write_shard(path: Path, engine: Engine) -> dict[str, Any]:
     tensors, numbers = _tensors_of(engine)
     contents = {}
     for number, tensor in enumerate(tensors):
-        contents[f"{number}.weight"] = tensor.detach()
-        for moment in MOMENTS:
-            if tensor in engine.optimizer.state:
-                contents[f"{number}.{moment}"] = engine.optimizer.state[tensor][moment]
+        contents[f"{number}.weight"] = tensor.detach().view(-1)
+        for key, moment in engine.optimizer.moments(tensor).items():
+            contents[f"{number}.{key}"] = moment.view(-1)
     save_file(contents, path)
     _fsync(path)
     pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces()]
@@ -123,7 +121,7 @@ def _commit(temporary: Path, final: Path, engine: Engine, state: RunState, shard
         "format": FORMAT,
         "fastjepa": __version__,
         "step": state.step,
-        "updates": max(entry["step"] for entry in engine.optimizer.state.values()),
+        "updates": engine.optimizer.updates,
         "config": state.config,
         "dataset": state.dataset,
         "parameters": engine.parameter_shapes(),
@@ -232,14 +230,11 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
     index = read_index(checkpoint)
     _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
     reader = _Reader(checkpoint, index)
-    state = engine.optimizer.state
     for piece in engine.pieces():
         reader.read(piece.name, "weight", piece.start, piece.view(piece.tensor))
-        if piece.tensor in state:
-            for moment in MOMENTS:
-                reader.read(piece.name, moment, piece.start, piece.view(state[piece.tensor][moment]))
-    for entry in state.values():
-        entry["step"] = index["updates"]
+        for key, moment in engine.optimizer.moments(piece.tensor).items():
+            reader.read(piece.name, key, piece.start, piece.view(moment))
+    engine.optimizer.updates = index["updates"]
     engine.publish_weights()
     return RunState(index["step"], index["config"], index["dataset"])
 

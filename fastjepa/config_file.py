@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_t
 import yaml
 
 from fastjepa.config import Config
+from fastjepa.errors import ConfigError
 
 _Section = TypeVar("_Section")
 _Pairs = list[tuple[yaml.Node, yaml.Node]]
@@ -26,10 +27,6 @@ _Pairs = list[tuple[yaml.Node, yaml.Node]]
 _COMMAND_LINE = "command line"
 _NULL = "tag:yaml.org,2002:null"
 _PLAIN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be read or cannot work. The message is meant for the user, one problem a line."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -40,7 +37,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         overrides: `section.key=value`, the value written as in YAML; they replace the file's, a later one an earlier one.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or has an unknown, repeated, ill-typed or impossible setting.
+        ConfigError: the file cannot be read, is not YAML, or has an unknown, repeated, ill-typed or impossible setting;
+            one problem a line.
     """
     reader = _Reader()
     if path is not None:

@@ -126,6 +126,22 @@ class AdamWEMA(torch.optim.Optimizer):
                 raise ValueError(f"parameter group {group['name']} is not laid out as {source}, which it averages")
             self._targets[source] = mine
 
+    def moments(self, tensor: Tensor) -> dict[str, Tensor]:
+        """exp_avg and exp_avg_sq of one of the bound tensors; none for a target."""
+        # DeepSpeed looks up the state of every tensor, which leaves empty entries behind.
+        return {key: value for key, value in self.state.get(tensor, {}).items() if key != "step"}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that were applied: AdamW's t."""
+        return max(state["step"] for state in self.state.values() if state)
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        for state in self.state.values():
+            if state:
+                state["step"] = updates
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every group that has gradients, and the targets of those groups."""

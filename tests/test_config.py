@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimConfig, Savings
-from fastjepa.config_file import ConfigError, dump_config, load_config
+from fastjepa.config_file import dump_config, load_config
+from fastjepa.errors import ConfigError
 
 
 @pytest.fixture

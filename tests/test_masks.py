@@ -278,7 +278,7 @@ def test_block_sizes_are_shared_by_a_step_and_differ_between_steps() -> None:
         return {box(target, 14)[:2] for image in images for target in image.targets}
 
     assert all(len(sizes(step, 0)) == 1 and sizes(step, 0) == sizes(step, 1000) for step in range(5))
-    assert len(set.union(*(sizes(step, 0) for step in range(20)))) > 5
+    assert len(set.union(*(sizes(step, 0) for step in range(20)))) > 3
 
 
 # Distribution
@@ -309,10 +309,10 @@ def loop_step(config: MaskConfig, h: int, w: int, num_images: int, rng: np.rando
 
 @pytest.mark.parametrize(("mode", "grid"), [("official", (14, 14)), ("ragged", (14, 14)), ("ragged", (8, 12))])
 def test_steps_are_distributed_as_in_the_plain_loop(mode: Any, grid: tuple[int, int]) -> None:
-    """Block sizes, positions and context counts over 700 steps of one image (one image: nothing is cut)."""
+    """Block sizes, positions and context counts over 400 steps of one image (one image: nothing is cut)."""
     config, rng = MaskConfig(mode=mode), np.random.default_rng(1)
-    ours = [sample(config, *grid, step=step)[0] for step in range(700)]
-    theirs = [loop_step(config, *grid, 1, rng)[0] for _ in range(700)]
+    ours = [sample(config, *grid, step=step)[0] for step in range(400)]
+    theirs = [loop_step(config, *grid, 1, rng)[0] for _ in range(400)]
     boxes = [[box(image.targets[0], grid[1]) for image in images] for images in (ours, theirs)]
     for part in (slice(0, 2), slice(0, 4, 2), slice(1, 4, 2)):  # (height, width), (height, top), (width, left)
         assert p_value(*([b[part] for b in side] for side in boxes)) > LEVEL
@@ -321,28 +321,27 @@ def test_steps_are_distributed_as_in_the_plain_loop(mode: Any, grid: tuple[int, 
 
 
 def test_official_cut_is_distributed_as_in_the_plain_loop() -> None:
-    """The context length that is left of batches of 8 images, over 300 steps."""
+    """The context length that is left of batches of 8 images, over 250 steps."""
     config, rng = MaskConfig(mode="official"), np.random.default_rng(2)
-    cut = [len(sample(config, 14, 14, num_images=8, step=step)[0].context) for step in range(300)]
-    plain = [loop_step(config, 14, 14, 8, rng) for _ in range(300)]
+    cut = [len(sample(config, 14, 14, num_images=8, step=step)[0].context) for step in range(250)]
+    plain = [loop_step(config, 14, 14, 8, rng) for _ in range(250)]
     assert stats.ks_2samp(cut, [len(loop_cut(images)[0].context) for images in plain]).pvalue > LEVEL
     assert stats.ks_2samp(cut, [len(images[0].context) for images in plain]).pvalue < LEVEL  # the test sees the cut
 
 
 @pytest.mark.parametrize("mode", ["official", "ragged", "budget"])
 def test_contexts_are_redrawn_as_in_the_plain_loop(mode: Any) -> None:
-    """Where most contexts are invalid, so that target blocks are given up: counts and overlaps over 2,500 images."""
+    """Where most contexts are invalid, so that target blocks are given up: counts and overlaps per image."""
     sizes_fixed = {"target_scale": (0.2, 0.2), "target_aspect_ratio": (1.0, 1.0), "context_scale": (0.8, 0.8)}
     config = MaskConfig(mode=mode, min_keep=18, **sizes_fixed)  # type: ignore[arg-type]
 
     def count_and_overlap(images: list[Image]) -> list[tuple[int, int]]:
         return [(len(i.context), len(set(i.context).intersection(*[set().union(*i.targets)]))) for i in images]
 
-    # One image per call in official mode, where more would be cut.
-    size = 1 if mode == "official" else 2500
-    num_steps = 700 // size + 1
-    ours = [image for step in range(num_steps) for image in sample(config, 7, 8, num_images=size, step=step)]
-    theirs = loop_step(config, 7, 8, 2500, np.random.default_rng(3))
+    # In official mode one image per call: more would be cut.
+    calls, size = (300, 1) if mode == "official" else (1, 2000)
+    ours = [image for step in range(calls) for image in sample(config, 7, 8, num_images=size, step=step)]
+    theirs = loop_step(config, 7, 8, calls * size, np.random.default_rng(3))
     pairs = [count_and_overlap(images) for images in (ours, theirs)]
     share = sum(overlap > 0 for _, overlap in pairs[0]) / len(pairs[0])
     assert 0.1 < share < 0.9, "both sides of the rule must occur"
@@ -359,12 +358,8 @@ def test_the_statistical_test_tells_shared_from_separate_draws() -> None:
 
 @pytest.mark.parametrize("mode", ["ragged", "official"])
 def test_last_row_and_column_are_reached_except_in_official_mode(mode: Any) -> None:
-    steps = (
-        [sample_masks(MaskConfig(mode=mode), 6, 9, seed=0, step=s, sample_indices=torch.arange(200)) for s in range(4)]
-        if (accepted(MaskConfig(mode=mode), 6, 9))
-        else []
-    )
-    assert steps
+    config, ids = MaskConfig(mode=mode), torch.arange(200)
+    steps = [sample_masks(config, 6, 9, seed=0, step=step, sample_indices=ids) for step in range(4)]
     for name in ("context_indices", "target_indices"):
         patches = torch.cat([getattr(masks, name) % 54 for masks in steps])
         reached = 5 if mode == "official" else 6, 8 if mode == "official" else 9
@@ -400,7 +395,7 @@ def test_random_targets_are_uniform() -> None:
 
 def brute_force_best(config: MaskConfig, h: int, w: int) -> int:
     """Tokens that the worst of finely swept block sizes leave to the context at the best of all positions."""
-    sweep = np.linspace(0, 1, 301, endpoint=False).tolist()
+    sweep = np.linspace(0, 1, 201, endpoint=False).tolist()
     aspects = [0.0] if config.mode == "official" else sweep
     targets = {loop_sizes(config, h, w, (u, v, 0)).target for u in sweep for v in aspects}
     contexts = {loop_sizes(config, h, w, (0, 0, u)).context for u in sweep}
@@ -408,7 +403,7 @@ def brute_force_best(config: MaskConfig, h: int, w: int) -> int:
 
     def blocks(size: tuple[int, int]) -> list[set[int]]:
         corners = itertools.product(range(h - lost - size[0] + 1), range(w - lost - size[1] + 1))
-        return [{(t + i) * w + l + j for i in range(size[0]) for j in range(size[1])} for t, l in corners]
+        return [{(t + i) * w + s + j for i in range(size[0]) for j in range(size[1])} for t, s in corners]
 
     pairs = itertools.product(contexts, targets)
     return min(max(len(c - t) for c in blocks(context) for t in blocks(target)) for context, target in pairs)
@@ -444,7 +439,11 @@ def test_check_grid_accepts_the_small_presets() -> None:
         ),
         (MaskConfig(strategy="rasterized", num_target_blocks=3), (1, 60), r"masks\.strategy = rasterized: .*1x60"),
         (MaskConfig(strategy="rasterized", num_target_blocks=3), (7, 7), r"masks\.min_keep = 10: .*3x3"),
-        (MaskConfig(strategy="random", num_target_blocks=1, target_scale=(0.5, 0.9)), (8, 8), r"min_keep.*8 at best"),
+        (
+            MaskConfig(strategy="random", num_target_blocks=1, target_scale=(0.5, 0.9)),
+            (8, 8),
+            r"min_keep.*57 patches leaves 7 at best",
+        ),
     ],
 )
 def test_a_grid_without_valid_masks_is_refused_by_name(config: MaskConfig, grid: tuple[int, int], named: str) -> None:
@@ -476,7 +475,6 @@ def test_to_moves_every_tensor() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["ragged", "official", "budget"])
 def test_masks_on_a_gpu_are_those_of_the_cpu(mode: Any) -> None:
     ids = torch.arange(16)

@@ -58,7 +58,9 @@ def fashion_mnist() -> Path:
     for split, expected in _COUNTS.items():
         count = sum(1 for _ in folder.glob(f"{split}/*/*.png"))
         if count != expected:
-            raise DataError(f"{folder}/{split} holds {count} images, expected {expected}: delete {folder} to unpack it anew")
+            raise DataError(
+                f"{folder}/{split} holds {count} images, expected {expected}: delete {folder} to unpack it anew"
+            )
     return folder
 
 

@@ -41,7 +41,9 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> Ints:
     return np.argsort((high << 32) | low, kind="stable")
 
 
-def batch_positions(step: int, micro_step: int, rank: int, *, world_size: int, micro_batch_size: int, accum: int) -> Ints:
+def batch_positions(
+    step: int, micro_step: int, rank: int, *, world_size: int, micro_batch_size: int, accum: int
+) -> Ints:
     """Positions in the run's endless sequence of samples of one rank's micro batch, int64 [micro_batch_size].
 
     The global batch of a step is world_size * micro_batch_size * accum consecutive positions; the micro batches of all

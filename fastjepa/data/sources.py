@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 # What both decoders read. (DALI reads neither GIF nor AVIF.)
-IMAGE_EXTENSIONS = frozenset({".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_EXTENSIONS = frozenset(
+    {".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
 
 
 class DataError(ValueError):
@@ -69,10 +72,12 @@ def open_dataset(source: str, split: Literal["train", "val"]) -> ImageDataset | 
         root = fashion_mnist()
     else:
         root = Path(source).expanduser()
-    if not root.exists():
-        raise DataError(f"data.source = {source}: no such folder; expected a folder of images, or fashion_mnist")
-    if not root.is_dir():
-        raise DataError(f"data.source = {source}: this is a file; expected a folder of images, or fashion_mnist")
+    try:
+        problem = None if stat.S_ISDIR(root.stat().st_mode) else "Not a folder"
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise DataError(f"data.source = {source}: {problem}; expected a folder of images, or fashion_mnist")
     folders = [root / "train", root / "val"] if (root / "train").is_dir() else [root]
     folders = [folder for folder in folders if folder.is_dir()]
     if split == "val" and len(folders) == 1:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+MAX_SIMILARITIES = 2**26
+"""Held at a time by the k-NN vote: 256 MB."""
+
 # Where L-BFGS stops (largest component of the gradient). On 8,000 Fashion-MNIST images as 784 pixels the loss is then
 # 3e-5 above its minimum, after 580 evaluations; below 2e-5 float32 makes no further progress there.
 GRADIENT_TOLERANCE = 3e-5
@@ -61,7 +64,7 @@ def knn_accuracy(
     mean = train_x.mean(0)
     train_x, test_x = F.normalize(train_x - mean, dim=1), F.normalize(test_x - mean, dim=1)
     classes, targets = train_y.unique(return_inverse=True)
-    chunk = max(1, 2**26 // len(train_x))  # 256 MB of similarities at a time
+    chunk = max(1, MAX_SIMILARITIES // len(train_x))
     correct = 0
     for x, y in zip(test_x.split(chunk), test_y.split(chunk), strict=True):
         similarity, neighbours = (x @ train_x.T).topk(k, dim=1)  # [chunk, k]
@@ -142,9 +145,7 @@ class Health:
             what = f"the features vary in about {self.effective_rank:.1f} of {self.width} directions only"
         else:
             return None
-        return (
-            f"COLLAPSED: {what}. Usual causes: no EMA or one in low precision, an initialisation too small for the width."
-        )
+        return f"COLLAPSED: {what}. Usual causes: no EMA or one in low precision, an initialisation too small for the width."
 
 
 def representation_health(features: Tensor) -> Health:
@@ -163,8 +164,9 @@ def representation_health(features: Tensor) -> Health:
     singular = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
     share = singular / singular.sum()
     rank = float(torch.special.entr(share).sum().exp()) if bool(singular.sum() > 0) else 0.0
-    cosine_sum = F.normalize(x, dim=1).sum(0).square().sum() - n  # over ordered pairs; the n own ones are 1 each
-    return Health(float(centred.std(0, correction=0).mean()), float(cosine_sum) / (n * (n - 1)), rank, width)
+    unit = F.normalize(x, dim=1)
+    cosine_sum = unit.sum(0).square().sum() - unit.square().sum()  # all ordered pairs less each with itself
+    return Health(float(x.std(0, correction=0).mean()), float(cosine_sum) / (n * (n - 1)), rank, width)
 
 
 def _check(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor) -> None:

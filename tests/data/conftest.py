@@ -1,0 +1,76 @@
+"""Small configurations, image folders and photographs for the data tests."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.data.dali import dali_problem
+
+NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
+Pixels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(params=["pillow", pytest.param("dali", marks=NEEDS_DALI)])
+def loader_name(request: pytest.FixtureRequest) -> str:
+    """Both decoders in turn; DALI only where it is installed."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Config]:
+    """A run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
+
+    def make(**data: object) -> Config:
+        settings = {"image_size": 32, "in_channels": 1, "mean": (0.5,), "std": (0.25,), "num_threads": 2, **data}
+        return Config(
+            seed=7,
+            data=DataConfig(**settings),  # type: ignore[arg-type]
+            model=ModelConfig(name="vit_tiny", patch_size=8),
+            masks=MaskConfig(min_keep=5),
+        )
+
+    return make
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes n grey PNG files of different sizes and pixels, `images/000.png`, ...; returns the folder."""
+
+    def write(n: int) -> Path:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(n):
+            pixels = rng.integers(0, 256, (40 + i % 7, 40 + i % 5), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Pixels:
+    """uint8 [427, 640, 3]."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's sample photographs")
+    return np.asarray(datasets.load_sample_images().images[0], np.uint8)
+
+
+@pytest.fixture(scope="session")
+def write_invalid_name() -> Callable[[Path, bytes], bytes]:
+    """Moves a file to a name that is not UTF-8, or skips where the file system has no such names."""
+
+    def move(path: Path, name: bytes) -> bytes:
+        target = os.fsencode(path.parent) + b"/" + name
+        try:
+            os.rename(os.fsencode(path), target)  # noqa: PTH104 (bytes names)
+        except OSError as error:
+            pytest.skip(f"the file system refuses names that are not UTF-8: {error}")
+        return target
+
+    return move

@@ -1,0 +1,156 @@
+"""Order and crops: pure, exact, and distributed as the published algorithm says."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare, ks_2samp
+
+from fastjepa.config import DataConfig
+from fastjepa.data.order import Ints, batch_positions, central_boxes, crop_boxes, epoch_order, steps_per_epoch
+from fastjepa.philox import DOMAIN_CROP, philox4x32
+
+Box = tuple[int, int, int, int]
+
+
+def random_resized_crop(
+    height: int, width: int, config: DataConfig, draws: Iterator[tuple[float, float, float, float]]
+) -> Box:
+    """torchvision's RandomResizedCrop.get_params, image by image, from its documentation.
+
+    draws: per attempt, numbers in [0, 1) for area, aspect, top and left.
+    """
+    assert config.crop_scale is not None
+    (s0, s1), (r0, r1) = config.crop_scale, config.crop_aspect
+    for _ in range(10):
+        u_area, u_aspect, u_top, u_left = next(draws)
+        area = (s0 + u_area * (s1 - s0)) * (height * width)
+        aspect = math.exp(math.log(r0) + u_aspect * (math.log(r1) - math.log(r0)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return math.floor(u_top * (height - h + 1)), math.floor(u_left * (width - w + 1)), h, w
+    w, h = width, height
+    if width / height < r0:
+        h = round(width / r0)
+    elif width / height > r1:
+        w = round(height * r1)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def test_epoch_order_is_a_permutation_of_its_own_per_seed_and_epoch() -> None:
+    orders = [epoch_order(seed, epoch, 1000) for seed in (0, 1, 2**63) for epoch in (0, 1, 2)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(1000))
+    assert len({order.tobytes() for order in orders}) == len(orders)
+    np.testing.assert_array_equal(orders[4], epoch_order(1, 1, 1000))
+
+
+def test_every_image_is_equally_likely_at_every_place() -> None:
+    orders = np.stack([epoch_order(0, epoch, 8) for epoch in range(4000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=8) for place in range(8)])
+    assert chisquare(counts.ravel()).pvalue > 0.001
+
+
+@pytest.mark.parametrize(("world", "micro", "accum"), [(1, 24, 1), (2, 12, 1), (3, 4, 2), (4, 1, 6), (1, 1, 24)])
+def test_positions_of_all_ranks_and_micro_batches_are_the_global_batch(world: int, micro: int, accum: int) -> None:
+    for step in (0, 5):
+        parts = [
+            batch_positions(step, k, rank, world_size=world, micro_batch_size=micro, accum=accum)
+            for k in range(accum)
+            for rank in range(world)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts), np.arange(step * 24, step * 24 + 24))
+
+
+def test_a_batch_larger_than_the_data_set_is_refused_with_both_numbers() -> None:
+    assert steps_per_epoch(100, 33) == 3
+    with pytest.raises(ValueError, match=r"global_batch_size = 128.* 100 images"):
+        steps_per_epoch(100, 128)
+
+
+SIZES = [(375, 500), (500, 375), (28, 28), (1, 1), (30, 400), (400, 30), (7, 9), (1, 1000)]
+
+
+@pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.2), (0.9, 1.0)])
+def test_crop_boxes_equal_a_loop_over_the_same_random_numbers(scale: tuple[float, float]) -> None:
+    config = DataConfig(crop_scale=scale)
+    indices = np.arange(10_000, 10_000 + 400)
+    sizes = np.array(SIZES, np.int32)[indices % len(SIZES)]
+    boxes = crop_boxes(config, seed=3, epoch=11, indices=indices, sizes=sizes)
+    for index, size, box in zip(indices, sizes, boxes, strict=True):
+        words = philox4x32(np.arange(10), DOMAIN_CROP, int(index), 11, seed=3)
+        draws = ((a, b, c, d) for a, b, c, d in (np.stack(words, 1) / 2**32).tolist())
+        assert tuple(box) == random_resized_crop(int(size[0]), int(size[1]), config, draws)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (120, 400)])
+def test_crop_boxes_have_the_distribution_of_the_algorithm(size: tuple[int, int]) -> None:
+    """Two-sample Kolmogorov-Smirnov tests against a loop with NumPy's generator, level 0.001."""
+    config = DataConfig()
+    n = 4000
+    rng = np.random.default_rng(1)
+    loop = np.array([random_resized_crop(*size, config, iter(rng.random((10, 4)).tolist())) for _ in range(n)])
+    ours = crop_boxes(config, seed=1, epoch=0, indices=np.arange(n), sizes=np.tile(np.array(size, np.int32), (n, 1)))
+    for statistic in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2]):
+        assert ks_2samp(statistic(loop), statistic(ours)).pvalue > 0.001
+
+
+def test_a_crop_depends_on_seed_epoch_and_its_own_index_only() -> None:
+    config = DataConfig()
+    indices = np.arange(64)
+    sizes = np.tile(np.array([[375, 500]], np.int32), (64, 1))
+
+    def boxes(seed: int, epoch: int, some: Ints) -> list[list[int]]:
+        return crop_boxes(config, seed=seed, epoch=epoch, indices=indices[some], sizes=sizes[some]).tolist()
+
+    shuffled = np.random.default_rng(0).permutation(64)
+    everything = boxes(0, 0, indices)
+    assert boxes(0, 0, shuffled) == [everything[i] for i in shuffled]
+    assert boxes(0, 0, indices[5:6]) == everything[5:6]
+    for other in (boxes(1, 0, indices), boxes(0, 1, indices)):
+        assert sum(a == b for a, b in zip(everything, other, strict=True)) <= 1
+    assert len({tuple(box) for box in everything}) > 60
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
+    limits=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=2).map(sorted),
+    aspects=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=2).map(sorted),
+)
+def test_boxes_lie_inside_the_image(sizes: list[tuple[int, int]], limits: list[float], aspects: list[float]) -> None:
+    config = DataConfig(crop_scale=(limits[0], limits[1]), crop_aspect=(aspects[0], aspects[1]))
+    array = np.array(sizes, np.int32)
+    for boxes in (
+        crop_boxes(config, seed=0, epoch=0, indices=np.arange(len(sizes)), sizes=array),
+        central_boxes(array, (16, 224)),
+    ):
+        assert boxes.dtype == np.int32
+        assert (boxes[:, :2] >= 0).all()
+        assert (boxes[:, 2:] > 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] <= array).all()
+
+
+def test_without_a_crop_scale_the_box_is_the_whole_image() -> None:
+    boxes = crop_boxes(
+        DataConfig(crop_scale=None), seed=0, epoch=0, indices=np.arange(2), sizes=np.array([[3, 4], [5, 6]], np.int32)
+    )
+    assert boxes.tolist() == [[0, 0, 3, 4], [0, 0, 5, 6]]
+
+
+def test_central_boxes_are_the_largest_with_the_aspect_of_the_output() -> None:
+    sizes = np.array([[375, 500], [500, 375], [28, 28], [100, 1000]], np.int32)
+    assert central_boxes(sizes, (224, 224)).tolist() == [
+        [0, 62, 375, 375],
+        [62, 0, 375, 375],
+        [0, 0, 28, 28],
+        [0, 450, 100, 100],
+    ]
+    assert central_boxes(sizes, (100, 200)).tolist() == [
+        [62, 0, 250, 500],
+        [156, 0, 188, 375],
+        [7, 0, 14, 28],
+        [0, 400, 100, 200],
+    ]
