@@ -1,0 +1,5 @@
+"""Probes on the frozen target encoder: `python -m fastjepa.evaluate RUN_FOLDER`."""
+
+from fastjepa.evaluate.run import evaluate_run
+
+__all__ = ["evaluate_run"]

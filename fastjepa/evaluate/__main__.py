@@ -1,0 +1,30 @@
+"""python -m fastjepa.evaluate RUN_FOLDER: k-NN and linear probe on the frozen target encoder of a run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from fastjepa.errors import FastjepaError
+from fastjepa.evaluate.run import evaluate_run
+from fastjepa.run_folder import RunFolder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastjepa.evaluate", description=__doc__)
+    parser.add_argument("run_folder", help="output_dir of a run")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        evaluate_run(RunFolder(args.run_folder), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except FastjepaError as error:
+        print(f"fastjepa: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
