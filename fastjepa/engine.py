@@ -116,7 +116,7 @@ class TorchEngine(Engine):
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             loss: Tensor = self.model(images, masks)
-        (loss / self._sizes.accum).backward()  # type: ignore[no-untyped-call]
+        (loss / self._sizes.accum).backward()
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
             self._optimizer_step()

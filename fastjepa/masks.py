@@ -136,19 +136,17 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
     """
     grid = _Grid.of(config, grid_h, grid_w)
     where = f"on a grid of {grid.size} patches with masks.mode = {config.mode}"
-    remedy = "use smaller patches, larger images or another"
+    targets = "strategy" if config.strategy == "rasterized" else "target_scale"
+    remedy = f"use smaller patches, larger images or another masks.{targets}"
     smallest_target, best_context, worst_case = _worst_case(config, grid)
     if smallest_target < 1:
-        key = "strategy" if config.strategy == "rasterized" else "target_scale"
-        value = getattr(config, key)
-        raise ValueError(f"masks.{key} = {value}: {where} a target can have no patch: {remedy} masks.{key}")
+        raise ValueError(f"masks.{targets} = {getattr(config, targets)}: {where} a target can have no patch: {remedy}")
     needed = _min_context(config, grid)
     if best_context < needed:
         key = "context_budget" if needed > config.min_keep + 1 else "min_keep"
-        value = getattr(config, key)
         raise ValueError(
-            f"masks.{key} = {value}: {where} a context needs {needed} tokens or more, but {worst_case}"
-            f" leaves {best_context} at best: lower masks.{key}, or {remedy} masks.target_scale"
+            f"masks.{key} = {getattr(config, key)}: {where} a context needs {needed} tokens or more, but {worst_case}"
+            f" leaves {best_context} at best: lower masks.{key}, or {remedy}"
         )
 
 

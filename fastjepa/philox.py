@@ -63,5 +63,4 @@ def uniform_int(word: Words, bound: Words | int) -> Words:
 
 def unit_interval(word: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """float64 values uniform in [0, 1) from 32-bit words, exact multiples of 2^-32."""
-    scaled: npt.NDArray[np.float64] = word * 2.0**-32
-    return scaled
+    return np.multiply(word, 2.0**-32, dtype=np.float64)

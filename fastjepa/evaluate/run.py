@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastjepa import checkpoint
 from fastjepa.config import Config
@@ -20,17 +22,12 @@ from fastjepa.models import VisionTransformer
 from fastjepa.objective import build_model
 from fastjepa.run_folder import RunFolder
 
-logger = logging.getLogger(__name__)
-
 BATCH_SIZE = 256
+# More images than these are thinned out evenly: exact k-NN over all of ImageNet takes hours on a CPU.
+MAX_TRAIN_IMAGES, MAX_TEST_IMAGES = 100_000, 50_000
 MAX_IMAGES_FOR_HEALTH = 2048
-
-
-@torch.inference_mode()
-def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Images [n, C, H, W] -> features averaged over the patches, [n, D], fp32, on the CPU."""
-    encoder.eval()
-    return torch.cat([encoder(batch).mean(1).float().cpu() for batch in images.split(BATCH_SIZE)])
+# Raw pixels, the plainest of features, are probed at this size at most.
+MAX_PIXEL_GRID = 32
 
 
 def load_target_encoder(folder: RunFolder, config: Config) -> VisionTransformer:
@@ -65,25 +62,50 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     test = open_dataset(config.data.source, "val")
     assert train is not None
     if train.labels is None or test is None or test.labels is None:
-        sample = np.linspace(0, len(train) - 1, min(len(train), MAX_IMAGES_FOR_HEALTH)).astype(np.int64)
-        features = pooled_features(encoder, load_images(train, sample, config.data, device))
-        health = representation_health(features)
-        print(
-            f"no labelled train and val splits in {config.data.source}: no probes. {health.verdict() or 'No sign of collapse'}"
-        )
+        (features,) = _features(train, _thinned(len(train), MAX_IMAGES_FOR_HEALTH), config, device, [encoder])
+        verdict = representation_health(features).verdict() or "no sign of collapse"
+        print(f"no labelled train and val splits in {config.data.source}, so no probes; {verdict}", flush=True)
         return None
-    images = Split(_all_images(train, config, device), _all_images(test, config, device))
     random = build_model(config).target_encoder.to(device)
-    report = evaluate_features(
-        learned=Split(*(pooled_features(encoder, x) for x in images)),
-        random=Split(*(pooled_features(random, x) for x in images)),
-        pixels=Split(*(x.flatten(1).cpu() for x in images)),
-        labels=Split(torch.from_numpy(train.labels), torch.from_numpy(test.labels)),
+    kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, _pixels]
+    train_rows, test_rows = _thinned(len(train), MAX_TRAIN_IMAGES), _thinned(len(test), MAX_TEST_IMAGES)
+    learned_features, random_features, pixel_features = (
+        Split(*both)
+        for both in zip(
+            _features(train, train_rows, config, device, kinds),
+            _features(test, test_rows, config, device, kinds),
+            strict=True,
+        )
     )
+    labels = Split(torch.from_numpy(train.labels[train_rows]), torch.from_numpy(test.labels[test_rows]))
+    report = evaluate_features(learned_features, random_features, pixel_features, labels)
     folder.evaluation.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(format_report(report), flush=True)
     return report
 
 
-def _all_images(dataset: ImageDataset, config: Config, device: torch.device) -> Tensor:
-    return load_images(dataset, np.arange(len(dataset)), config.data, device)
+def _thinned(total: int, at_most: int) -> npt.NDArray[np.int64]:
+    return np.linspace(0, total - 1, min(total, at_most)).astype(np.int64)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 1, C * h * w], as an encoder of one token."""
+    height, width = images.shape[2:]
+    return F.adaptive_avg_pool2d(images, (min(height, MAX_PIXEL_GRID), min(width, MAX_PIXEL_GRID))).flatten(1)[:, None]
+
+
+@torch.no_grad()
+def _features(
+    dataset: ImageDataset,
+    indices: npt.NDArray[np.int64],
+    config: Config,
+    device: torch.device,
+    encoders: Sequence[Callable[[Tensor], Tensor]],
+) -> list[Tensor]:
+    """Per encoder, its features of these images averaged over the patches: [n, D], fp32, on the CPU."""
+    pooled: list[list[Tensor]] = [[] for _ in encoders]
+    for start in range(0, len(indices), BATCH_SIZE):
+        images = load_images(dataset, indices[start : start + BATCH_SIZE], config.data, device)
+        for encoder, batches in zip(encoders, pooled, strict=True):
+            batches.append(encoder(images).mean(1).float().cpu())
+    return [torch.cat(batches) for batches in pooled]

@@ -32,26 +32,24 @@ class _BucketPlan(NamedTuple):
     key_order: tuple[Tensor, Tensor] | None
 
 
-def _sorted_rows(cu_seqlens: tuple[int, ...], order: list[int]) -> tuple[Tensor, Tensor]:
-    rows = torch.cat([torch.arange(cu_seqlens[s], cu_seqlens[s + 1]) for s in order])
-    inverse = torch.empty_like(rows)
-    inverse[rows] = torch.arange(rows.numel())
-    return rows, inverse
+def _rows_by_rank(lengths: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of packed sequences in the order of their sequences' ranks, and the inverse permutation."""
+    order = rank.repeat_interleave(lengths).argsort(stable=True)
+    return order, order.argsort()
 
 
 @lru_cache(maxsize=32)  # all blocks of a model share one plan per batch
 def _plan_buckets(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> _BucketPlan:
-    num_seqs = len(cu_queries) - 1
-    shapes = [(cu_queries[s + 1] - cu_queries[s], cu_keys[s + 1] - cu_keys[s]) for s in range(num_seqs)]
-    counts: dict[tuple[int, int], int] = {}
-    for shape in shapes:
-        counts[shape] = counts.get(shape, 0) + 1
-    buckets = tuple(_Bucket(counts[shape], *shape) for shape in sorted(counts))
-    order = sorted(range(num_seqs), key=shapes.__getitem__)
-    if order == list(range(num_seqs)):
+    queries, keys = torch.tensor(cu_queries).diff(), torch.tensor(cu_keys).diff()
+    shape = queries * (int(keys.max()) + 1) + keys
+    shapes, counts = shape.unique(return_counts=True)
+    first = [int((shape == value).nonzero()[0]) for value in shapes]
+    buckets = tuple(_Bucket(int(n), int(queries[i]), int(keys[i])) for i, n in zip(first, counts, strict=True))
+    if bool((shape.diff() >= 0).all()):
         return _BucketPlan(buckets, None, None)
-    query_order = _sorted_rows(cu_queries, order)
-    return _BucketPlan(buckets, query_order, query_order if cu_keys == cu_queries else _sorted_rows(cu_keys, order))
+    rank = shape.argsort(stable=True).argsort()
+    query_order = _rows_by_rank(queries, rank)
+    return _BucketPlan(buckets, query_order, query_order if cu_keys == cu_queries else _rows_by_rank(keys, rank))
 
 
 class _PermuteRows(torch.autograd.Function):

@@ -32,8 +32,8 @@ def decoder_for(loader_name: str, image_size: tuple[int, int], in_channels: int 
         in_channels=in_channels,
         mean=none,
         std=unit,
-        loader=loader_name,
-        num_threads=2,  # type: ignore[arg-type]
+        loader=loader_name,  # type: ignore[arg-type]
+        num_threads=2,
     )
     return choose_decoder(config, CPU, max_batch)
 
@@ -145,7 +145,7 @@ def write_formats(folder: Path, photograph: Pixels) -> dict[str, tuple[Path, Pix
         image.save(folder / f"rgb.{suffix}")
     image.save(folder / "rgb.webp", lossless=True)
     meant = {"grey": grey_rgb, "palette": np.asarray(palette.convert("RGB"))}
-    files = [path for path in folder.iterdir() if path.suffix not in (".txt",)]
+    files = sorted(folder.iterdir())
     return {
         path.name: (path, next((p for key, p in meant.items() if path.name.startswith(key)), rgb)) for path in files
     }
@@ -157,7 +157,7 @@ def test_every_kind_of_file_gives_its_pixels(
 ) -> None:
     """Lossless files within one level of 255; JPEG on average within one. Nothing is rotated, blended or clipped."""
     formats = write_formats(tmp_path, photograph)
-    assert len(formats) == 17
+    assert len(formats) == 16
     decoder = decoder_for(loader_name, (64, 96), in_channels)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -239,6 +239,7 @@ def test_truncated_files_are_found_and_the_others_still_decode(
     assert decoder.decode([good] * 2, boxes[:2]).shape == (2, 3, 32, 32)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_random_damage_is_a_bad_image_or_passes_but_never_another_error(tmp_path: Path, photograph: Pixels) -> None:
     """Pillow's readers raise a zoo of errors on damaged files; all must arrive as BadImage."""
     rng = np.random.default_rng(0)

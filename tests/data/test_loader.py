@@ -1,0 +1,382 @@
+"""The loader: the same samples, crops and masks however a run is split or resumed, and no bad image stops it."""
+
+import gc
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastjepa.data.loader as loader_module
+import fastjepa.masks
+from fastjepa.config import Config
+from fastjepa.data import Batch, DataError, ImageDataset, Loader, choose_decoder, load_images, open_dataset
+from fastjepa.data.dali import dali_problem
+from fastjepa.data.images import BadImages, Decoder
+from fastjepa.data.order import central_boxes
+
+CPU = torch.device("cpu")
+MakeConfig = Callable[..., Config]
+ImageFolder = Callable[[int], Path]
+BATCH = 12
+
+
+def dataset_of(folder: Path) -> ImageDataset:
+    dataset = open_dataset(str(folder), "train")
+    assert dataset is not None
+    return dataset
+
+
+def make_loader(
+    dataset: ImageDataset,
+    config: Config,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro: int = BATCH,
+    accum: int = 1,
+    start: int = 0,
+    stop: int = 9,
+    device: torch.device = CPU,
+) -> Loader:
+    """A loader of global batches of 12 by default."""
+    return Loader(
+        dataset,
+        config,
+        rank=rank,
+        world_size=world,
+        micro_batch_size=micro,
+        grad_accum_steps=accum,
+        steps_per_epoch=len(dataset) // (world * micro * accum),
+        start_step=start,
+        total_steps=stop,
+        device=device,
+    )
+
+
+def load(*args: Path | Config, **split: int) -> list[Batch]:
+    folder, config = args
+    assert isinstance(folder, Path)
+    assert isinstance(config, Config)
+    with make_loader(dataset_of(folder), config, **split) as batches:  # type: ignore[arg-type]
+        return list(batches)
+
+
+def samples(batches: list[Batch]) -> list[tuple[int, bytes, list[int], list[int]]]:
+    """Of each image, in order: identity, pixels, context and target patches."""
+    seen = []
+    for batch in batches:
+        masks = batch.masks
+        context, target = masks.context.cu_seqlens.tolist(), masks.target.cu_seqlens.tolist()
+        blocks = masks.target.num_seqs // masks.num_images
+        for i, index in enumerate(batch.sample_ids.tolist()):
+            c = masks.context_indices[context[i] : context[i + 1]] - i * masks.num_patches
+            t = masks.target_indices[target[i * blocks] : target[(i + 1) * blocks]] - i * masks.num_patches
+            seen.append((index, batch.images[i].numpy().tobytes(), c.tolist(), t.tolist()))
+    return seen
+
+
+def test_an_epoch_holds_each_image_once(image_folder: ImageFolder, make_config: MakeConfig) -> None:
+    epochs = load(image_folder(37), make_config(loader="pillow"), stop=6)  # 3 steps of 12; one image is left out
+    for batches in (epochs[:3], epochs[3:]):
+        assert len(set(np.concatenate([batch.sample_ids for batch in batches]))) == 36
+    assert [b.sample_ids.tolist() for b in epochs[:3]] != [b.sample_ids.tolist() for b in epochs[3:]]
+
+
+@pytest.mark.parametrize(("world", "micro", "accum"), [(1, 4, 3), (2, 6, 1), (3, 2, 2)])
+def test_another_split_sees_the_same_samples_crops_and_masks(
+    image_folder: ImageFolder, make_config: MakeConfig, world: int, micro: int, accum: int
+) -> None:
+    folder, config = image_folder(37), make_config(loader="pillow")
+    ranks = [load(folder, config, rank=rank, world=world, micro=micro, accum=accum, stop=5) for rank in range(world)]
+    split = list(itertools.chain.from_iterable(zip(*ranks, strict=True)))
+    assert samples(split) == samples(load(folder, config, stop=5))
+
+
+def test_a_resumed_run_goes_on_exactly_where_it_was(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    folder, config = image_folder(37), make_config(loader=loader_name)
+    whole = samples(load(folder, config, stop=7))
+    assert len(whole) == 7 * BATCH
+    for step in (1, 3, 4, 6):
+        assert samples(load(folder, config, start=step, stop=7)) == whole[step * BATCH :]
+
+
+def test_both_decoders_see_the_same_samples_crops_and_masks(image_folder: ImageFolder, make_config: MakeConfig) -> None:
+    pytest.importorskip("nvidia.dali", reason="needs DALI")
+    folder = image_folder(13)
+    pillow, dali = (load(folder, make_config(loader=name), stop=3) for name in ("pillow", "dali"))
+    for p, d in zip(pillow, dali, strict=True):
+        np.testing.assert_array_equal(p.sample_ids, d.sample_ids)
+        # The pixels are noise; levels of 255 over a std of 0.25. Another crop would differ by 80 levels on average.
+        assert (p.images - d.images).abs().mean() * 0.25 * 255 < 4
+
+
+def test_too_few_images_for_a_batch_are_refused_with_both_numbers(
+    image_folder: ImageFolder, make_config: MakeConfig
+) -> None:
+    dataset = dataset_of(image_folder(5))
+    with pytest.raises(ValueError, match=r"global batch of 12 images: the data set has 5"):
+        Loader(
+            dataset,
+            make_config(),
+            rank=0,
+            world_size=1,
+            micro_batch_size=12,
+            grad_accum_steps=1,
+            steps_per_epoch=1,
+            start_step=0,
+            total_steps=1,
+            device=CPU,
+        )
+
+
+# Bad images
+
+
+def spoil(folder: Path, index: int, content: bytes) -> None:
+    (folder / f"{index:03d}.png").write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["zero-byte", "text", "truncated", "too many pixels", "missing"])
+def test_a_bad_image_is_replaced_by_the_next_counted_and_named_once(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = image_folder(13)
+    config = make_config(loader=loader_name, max_pixels=2500)
+    good = {i: (folder / f"{i:03d}.png").read_bytes() for i in (4, 5)}
+    dataset = dataset_of(folder)
+    expected = samples(load(folder, config, stop=4))
+    for i, content in good.items():
+        if kind == "missing":
+            (folder / f"{i:03d}.png").unlink()
+        elif kind == "too many pixels":
+            Image.new("L", (60, 60)).save(folder / f"{i:03d}.png")
+        else:
+            spoil(folder, i, {"zero-byte": b"", "text": b"text " * 50, "truncated": content[: len(content) // 2]}[kind])
+    with caplog.at_level(logging.WARNING), make_loader(dataset, config, stop=4) as loader:
+        batches = list(loader)
+    assert loader.bad_samples == 2
+    assert [sum(f"{i:03d}.png: " in message for message in caplog.messages) for i in (3, 4, 5, 6)] == [0, 1, 1, 0]
+    for epoch, batch in enumerate(batches):  # an epoch is one step here
+        step = expected[epoch * BATCH : (epoch + 1) * BATCH]
+        assert batch.sample_ids.tolist() == [6 if sample[0] in good else sample[0] for sample in step]
+        own = {sample[0]: sample[1] for sample in step}
+        for sample, before in zip(samples([batch]), step, strict=True):
+            assert sample[2:] == before[2:]  # masks belong to the place in the batch
+            assert sample[1] == own.get(sample[0], sample[1])  # the replacement has the crop of its own index
+
+
+def test_images_that_vanish_or_are_cut_during_the_run_are_replaced(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    folder = image_folder(12)
+    with make_loader(dataset_of(folder), make_config(loader=loader_name, prefetch=1), stop=30) as loader:
+        first = next(loader)
+        assert sorted(first.sample_ids) == list(range(12))
+        (folder / "002.png").unlink()
+        spoil(folder, 7, (folder / "007.png").read_bytes()[:100])
+        Image.new("L", (5, 5)).save(folder / "009.png")  # smaller than the crop
+        last = list(loader)[-1]
+    assert loader.bad_samples == 3
+    assert set(last.sample_ids) == set(range(12)) - {2, 7, 9}
+
+
+def test_bad_images_do_not_break_the_promise_of_resume(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    folder, config = image_folder(37), make_config(loader=loader_name)
+    for i in (0, 8, 9, 36):
+        spoil(folder, i, (folder / f"{i:03d}.png").read_bytes()[:300])
+    assert samples(load(folder, config, start=4, stop=7)) == samples(load(folder, config, stop=7))[4 * BATCH :]
+
+
+def test_a_folder_of_bad_images_only_is_an_error_that_says_so(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    folder = image_folder(12)
+    for i in range(12):
+        spoil(folder, i, b"not an image" if i % 2 else (folder / f"{i:03d}.png").read_bytes()[:300])
+    with pytest.raises(DataError, match=r"images: none of its 12 images can be used; the log has the reasons"):
+        load(folder, make_config(loader=loader_name))
+
+
+def test_an_image_that_fails_in_company_only_is_not_called_bad(
+    image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dali = pytest.importorskip("nvidia.dali", reason="needs DALI")
+    run = dali.Pipeline.run
+
+    def no_memory_for_many(self: object, **inputs: list[object]) -> object:
+        if len(inputs["path"]) > 1:
+            raise RuntimeError("out of memory")
+        return run(self, **inputs)
+
+    monkeypatch.setattr(dali.Pipeline, "run", no_memory_for_many)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load(image_folder(12), make_config(loader="dali"))
+
+
+# The thread
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fastjepa")]
+
+
+def test_an_error_in_the_thread_is_raised_with_its_traceback(
+    image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampler_that_breaks(*args: object, step: int, **kwargs: object) -> None:
+        raise ZeroDivisionError(f"at step {step}")
+
+    monkeypatch.setattr(loader_module, "sample_masks", sampler_that_breaks)
+    loader = make_loader(dataset_of(image_folder(12)), make_config(loader="pillow"))
+    with pytest.raises(ZeroDivisionError, match="at step 0") as caught:
+        next(loader)
+    assert "sampler_that_breaks" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert list(loader) == []  # closed
+
+
+@pytest.mark.parametrize("how", ["close", "with", "garbage collection", "error"])
+def test_no_thread_outlives_the_loader(image_folder: ImageFolder, make_config: MakeConfig, how: str) -> None:
+    gc.collect()
+    before = set(loader_threads())
+    loader = make_loader(dataset_of(image_folder(12)), make_config(loader="pillow"), stop=100_000)
+    next(loader)
+    assert set(loader_threads()) - before
+    if how == "close":
+        loader.close()
+    elif how == "with":
+        with loader:
+            pass
+    elif how == "error":
+        with pytest.raises(KeyError), loader:
+            raise KeyError
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while set(loader_threads()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(loader_threads()) - before
+
+
+def test_no_more_batches_are_prepared_than_asked_for(
+    image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    sample = fastjepa.masks.sample_masks
+
+    def count(*args: object, step: int, **kwargs: object) -> object:
+        prepared.append(step)
+        return sample(*args, step=step, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loader_module, "sample_masks", count)
+    loader = make_loader(dataset_of(image_folder(12)), make_config(loader="pillow", prefetch=3), stop=100)
+    with loader:
+        for _ in range(4):
+            next(loader)
+        deadline = time.monotonic() + 60
+        while len(prepared) < 7 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert prepared == list(range(7))  # 4 delivered, 3 ahead
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_does_not_grow_with_the_steps(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    config = make_config(loader=loader_name, image_size=64, in_channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
+    with make_loader(dataset_of(image_folder(24)), config, stop=500) as loader:
+        for _ in range(100):
+            batch = next(loader)
+        before = resident()
+        for _ in range(400):
+            batch = next(loader)
+        grown = resident() - before
+    # A leak of the images alone would be 400 x 12 x 3 x 64 x 64 x 4 bytes = 236 MB, of one 8-bit copy 59 MB.
+    assert batch.images.nbytes * 400 > 200e6
+    assert grown < 20e6
+
+
+# Evaluation and the choice of the decoder
+
+
+def test_load_images_decodes_central_boxes_in_the_given_order(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "_EVALUATION_BATCH", 4)  # several batches, the last one smaller
+    dataset, config = dataset_of(image_folder(13)), make_config(loader=loader_name).data
+    indices = np.array([5, 12, 0, 7, 7, 3])
+    images = load_images(dataset, indices, config, CPU)
+    assert images.shape == (6, 1, 32, 32)
+    decoder: Decoder = choose_decoder(config, CPU, 1)
+    for index, image in zip(indices, images, strict=True):
+        with Image.open(dataset.path(index)) as file:
+            box = central_boxes(np.array([[file.height, file.width]], np.int32), (32, 32))
+        torch.testing.assert_close(decoder.decode([dataset.path(index)], box)[0], image, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG"])
+def test_load_images_does_not_replace_bad_images(
+    image_folder: ImageFolder, make_config: MakeConfig, content: bytes
+) -> None:
+    folder = image_folder(3)
+    spoil(folder, 1, content or (folder / "001.png").read_bytes()[:300])
+    with pytest.raises(BadImages, match=r"001\.png: ") as caught:
+        load_images(dataset_of(folder), np.arange(3), make_config(loader="pillow").data, CPU)
+    assert list(caught.value.bad) == [1]
+
+
+def test_without_dali_auto_is_pillow_and_says_so_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # On systems without a build, the package index holds an empty 0.0.0: an import is not enough of a check.
+    placeholder = types.ModuleType("nvidia.dali")
+    placeholder.__version__ = "0.0.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", placeholder)
+    assert "placeholder" in str(dali_problem())
+    loader_module._use_dali.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            assert type(choose_decoder(make_config().data, CPU, 4)).__name__ == "PillowDecoder"
+    (message,) = [message for message in caplog.messages if "decoded by" in message]
+    assert "Pillow" in message
+    assert "placeholder" in message
+    with pytest.raises(ValueError, match=r"data\.loader = dali: .*placeholder.*fastjepa\[dali\].*pillow"):
+        choose_decoder(make_config(loader="dali").data, CPU, 4)
+    loader_module._use_dali.cache_clear()
+
+
+# With a GPU
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_are_those_of_the_cpu(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    folder, config = image_folder(13), make_config(loader=loader_name)
+    expected = load(folder, config, stop=4)
+    with make_loader(dataset_of(folder), config, stop=4, device=torch.device("cuda", 0)) as loader:
+        for batch, reference in zip(loader, expected, strict=True):
+            assert batch.images.is_cuda
+            assert batch.masks.context_indices.is_cuda
+            np.testing.assert_array_equal(batch.sample_ids, reference.sample_ids)
+            assert torch.equal(batch.masks.context_indices.cpu(), reference.masks.context_indices)
+            assert (batch.images.cpu() - reference.images).abs().mean() * 0.25 * 255 < 4
