@@ -63,7 +63,7 @@ class DaliDecoder:
                 try:
                     self._run([path], boxes[position : position + 1])
                 except RuntimeError as single:
-                    bad[position] = BadImage(path, f"DALI: {_reason(single)}")
+                    bad[position] = BadImage(path, f"DALI cannot decode it ({_reason(single)})")
             if not bad:
                 raise
             raise BadImages(bad) from error
@@ -77,19 +77,24 @@ class DaliDecoder:
             shape=np.ascontiguousarray(boxes[:, 2:]),
         )
         self._pipeline = pipeline
+        # On the CPU this tensor keeps DALI's buffer alive (dynamic executor) and nothing is copied.
         images = from_dlpack(batch.as_tensor())
-        # On the GPU the batch moves to torch's allocator, which knows the streams that use it. On the CPU the tensor
-        # keeps DALI's buffer alive (dynamic executor) and nothing is copied.
-        return images.clone() if images.is_cuda else images
+        if images.is_cuda:
+            # Into torch's allocator, which knows the streams that use it; DALI reuses its own buffer once it is let go,
+            # so the copy must be over. Only the calling thread waits.
+            images = images.clone()
+            torch.cuda.current_stream(images.device).synchronize()
+        return images
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         gpu = self._device.type == "cuda"
+        gpu_index = torch.cuda.current_device() if gpu and self._device.index is None else self._device.index
         pipeline = Pipeline(
             batch_size=self._max_batch,
             num_threads=self._config.num_threads,
-            device_id=self._device.index if gpu else None,
+            device_id=gpu_index if gpu else None,
             prefetch_queue_depth=1,
             exec_dynamic=True,
         )

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 import fastjepa.data.loader as loader_module
-import fastjepa.masks
 from fastjepa.config import Config
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, choose_decoder, load_images, open_dataset
 from fastjepa.data.dali import dali_problem
-from fastjepa.data.images import BadImages, Decoder
-from fastjepa.data.order import central_boxes
+from fastjepa.data.images import BadImages, Decoder, read_size
+from fastjepa.data.order import central_boxes, crop_boxes, epoch_order
+from fastjepa.masks import sample_masks
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]
@@ -91,6 +91,27 @@ def test_an_epoch_holds_each_image_once(image_folder: ImageFolder, make_config: 
     for batches in (epochs[:3], epochs[3:]):
         assert len(set(np.concatenate([batch.sample_ids for batch in batches]))) == 36
     assert [b.sample_ids.tolist() for b in epochs[:3]] != [b.sample_ids.tolist() for b in epochs[3:]]
+
+
+def test_a_batch_is_what_the_pure_functions_of_seed_step_and_index_say(
+    image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
+) -> None:
+    config = make_config(loader=loader_name)
+    dataset = dataset_of(image_folder(29))  # 2 steps of 12 in an epoch
+    decoder = choose_decoder(config.data, CPU, BATCH)
+    with make_loader(dataset, config, stop=5) as loader:
+        for step, batch in enumerate(loader):
+            epoch, first = step // 2, step % 2 * BATCH
+            indices = epoch_order(config.seed, epoch, 29)[first : first + BATCH]
+            np.testing.assert_array_equal(batch.sample_ids, indices)
+            paths = [dataset.path(index) for index in indices]
+            sizes = np.array([read_size(path, 10**8) for path in paths], np.int32)
+            boxes = crop_boxes(config.data, seed=config.seed, epoch=epoch, indices=indices, sizes=sizes)
+            assert torch.equal(batch.images, decoder.decode(paths, boxes))
+            positions = torch.arange(step * BATCH, (step + 1) * BATCH)
+            masks = sample_masks(config.masks, 4, 4, seed=config.seed, step=step, sample_indices=positions)
+            assert torch.equal(batch.masks.predictor_rows, masks.predictor_rows)
+            assert torch.equal(batch.masks.target_indices, masks.target_indices)
 
 
 @pytest.mark.parametrize(("world", "micro", "accum"), [(1, 4, 3), (2, 6, 1), (3, 2, 2)])
@@ -276,11 +297,10 @@ def test_no_more_batches_are_prepared_than_asked_for(
     image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared: list[int] = []
-    sample = fastjepa.masks.sample_masks
 
     def count(*args: object, step: int, **kwargs: object) -> object:
         prepared.append(step)
-        return sample(*args, step=step, **kwargs)  # type: ignore[arg-type]
+        return sample_masks(*args, step=step, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loader_module, "sample_masks", count)
     loader = make_loader(dataset_of(image_folder(12)), make_config(loader="pillow", prefetch=3), stop=100)
