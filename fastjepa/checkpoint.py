@@ -4,8 +4,8 @@
     checkpoints/step_00001000/rank_00000.safetensors   that rank's share of weights, moments and EMA, fp32
     checkpoints/latest                                 the name of the newest complete checkpoint
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed: it is there as a whole or not at all. Only JSON and
-safetensors are read, so a checkpoint from a stranger cannot run code.
+A checkpoint is written into a hidden folder, flushed to disk and renamed: it is there as a whole or not at all. Only JSON
+and safetensors are read, so a checkpoint from a stranger cannot run code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,11 +129,19 @@ def _commit(temporary: Path, final: Path, engine: Engine, state: RunState, shard
         "shards": shards,
     }
     _write_text(temporary / INDEX, json.dumps(index))
+    replaced = _set_aside(final)
     if final.exists():  # the same step saved again, after a resume from before it
-        shutil.rmtree(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     temporary.rename(final)
     _fsync(final.parent)
     _write_text(final.parent / LATEST, final.name)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
 
 
 def _raise_together(error: str | None, final: Path, temporary: Path) -> None:
@@ -145,40 +154,47 @@ def _raise_together(error: str | None, final: Path, temporary: Path) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None if there is none."""
+    """The newest complete checkpoint below `folder`, or None if there is none.
+
+    Raises:
+        CheckpointError: the file that names it cannot be read.
+    """
     try:
         name = (folder / LATEST).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return folder / name
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / LATEST} cannot be read: {error}") from error
+    newest, replaced = folder / name, _set_aside(folder / name)
+    return replaced if replaced.exists() and not newest.exists() else newest
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
-    """The index of a checkpoint, checked: known format, every shard there in full.
+    """The index of a checkpoint, checked: known format, every entry of its type, every shard there in full.
 
     Raises:
         CheckpointError: otherwise; the message says what is wrong with which file.
     """
     if checkpoint.is_file():
         raise CheckpointError(
-            f"{checkpoint} is a file: expected a checkpoint folder with {INDEX}. Pickled checkpoints (.pt, .pth, .pth.tar) are "
-            "not read here, since loading one can run code"
+            f"{checkpoint} is a file: expected a checkpoint folder with {INDEX}. Pickled checkpoints (.pt, .pth, .pth.tar) "
+            "are not read here, since loading one can run code"
         )
     path = checkpoint / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {INDEX} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise CheckpointError(f"{path}: format {found!r}, but this version of fastjepa reads format {FORMAT}")
-    missing = {"step", "updates", "config", "dataset", "parameters", "shards"} - index.keys()
-    if missing:
-        raise CheckpointError(f"{path} is damaged: it lacks {sorted(missing)}")
+    wrong = [key for key, is_valid in _ENTRIES.items() if not is_valid(index.get(key))]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: missing or not as fastjepa writes them: {wrong}")
     for shard in index["shards"]:
-        file = checkpoint / Path(shard["file"]).name
+        file = checkpoint / shard["file"]
         size = file.stat().st_size if file.is_file() else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
@@ -186,38 +202,84 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     return index
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(s, list) and all(map(_is_count, s)) for s in value.values())
+
+
+def _are_shards(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_shard, value))
+
+
+def _is_shard(value: Any) -> bool:
+    match value:
+        case {"file": str(file), "bytes": size, "pieces": list(pieces)}:
+            # A bare name: a checkpoint must not have files elsewhere read.
+            return Path(file).name == file and _is_count(size) and all(_is_piece(piece, size) for piece in pieces)
+    return False
+
+
+def _is_piece(value: Any, size: int) -> bool:
+    match value:
+        case [number, str(), start, numel, offset] if all(map(_is_count, (number, start, numel, offset))):
+            return 4 * (offset + numel) <= size
+    return False
+
+
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "updates": _is_count,
+    "config": lambda value: isinstance(value, dict),
+    "dataset": lambda value: isinstance(value, dict),
+    "parameters": _are_shapes,
+    "shards": _are_shards,
+}
+
+
 class _Reader:
-    """Any range of any parameter's state, from whichever shards hold it."""
+    """Any range of any parameter's state, from whichever shards hold it.
+
+    Raises:
+        CheckpointError: the shards do not hold every element of every parameter exactly once.
+    """
 
     def __init__(self, checkpoint: Path, index: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
         self._where: dict[str, list[tuple[int, int, str, int, int]]] = {}  # name -> start, numel, file, tensor, offset
         for shard in index["shards"]:
             for number, name, start, numel, offset in shard["pieces"]:
-                self._where.setdefault(name, []).append((start, numel, Path(shard["file"]).name, number, offset))
+                self._where.setdefault(name, []).append((start, numel, shard["file"], number, offset))
+        for name, shape in index["parameters"].items():
+            end = 0
+            for start, numel, *_ in sorted(self._where.get(name, [])):
+                end = end + numel if start == end else -1
+            if end != math.prod(shape):
+                raise CheckpointError(f"{checkpoint} is damaged: its shards do not hold {name} {shape} exactly once")
         self._files: dict[str, Any] = {}
 
     def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
         """Fill the 1-D `out` with elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq)."""
-        filled = 0
         for piece_start, numel, file, number, offset in self._where.get(name, []):
             low, high = max(start, piece_start), min(start + out.numel(), piece_start + numel)
             if low < high:
                 first = offset + low - piece_start
-                stored = self._open(file, f"{number}.{kind}")[first : first + high - low]
+                stored = self._stored(file, f"{number}.{kind}", first, first + high - low)
                 out[low - start : high - start].copy_(stored)
-                filled += high - low
-        if filled != out.numel():
-            raise CheckpointError(f"{self._checkpoint}: {name}.{kind}: {filled} of {out.numel()} elements found: it is damaged")
 
-    def _open(self, file: str, key: str) -> Any:
+    def _stored(self, file: str, key: str, first: int, last: int) -> Tensor:
         path = self._checkpoint / file
         try:
             if file not in self._files:
                 self._files[file] = safetensors.safe_open(path, framework="pt")
-            return self._files[file].get_slice(key)
+            stored: Tensor = self._files[file].get_slice(key)[first:last]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        if stored.shape != (last - first,):
+            raise CheckpointError(f"{path} is damaged: {key} has no elements {first} to {last - 1}")
+        return stored
 
 
 @torch.no_grad()
@@ -244,8 +306,8 @@ def _check_same_model(checkpoint: Path, saved: dict[str, list[int]], wanted: dic
         theirs, ours = saved.get(name), wanted.get(name)
         if theirs is None or ours is None or list(theirs) != list(ours):
             raise CheckpointError(
-                f"{checkpoint} is of another model: {name} is {theirs or 'absent'} there and {ours or 'absent'} in this run. "
-                "Use the configuration that it was trained with (config.yaml of its run), or another output_dir"
+                f"{checkpoint} is of another model: {name} is {theirs or 'absent'} there and {ours or 'absent'} in this "
+                "run. Use the configuration that it was trained with (config.yaml of its run), or another output_dir"
             )
 
 
@@ -266,4 +328,3 @@ def load_weights(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{checkpoint} has no {prefix}")
     return weights
-

@@ -7,12 +7,16 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from fastjepa.errors import RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +65,36 @@ class MetricsFile:
     """metrics.jsonl: one JSON object per line, flushed as it is written.
 
     A run that resumes at step `first_step` drops the lines of later steps, which it is about to write again.
+
+    Raises:
+        RunFolderError: the file cannot be written (disk full, no permission).
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with self._writing():
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._path}: cannot be written ({error.strerror}). Checkpoints are intact"
+            ) from error
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastjepa.errors import RunFolderError
@@ -17,16 +19,30 @@ class RunFolder:
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 
-    def create(self, config_text: str) -> None:
-        """Make the folder and write the resolved configuration into it.
+    def create(self) -> None:
+        """Make the folder.
 
         Raises:
-            RunFolderError: the folder cannot be made or written to.
+            RunFolderError: it cannot be made.
         """
-        try:
+        with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(config_text, encoding="utf-8")
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, once it is known to fit the run that the folder holds.
+
+        Raises:
+            RunFolderError: the folder cannot be written to.
+        """
+        with self._writing():
+            self.config.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RunFolderError(
-                f"output_dir = {self.path}: cannot write there ({error.strerror}: {error.filename}); choose another output_dir"
+                f"output_dir = {self.path}: cannot write there ({error.strerror}: {error.filename}); "
+                "choose another output_dir"
             ) from error

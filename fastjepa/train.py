@@ -68,7 +68,7 @@ def train(config: Config, ds_config: str | None) -> None:
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
     if first:
-        folder.create(dump_config(config))
+        folder.create()
         dataset = open_dataset(config.data.source, "train")  # the first rank unpacks the embedded data set for all
     distributed.barrier()
     if not first:
@@ -80,7 +80,10 @@ def train(config: Config, ds_config: str | None) -> None:
         logger.info("%s: %d images, %.1f M trained parameters, %d ranks", config.output_dir, len(dataset), trained, distributed.world_size())
         logger.info("per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro)
     engine = build_engine(model, config, sizes, device, ds_config)
-    Trainer(config, dataset, engine, sizes, folder).run()
+    trainer = Trainer(config, dataset, engine, sizes, folder)
+    if first:
+        folder.write_config(dump_config(config))  # now: a run that is refused leaves the earlier run's file alone
+    trainer.run()
     if first and config.evaluate:
         evaluate_run(folder, device)
     distributed.barrier()
