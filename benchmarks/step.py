@@ -38,7 +38,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         precision=args.precision,
     )
     engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), device, None)
-    images = torch.randn(args.batch_size, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(device)
+    images = torch.randn(args.batch_size, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     indices = torch.arange(args.batch_size)
     masks = [
         sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices).to(device)
@@ -82,7 +84,9 @@ def main() -> None:
     if args.child:
         print(json.dumps(measure(args)))
         return
-    print(f"batch {args.batch_size}, {args.image_size} x {args.image_size}, {args.mask_mode} masks, {args.threads} threads")
+    print(
+        f"batch {args.batch_size}, {args.image_size} x {args.image_size}, {args.mask_mode} masks, {args.threads} threads"
+    )
     print(f"{'model':<12}{'step ms':>10}{'p20-p80':>16}{'images/s':>10}{'memory GiB':>12}{'context':>9}{'targets':>9}")
     rows = []
     for model in args.models:

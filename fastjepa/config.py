@@ -15,6 +15,7 @@ from fastjepa.errors import ConfigError
 
 Pair = tuple[float, float]
 
+
 class ModelSize(NamedTuple):
     embed_dim: int
     depth: int
@@ -41,7 +42,9 @@ def _require(ok: bool, key: str, value: object, expected: str) -> None:
 
 def _require_range(key: str, value: Pair, low: float, high: float) -> None:
     ok = low < value[0] <= value[1] <= high
-    _require(ok, key, list(value), f"[min, max] with {low:g} < min <= max" + (f" <= {high:g}" if high < math.inf else ""))
+    _require(
+        ok, key, list(value), f"[min, max] with {low:g} < min <= max" + (f" <= {high:g}" if high < math.inf else "")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,12 @@ class DataConfig:
         _require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
         _require(self.in_channels > 0, "data.in_channels", self.in_channels, "a positive number")
         for key, values in (("mean", self.mean), ("std", self.std)):
-            _require(len(values) == self.in_channels, f"data.{key}", list(values), f"{self.in_channels} values (data.in_channels)")
+            _require(
+                len(values) == self.in_channels,
+                f"data.{key}",
+                list(values),
+                f"{self.in_channels} values (data.in_channels)",
+            )
         _require(min(self.std) > 0, "data.std", list(self.std), "positive values")
         if self.crop_scale is not None:
             _require_range("data.crop_scale", self.crop_scale, 0, 1)
@@ -110,8 +118,12 @@ class ModelConfig:
             _require(value > 0, f"model.{key}", value, "a positive number")
         for key, width in (("embed_dim", self.size.embed_dim), ("predictor_embed_dim", self.predictor_embed_dim)):
             heads = self.size.num_heads
-            _require(width > 0 and width % heads == 0, f"model.{key}", width, f"a multiple of model.num_heads = {heads}")
-            _require(width % 4 == 0, f"model.{key}", width, "a multiple of 4 (the 2-D sin-cos position table has 4 parts)")
+            _require(
+                width > 0 and width % heads == 0, f"model.{key}", width, f"a multiple of model.num_heads = {heads}"
+            )
+            _require(
+                width % 4 == 0, f"model.{key}", width, "a multiple of 4 (the 2-D sin-cos position table has 4 parts)"
+            )
 
     @property
     def size(self) -> ModelSize:
@@ -208,7 +220,9 @@ class OptimConfig:
             _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
         _require(0 <= min(self.betas) <= max(self.betas) < 1, "optim.betas", list(self.betas), "two values in [0, 1)")
         _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
-        _require(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "a positive number or null")
+        _require(
+            self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "a positive number or null"
+        )
         m0, m1 = self.ema_momentum
         _require(0 <= m0 <= m1 <= 1, "optim.ema_momentum", [m0, m1], "[start, end] with 0 <= start <= end <= 1")
         _require(self.schedule_scale >= 1, "optim.schedule_scale", self.schedule_scale, "1 or more")

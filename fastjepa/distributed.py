@@ -29,12 +29,18 @@ def init() -> torch.device:
     given = [name for name in needed if name in os.environ]
     if "RANK" in given and len(given) < len(needed):
         missing = ", ".join(name for name in needed if name not in given)
-        raise ConfigError(f"RANK is set but {missing} not: start with deepspeed or torchrun, or unset RANK for a single process")
+        raise ConfigError(
+            f"RANK is set but {missing} not: start with deepspeed or torchrun, or unset RANK for a single process"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    local_world = int(
+        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    )
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"LOCAL_RANK = {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start fewer ranks")
+            raise ConfigError(
+                f"LOCAL_RANK = {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start fewer ranks"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:

@@ -48,12 +48,14 @@ REFUSED = {
 }
 
 
-def read_ds_config(path: str | Path, config: Config, sizes: BatchSizes, world_size: int, *, bf16: bool) -> dict[str, Any]:
+def read_ds_config(
+    path: str | Path, config: Config, sizes: BatchSizes, world_size: int, *, bf16: bool
+) -> dict[str, Any]:
     """Read a DeepSpeed JSON and fill in every "auto" from the run's configuration.
 
     Raises:
-        ConfigError: the file is missing or not a JSON object, holds a key that DeepSpeed would ignore or that breaks the EMA,
-            or contradicts the run's configuration. The message names file, key and both values.
+        ConfigError: the file is missing or not a JSON object, holds a key that DeepSpeed would ignore or that breaks the
+            EMA, or contradicts the run's configuration. The message names file, key and both values.
     """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,7 +73,9 @@ def read_ds_config(path: str | Path, config: Config, sizes: BatchSizes, world_si
             raise ConfigError(f"{path}: {key} is not supported: {reason}. Remove the key")
     unknown = sorted(settings.keys() - KNOWN - REFUSED.keys())
     if unknown:
-        raise ConfigError(f"{path}: unknown keys {unknown}, which DeepSpeed would silently ignore. Known: {sorted(KNOWN)}")
+        raise ConfigError(
+            f"{path}: unknown keys {unknown}, which DeepSpeed would silently ignore. Known: {sorted(KNOWN)}"
+        )
 
     stage = settings["zero_optimization"].setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -84,7 +88,10 @@ def read_ds_config(path: str | Path, config: Config, sizes: BatchSizes, world_si
         "gradient_accumulation_steps": (sizes.accum, f"global_batch_size / (micro_batch_size * {world_size} ranks)"),
         "gradient_clipping": (config.optim.clip_grad or 0.0, "optim.clip_grad"),
         # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast over fp32 weights serves there.
-        "bf16.enabled": (bf16 and stage > 0, "precision" if stage else "precision (at stage 0: autocast over fp32 weights)"),
+        "bf16.enabled": (
+            bf16 and stage > 0,
+            "precision" if stage else "precision (at stage 0: autocast over fp32 weights)",
+        ),
         "zero_allow_untested_optimizer": (True, "the optimizer that fastjepa brings, which needs it"),
     }
     for key, (value, source) in ours.items():

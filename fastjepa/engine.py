@@ -1,4 +1,4 @@
-"""Where the step is carried out: plain PyTorch, or DeepSpeed ZeRO behind the same interface. The only file that knows DeepSpeed.
+"""Where the step is carried out: plain PyTorch, or DeepSpeed ZeRO (which no other file knows) behind the same interface.
 
 Both hold the model, the optimizer and this rank's part of the fp32 state (weights, moments, EMA), and say where each
 parameter's elements lie in it (`pieces`), so that a checkpoint is written and read alike, whoever trained.
@@ -176,7 +176,7 @@ class DeepSpeedEngine(Engine):
         exact = {name: p.detach().clone() for p, name in self._names.items()}
         self.model, self.device = model, device
         self.optimizer = AdamWEMA(groups, config.optim)
-        self._engine = _initialize(model, self.optimizer, settings)
+        self._engine = _initialize(model, self.optimizer, settings, ds_config)
         self.optimizer.bind(self._state_tensors())
         # DeepSpeed clones the fp32 state from weights that it has already rounded to bf16.
         for piece in self.pieces():
@@ -229,7 +229,9 @@ class DeepSpeedEngine(Engine):
                     # Every rank holds the same share of each parameter, one behind the other; the last may be padded.
                     share = param.ds_tensor.numel()
                     start = rank * share
-                    pieces.append(Piece(self._names[param], start, min(share, param.ds_numel - start), tensors[0], offset))
+                    pieces.append(
+                        Piece(self._names[param], start, min(share, param.ds_numel - start), tensors[0], offset)
+                    )
                     offset += share
                 else:
                     # The group is one flat buffer of which each rank holds an equal share: cut the parameter to ours.
@@ -258,20 +260,26 @@ class DeepSpeedEngine(Engine):
             zero.checkpoint_event_epilogue()  # and gathers them again
 
 
-def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any]) -> Any:
+def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], path: str | Path) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where a single process runs without a launcher
     import deepspeed
     import deepspeed.ops
+    from pydantic import ValidationError
 
     if not torch.cuda.is_available():
-        # Else the first run compiles an extension for a minute without a word, and hangs on its lock if that was interrupted.
+        # Else the first run compiles an extension for a minute without a word, and hangs on its lock if interrupted.
         compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
         if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     distributed.init_single_process_group()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {error.title}: {problems}") from error
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011) behind the sample order, the crops and the masks.
+"""Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011) behind sample order, crops and masks.
 
 A counter-based generator has no state: the numbers are a pure function of (seed, domain, index, ...), so any rank on
 any device computes exactly the same ones, in any order, and a resumed run needs nothing but the step number.
@@ -17,7 +17,7 @@ import torch
 
 Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
 
-# The second counter word's upper bits name what the numbers are for, so that no two uses ever share a stream.
+# One counter word names what the numbers are for, so that no two uses ever share a stream.
 DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET = range(1, 6)
 
 _MASK32 = 0xFFFFFFFF

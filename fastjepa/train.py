@@ -1,4 +1,4 @@
-"""Train I-JEPA:  deepspeed fastjepa/train.py --ds_config configs/zero2.json [--config configs/RUN.yaml] [section.key=value ...]
+"""deepspeed fastjepa/train.py --ds_config configs/zero2.json [--config configs/RUN.yaml] [section.key=value ...]
 
 Without --ds_config the run uses plain PyTorch, alone or under torchrun.
 """
@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: its threads otherwise spin while they wait, and where they share their cores with the threads that
-# decode images, or with another job, a step takes ten times as long.
+# Before torch is imported: its threads otherwise spin while they wait, and where they share their cores with the
+# threads that decode images, or with another job, a step takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A script's own folder comes first on sys.path; there, our modules would stand before others of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -32,12 +32,16 @@ DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default.y
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastjepa/train.py", description="Pretrain I-JEPA.")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's"
+    )
     parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
     parser.add_argument("--ds_config", help="DeepSpeed JSON, such as configs/zero2.json; without it: plain PyTorch")
     parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it; LOCAL_RANK says the same
     return parser.parse_intermixed_args(argv)
 
 
@@ -77,8 +81,16 @@ def train(config: Config, ds_config: str | None) -> None:
     model = build_model(config)
     if first:
         trained = sum(p.numel() for p in model.trained_parameters()) / 1e6
-        logger.info("%s: %d images, %.1f M trained parameters, %d ranks", config.output_dir, len(dataset), trained, distributed.world_size())
-        logger.info("per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro)
+        logger.info(
+            "%s: %d images, %.1f M trained parameters, %d ranks",
+            config.output_dir,
+            len(dataset),
+            trained,
+            distributed.world_size(),
+        )
+        logger.info(
+            "per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro
+        )
     engine = build_engine(model, config, sizes, device, ds_config)
     trainer = Trainer(config, dataset, engine, sizes, folder)
     if first:

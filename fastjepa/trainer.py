@@ -14,9 +14,9 @@ from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.config import Config
-from fastjepa.data import Batch, ImageDataset, Loader
+from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError, ConfigError, TrainingError
+from fastjepa.errors import CheckpointError, TrainingError
 from fastjepa.metrics import Meter, MetricsFile, Progress
 from fastjepa.optim import Schedule, set_schedule
 from fastjepa.run_folder import RunFolder
@@ -32,14 +32,12 @@ class Trainer:
         CheckpointError: the checkpoint to resume from is damaged, of another model, or forbidden (resume: never).
     """
 
-    def __init__(self, config: Config, dataset: ImageDataset, engine: Engine, sizes: BatchSizes, folder: RunFolder) -> None:
+    def __init__(
+        self, config: Config, dataset: ImageDataset, engine: Engine, sizes: BatchSizes, folder: RunFolder
+    ) -> None:
         self.config, self.dataset, self.engine, self.sizes, self.folder = config, dataset, engine, sizes, folder
         self.is_first_rank = distributed.rank() == 0
-        self.steps_per_epoch = len(dataset) // config.global_batch_size
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"global_batch_size = {config.global_batch_size}: expected at most {len(dataset)}, the number of training images"
-            )
+        self.steps_per_epoch = steps_per_epoch(len(dataset), config.global_batch_size)
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self.start_step = self._resume()
@@ -111,7 +109,7 @@ class Trainer:
         return batch
 
     def _line(self, done: int, values: dict[str, float], meter: Meter, loader: Loader) -> dict[str, Any]:
-        """One line of metrics: the means since the last one. Reads the loss back, so it is called when a line is due only."""
+        """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
         loss = distributed.mean(meter.loss_sum) / meter.micro_batches
         if not math.isfinite(loss):
             newest = checkpoint.latest(self.folder.checkpoints)
@@ -141,7 +139,9 @@ class Trainer:
         resume = self.config.resume
         newest = checkpoint.latest(self.folder.checkpoints)
         if resume == "never" and newest is not None:
-            raise CheckpointError(f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto")
+            raise CheckpointError(
+                f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto"
+            )
         source = newest if resume in ("auto", "never") else _checkpoint_in(resume)
         if source is None:
             return 0
@@ -167,7 +167,15 @@ def _checkpoint_in(path: str) -> Path:
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Settings that changed, but for those that cannot change what is learnt."""
-    harmless = {"resume", "output_dir", "log_interval", "checkpoint_interval", "evaluate", "data.num_threads", "data.prefetch"}
+    harmless = {
+        "resume",
+        "output_dir",
+        "log_interval",
+        "checkpoint_interval",
+        "evaluate",
+        "data.num_threads",
+        "data.prefetch",
+    }
     changes = []
     for key, value in new.items():
         name, before = prefix + key, old.get(key)

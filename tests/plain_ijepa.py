@@ -15,7 +15,7 @@ Weights = dict[str, Tensor]
 
 
 def attention(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
-    tokens, width = x.shape
+    width = x.shape[1]
     qkv = x @ w[f"{prefix}.qkv.weight"].T + w[f"{prefix}.qkv.bias"]
     out = []
     for head in range(heads):

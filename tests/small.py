@@ -20,11 +20,15 @@ def small_config(*, image_size: int | tuple[int, int] = (24, 32), in_channels: i
         image_size=image_size, in_channels=in_channels, mean=(0.5,) * in_channels, std=(0.25,) * in_channels
     )
     masks = MaskConfig(min_keep=2)
-    config = Config(data=data, model=model, masks=masks, global_batch_size=4, epochs=1, optim=OptimConfig(warmup_epochs=0))
+    config = Config(
+        data=data, model=model, masks=masks, global_batch_size=4, epochs=1, optim=OptimConfig(warmup_epochs=0)
+    )
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
-def small_batch(config: Config, batch_size: int = 3, *, step: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, MaskBatch]:
+def small_batch(
+    config: Config, batch_size: int = 3, *, step: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, MaskBatch]:
     generator = torch.Generator().manual_seed(step)
     height, width = config.data.image_hw
     images = torch.randn(batch_size, config.data.in_channels, height, width, generator=generator, dtype=dtype)

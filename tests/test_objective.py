@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-import plain_ijepa
 import pytest
 import torch
-from small import small_batch, small_config
 from torch import Tensor
 
 from fastjepa.config import Config, MaskConfig, ObjectiveConfig, Savings
 from fastjepa.masks import MaskBatch
 from fastjepa.objective import IJEPA, build_model
+from tests import plain_ijepa
+from tests.small import small_batch, small_config
 
 SAVINGS = ["gather_before_embed", "target_last_block", "predictor_last_block", "predictor_first_block"]
 
@@ -78,7 +78,9 @@ def test_a_saving_changes_neither_outputs_nor_gradients(saving: str, strategy: s
         patches = model.patches(images)
         predictions = model.predictor(model.context(patches, masks), masks)
         loss = model.loss(predictions, model.targets(patches, masks))
-        results.append((predictions, model.targets(patches, masks), loss, torch.autograd.grad(loss, model.trained_parameters())))
+        results.append(
+            (predictions, model.targets(patches, masks), loss, torch.autograd.grad(loss, model.trained_parameters()))
+        )
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import socket
 import subprocess
@@ -13,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from small import small_batch, small_config
 from torch import Tensor
 
 from fastjepa.batch_sizes import BatchSizes
@@ -21,6 +18,7 @@ from fastjepa.config import Config, OptimConfig
 from fastjepa.engine import Engine, build_engine
 from fastjepa.objective import build_model
 from fastjepa.optim import Schedule, set_schedule
+from tests.small import small_batch, small_config
 
 STEPS = 50
 CPU = torch.device("cpu")
@@ -41,7 +39,9 @@ def plain_trajectory(config: Config, steps: int = STEPS) -> dict[str, Tensor]:
     model.target_encoder.requires_grad_(False)
     decayed = [p for p in model.trained_parameters() if p.ndim > 1]
     others = [p for p in model.trained_parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others}], betas=config.optim.betas, eps=config.optim.eps)
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others}], betas=config.optim.betas, eps=config.optim.eps
+    )
     for step in range(steps):
         values = schedule(config).at(step)
         for group, decay in zip(optimizer.param_groups, (values["weight_decay"], 0.0), strict=True):
@@ -53,12 +53,16 @@ def plain_trajectory(config: Config, steps: int = STEPS) -> dict[str, Tensor]:
         optimizer.zero_grad()
         momentum = values["ema_momentum"]
         with torch.no_grad():
-            for average, weight in zip(model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True):
+            for average, weight in zip(
+                model.target_encoder.parameters(), model.context_encoder.parameters(), strict=True
+            ):
                 average.copy_(momentum * average + (1 - momentum) * weight)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def engine_steps(engine: Engine, config: Config, sizes: BatchSizes, rank: int, world: int, first: int, last: int) -> None:
+def engine_steps(
+    engine: Engine, config: Config, sizes: BatchSizes, rank: int, world: int, first: int, last: int
+) -> None:
     """The same batches, shared out over micro batches and ranks."""
     for step in range(first, last):
         set_schedule(engine.param_groups, schedule(config).at(step))
@@ -87,8 +91,8 @@ def full_state(engine: Engine, kind: str = "weight") -> dict[str, Tensor]:
 
 
 def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor], relative: float) -> None:
-    """By norm of each parameter, without the bias of the keys: it adds the same to all scores of a query, so its gradient is 0
-    but for rounding, which Adam scales up to full steps."""
+    """By norm of each parameter, without the bias of the keys: it adds the same to all scores of a query, so its gradient
+    is 0 but for rounding, which Adam scales up to full steps."""
     assert mine.keys() == expected.keys()
     for name, weight in expected.items():
         theirs = mine[name]
@@ -113,7 +117,9 @@ def test_weights_and_their_average_move_apart() -> None:
     start = {name: p.detach().clone() for name, p in build_model(config).named_parameters()}
     end = plain_trajectory(config)
     name = "blocks.0.attn.qkv.weight"
-    moved = {part: (end[f"{part}.{name}"] - start[f"{part}.{name}"]).norm() for part in ("context_encoder", "target_encoder")}
+    moved = {
+        part: (end[f"{part}.{name}"] - start[f"{part}.{name}"]).norm() for part in ("context_encoder", "target_encoder")
+    }
     assert moved["context_encoder"] > 1.2 * moved["target_encoder"] > 0.01
 
 
@@ -124,16 +130,24 @@ def _free_port() -> int:
 
 
 def launch(script: str, world: int, *args: str) -> None:
-    """Run a file of this folder as `world` processes, as a launcher would; fails if one of them does."""
+    """Run a module of this folder as `world` processes, as a launcher would; fails if one of them does."""
     port = str(_free_port())
     processes = []
     for rank in range(world):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "OMP_NUM_THREADS": "1",
+        }
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world)}
-        here = Path(__file__).parent
-        env["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), str(here.parent / "kernels")])
-        command = [sys.executable, str(here / script), *args]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        root = Path(__file__).parent.parent
+        env["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels")])
+        command = [sys.executable, "-m", f"tests.{script}", *args]
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     outputs = [process.communicate(timeout=500)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-4000:]
@@ -142,7 +156,7 @@ def launch(script: str, world: int, *args: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_zero_follows_the_reference(world: int, tmp_path: Path) -> None:
     """ZeRO 0, 1, 2, 3 and plain torch, all in one launch of `world` processes (start-up is what takes the time)."""
-    launch("worker_trajectory.py", world, str(tmp_path))
+    launch("worker_trajectory", world, str(tmp_path))
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert set(results) == {"torch", "zero0", "zero1", "zero2", "zero3", "zero2 clip accum"}
     plain = plain_trajectory(trajectory_config())

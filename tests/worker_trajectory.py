@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-from test_trajectory import STEPS, engine_steps, trajectory_config
 
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
+from tests.test_trajectory import STEPS, engine_steps, trajectory_config
 
 
 def main(folder: Path) -> None:

@@ -7,7 +7,8 @@ sees the same images on any number of ranks.
 from fastjepa.data.images import BadImage, BadImages
 from fastjepa.data.loader import Batch, Loader, choose_decoder, load_images
 from fastjepa.data.order import steps_per_epoch
-from fastjepa.data.sources import DataError, ImageDataset, open_dataset
+from fastjepa.data.sources import ImageDataset, open_dataset
+from fastjepa.errors import DataError
 
 __all__ = [
     "BadImage",

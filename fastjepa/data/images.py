@@ -14,6 +14,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastjepa.errors import DataError
+
 # Pillow's own limit on pixels warns, or raises, by a figure of its own. Ours is data.max_pixels.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -32,7 +34,7 @@ PILLOW_ERRORS = (
 )
 
 
-class BadImage(ValueError):
+class BadImage(DataError):
     """An image file that cannot be used, and why."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -42,7 +44,7 @@ class BadImage(ValueError):
         self.reason = reason
 
 
-class BadImages(ValueError):
+class BadImages(DataError):
     """Some images of a batch cannot be used."""
 
     def __init__(self, bad: Mapping[int, BadImage]) -> None:

@@ -25,7 +25,8 @@ from fastjepa.data.dali import DaliDecoder, dali_problem
 from fastjepa.data.images import BadImage, BadImages, Decoder, read_sizes
 from fastjepa.data.order import Boxes, Ints, batch_positions, central_boxes, crop_boxes, epoch_order
 from fastjepa.data.pillow import PillowDecoder
-from fastjepa.data.sources import DataError, ImageDataset
+from fastjepa.data.sources import ImageDataset
+from fastjepa.errors import ConfigError, DataError
 from fastjepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels.ragged import Ragged
 
@@ -240,10 +241,10 @@ def choose_decoder(config: DataConfig, device: torch.device, max_batch: int) -> 
     """The decoder that data.loader asks for; `auto` is DALI where it is installed, else Pillow.
 
     Raises:
-        ValueError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
+        ConfigError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
     """
     if config.in_channels not in (1, 3):
-        raise ValueError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
+        raise ConfigError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
     return DaliDecoder(config, device, max_batch) if _use_dali(config.loader) else PillowDecoder(config)
 
 
@@ -251,7 +252,7 @@ def choose_decoder(config: DataConfig, device: torch.device, max_batch: int) -> 
 def _use_dali(loader: str) -> bool:
     problem = None if loader == "pillow" else dali_problem()
     if loader == "dali" and problem:
-        raise ValueError(f"data.loader = dali: {problem}; install fastjepa[dali] (Linux), or use data.loader = pillow")
+        raise ConfigError(f"data.loader = dali: {problem}; install fastjepa[dali] (Linux), or use data.loader = pillow")
     use_dali = loader != "pillow" and problem is None
     reason = f"data.loader = {loader}" + (f": {problem}" if problem else "")
     _log.info("images are decoded by %s (%s)", "DALI" if use_dali else "Pillow", reason)

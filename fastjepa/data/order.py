@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastjepa.config import DataConfig
+from fastjepa.errors import ConfigError
 from fastjepa.philox import DOMAIN_CROP, DOMAIN_ORDER, philox4x32, uniform_int, unit_interval
 
 Ints = npt.NDArray[np.int64]
@@ -25,10 +26,10 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     """Full batches in an epoch; the images left over are not seen in that epoch (another few in each).
 
     Raises:
-        ValueError: there are fewer images than one batch needs.
+        ConfigError: there are fewer images than one batch needs.
     """
     if num_images < global_batch_size:
-        raise ValueError(
+        raise ConfigError(
             f"global_batch_size = {global_batch_size}: the data set has {num_images} images, expected at least one batch; "
             f"use a smaller batch or more images"
         )

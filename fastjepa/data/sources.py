@@ -14,14 +14,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fastjepa.errors import DataError
+
 # What both decoders read. (DALI reads neither GIF nor AVIF.)
 IMAGE_EXTENSIONS = frozenset(
     {".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-
-
-class DataError(ValueError):
-    """The data set cannot be used. The message names the folder, what was expected and what to do."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,13 +15,15 @@ from torch import Tensor
 from fastjepa import checkpoint
 from fastjepa.config import Config
 from fastjepa.config_file import load_config
-from fastjepa.data import ImageDataset, load_images, open_dataset
-from fastjepa.errors import CheckpointError
+from fastjepa.data import BadImages, ImageDataset, load_images, open_dataset
+from fastjepa.errors import CheckpointError, DataError
 from fastjepa.evaluate.probes import representation_health
 from fastjepa.evaluate.report import Report, Split, evaluate_features, format_report
 from fastjepa.models import VisionTransformer
 from fastjepa.objective import build_model
 from fastjepa.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
 # More images than these are thinned out evenly: exact k-NN over all of ImageNet takes hours on a CPU.
@@ -62,30 +65,22 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     test = open_dataset(config.data.source, "val")
     assert train is not None
     if train.labels is None or test is None or test.labels is None:
-        (features,) = _features(train, _thinned(len(train), MAX_IMAGES_FOR_HEALTH), config, device, [encoder])
+        _, (features,) = _features(train, MAX_IMAGES_FOR_HEALTH, config, device, [encoder])
         verdict = representation_health(features).verdict() or "no sign of collapse"
         print(f"no labelled train and val splits in {config.data.source}, so no probes; {verdict}", flush=True)
         return None
     random = build_model(config).target_encoder.to(device)
     kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, _pixels]
-    train_rows, test_rows = _thinned(len(train), MAX_TRAIN_IMAGES), _thinned(len(test), MAX_TEST_IMAGES)
-    learned_features, random_features, pixel_features = (
-        Split(*both)
-        for both in zip(
-            _features(train, train_rows, config, device, kinds),
-            _features(test, test_rows, config, device, kinds),
-            strict=True,
-        )
+    train_rows, train_features = _features(train, MAX_TRAIN_IMAGES, config, device, kinds)
+    test_rows, test_features = _features(test, MAX_TEST_IMAGES, config, device, kinds)
+    learned_split, random_split, pixel_split = (
+        Split(*both) for both in zip(train_features, test_features, strict=True)
     )
     labels = Split(torch.from_numpy(train.labels[train_rows]), torch.from_numpy(test.labels[test_rows]))
-    report = evaluate_features(learned_features, random_features, pixel_features, labels)
+    report = evaluate_features(learned_split, random_split, pixel_split, labels)
     folder.evaluation.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(format_report(report), flush=True)
     return report
-
-
-def _thinned(total: int, at_most: int) -> npt.NDArray[np.int64]:
-    return np.linspace(0, total - 1, min(total, at_most)).astype(np.int64)
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -97,15 +92,35 @@ def _pixels(images: Tensor) -> Tensor:
 @torch.no_grad()
 def _features(
     dataset: ImageDataset,
-    indices: npt.NDArray[np.int64],
+    at_most: int,
     config: Config,
     device: torch.device,
     encoders: Sequence[Callable[[Tensor], Tensor]],
-) -> list[Tensor]:
-    """Per encoder, its features of these images averaged over the patches: [n, D], fp32, on the CPU."""
+) -> tuple[npt.NDArray[np.int64], list[Tensor]]:
+    """Features averaged over the patches, of up to `at_most` images spread evenly over the data set.
+
+    Returns:
+        The images' indices, int64 [n] (bad ones are left out, with a warning), and per encoder [n, D], fp32, on the CPU.
+
+    Raises:
+        DataError: none of the images can be used.
+    """
+    wanted = np.linspace(0, len(dataset) - 1, min(len(dataset), at_most)).astype(np.int64)
+    kept: list[npt.NDArray[np.int64]] = []
     pooled: list[list[Tensor]] = [[] for _ in encoders]
-    for start in range(0, len(indices), BATCH_SIZE):
-        images = load_images(dataset, indices[start : start + BATCH_SIZE], config.data, device)
-        for encoder, batches in zip(encoders, pooled, strict=True):
-            batches.append(encoder(images).mean(1).float().cpu())
-    return [torch.cat(batches) for batches in pooled]
+    for start in range(0, len(wanted), BATCH_SIZE):
+        indices = wanted[start : start + BATCH_SIZE]
+        while len(indices):
+            try:
+                images = load_images(dataset, indices, config.data, device)
+            except BadImages as error:
+                logger.warning("left out of the evaluation: %s", error)
+                indices = np.delete(indices, list(error.bad))
+                continue
+            kept.append(indices)
+            for encoder, batches in zip(encoders, pooled, strict=True):
+                batches.append(encoder(images).mean(1).float().cpu())
+            break
+    if not kept:
+        raise DataError(f"{dataset.root}: none of its images can be used for the evaluation")
+    return np.concatenate(kept), [torch.cat(batches) for batches in pooled]

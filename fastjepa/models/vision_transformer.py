@@ -65,7 +65,9 @@ class VisionTransformer(nn.Module):
         """
         expected = (self.in_channels, self.grid_h * self.patch_size, self.grid_w * self.patch_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images have shape {tuple(images.shape)}, expected [B, C, H, W] with (C, H, W) = {expected}")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected [B, C, H, W] with (C, H, W) = {expected}"
+            )
         num_images, num_patches = images.shape[0], self.grid_h * self.grid_w
         tokens = self.patch_embed(patchify(images, self.patch_size)).unflatten(0, (num_images, num_patches))
         tokens = (tokens + self.pos_embed).flatten(0, 1)

@@ -19,13 +19,22 @@ CASES = {
 }
 
 
-def _inputs(case: str, dtype: torch.dtype, head_dim: int = 24) -> tuple[list[Tensor], Ragged, Ragged]:
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _inputs(case: str, dtype: torch.dtype, head_dim: int = 24) -> tuple[Inputs, Ragged, Ragged]:
     generator = torch.Generator().manual_seed(0)
     queries, keys = (Ragged.from_lengths(torch.tensor(n)) for n in zip(*CASES[case], strict=True))
     q = torch.randn(queries.total, 2, head_dim, generator=generator, dtype=dtype)
     # k and v as views into the output of a fused projection: strided, as the models pass them
     kv = torch.randn(keys.total, 2, 2, head_dim, generator=generator, dtype=dtype)
-    return [x.requires_grad_() for x in (q, *kv.unbind(1))], queries, keys
+    k, v = kv.unbind(1)
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), queries, keys
+
+
+def _double(inputs: Inputs) -> Inputs:
+    q, k, v = inputs
+    return q.double(), k.double(), v.double()
 
 
 @pytest.mark.parametrize("backend", [_attend_buckets, _attend_padded])
@@ -46,7 +55,7 @@ def test_values_and_gradients_equal_the_reference(case: str, backend: object) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> None:
     inputs, queries, keys = _inputs("ragged", dtype, head_dim=64)
-    exact = block_attention_reference(*[x.double() for x in inputs], queries, keys, 64**-0.5)
+    exact = block_attention_reference(*_double(inputs), queries, keys, 64**-0.5)
     plain = block_attention_reference(*inputs, queries, keys, 64**-0.5)
     error = (block_attention(*inputs, queries, keys).double() - exact).abs().max()
     assert error <= 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps
@@ -75,7 +84,8 @@ def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
     inputs, queries, keys = _inputs("ragged", torch.float32)
     assert callable(change)
     with pytest.raises(ValueError, match=message):
-        block_attention(*change(*inputs), queries, keys)
+        q, k, v = change(*inputs)
+        block_attention(q, k, v, queries, keys)
 
 
 @pytest.mark.gpu
@@ -83,12 +93,12 @@ def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gpu_backends_equal_the_reference(case: str, dtype: torch.dtype) -> None:
     inputs, queries, keys = _inputs(case, dtype, head_dim=64)
-    exact = block_attention_reference(*[x.double() for x in inputs], queries, keys, 64**-0.5)
+    exact = block_attention_reference(*_double(inputs), queries, keys, 64**-0.5)
     device = torch.device("cuda")
     torch.cuda.set_sync_debug_mode("error")  # a host-device synchronisation in the step is a defect
     try:
-        moved = [x.detach().to(device, non_blocking=True) for x in inputs]
-        out = block_attention(*moved, queries.to(device), keys.to(device))
+        q, k, v = (x.detach().to(device, non_blocking=True) for x in inputs)
+        out = block_attention(q, k, v, queries.to(device), keys.to(device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

@@ -16,6 +16,7 @@ def test_patches_are_in_raster_order(shape: tuple[int, ...]) -> None:
 def test_patch_rows_times_the_flat_weight_is_the_convolution() -> None:
     images = torch.randn(2, 3, 8, 12, dtype=torch.float64)
     conv = torch.nn.Conv2d(3, 5, 4, stride=4, dtype=torch.float64)
+    assert conv.bias is not None
     rows = patchify(images, 4) @ conv.weight.flatten(1).T + conv.bias
     torch.testing.assert_close(rows, conv(images).permute(0, 2, 3, 1).reshape(-1, 5), rtol=0, atol=1e-12)
 

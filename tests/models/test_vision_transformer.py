@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import small_config
 
 from fastjepa.config import MODEL_SIZES, Config, DataConfig, ModelConfig
 from fastjepa.errors import ConfigError
 from fastjepa.models import Predictor, VisionTransformer
-from fastjepa.models.layers import sincos_position_table
+from fastjepa.models.layers import Block, sincos_position_table
+from tests.small import small_config
 
 BLOCK = [
     f"{layer}.{kind}"
@@ -25,9 +25,7 @@ def test_parameter_names_are_those_of_the_official_checkpoints() -> None:
     encoder += [f"blocks.{i}.{name}" for i in range(3) for name in BLOCK]
     assert VisionTransformer(config).state_dict().keys() == set(encoder)
     predictor = ["mask_token", "predictor_pos_embed"]
-    predictor += [
-        f"predictor_{layer}.{kind}" for layer in ("embed", "norm", "proj") for kind in ("weight", "bias")
-    ]
+    predictor += [f"predictor_{layer}.{kind}" for layer in ("embed", "norm", "proj") for kind in ("weight", "bias")]
     predictor += [f"predictor_blocks.{i}.{name}" for i in range(2) for name in BLOCK]
     assert Predictor(config).state_dict().keys() == set(predictor)
 
@@ -35,7 +33,14 @@ def test_parameter_names_are_those_of_the_official_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("name", "millions"),
     # From the published architecture: 12 D^2 + 13 D per block at ratio 4, D (3 p^2 + 1) for the patches, 2 D for the norm.
-    [("vit_tiny", 5.5), ("vit_small", 21.6), ("vit_base", 85.8), ("vit_large", 303.3), ("vit_huge", 630.8), ("vit_giant", 1011.4)],
+    [
+        ("vit_tiny", 5.5),
+        ("vit_small", 21.6),
+        ("vit_base", 85.8),
+        ("vit_large", 303.3),
+        ("vit_huge", 630.8),
+        ("vit_giant", 1011.4),
+    ],
 )
 def test_encoder_sizes_are_the_published_ones(name: str, millions: float) -> None:
     patch_size = 14 if name in ("vit_huge", "vit_giant") else 16
@@ -60,7 +65,7 @@ def test_positions_follow_mae() -> None:
 
 
 def test_whole_images_equal_the_plain_encoder() -> None:
-    import plain_ijepa
+    from tests import plain_ijepa
 
     config = small_config()
     model = VisionTransformer(config).double()
@@ -90,9 +95,11 @@ def test_initialisation_has_the_stated_spread(init: str, qkv: float, proj_of_blo
     torch.manual_seed(0)
     model = VisionTransformer(config)
     block = model.blocks[2]
+    assert isinstance(block, Block)
     # A normal distribution cut at two standard deviations keeps 0.8796 of its spread.
-    for weight, std in ((block.attn.qkv.weight, qkv), (block.attn.proj.weight, proj_of_block_3)):  # type: ignore[union-attr]
-        assert weight.std().item() == pytest.approx(0.8796 * std, rel=0.04)  # type: ignore[operator,union-attr]
-        assert weight.abs().max() <= 2 * std + 1e-6  # type: ignore[operator,union-attr]
-    assert not model.patch_embed.proj.bias.any()
+    for weight, std in ((block.attn.qkv.weight, qkv), (block.attn.proj.weight, proj_of_block_3)):
+        assert weight.std().item() == pytest.approx(0.8796 * std, rel=0.04)
+        assert weight.abs().max() <= 2 * std + 1e-6
+    assert block.attn.qkv.bias is not None
+    assert not block.attn.qkv.bias.any()
     assert (model.norm.weight == 1).all()
