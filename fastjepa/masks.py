@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa.config import MaskConfig, Pair
+from fastjepa.errors import ConfigError
 from fastjepa.philox import (
     DOMAIN_BLOCK_POSITION,
     DOMAIN_BLOCK_SIZE,
@@ -132,7 +133,7 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
         grid_h, grid_w: rows and columns of patches.
 
     Raises:
-        ValueError: a target can be empty, or every context too small unless a target block is given up.
+        ConfigError: a target can be empty, or every context too small unless a target block is given up.
     """
     grid = _Grid.of(config, grid_h, grid_w)
     where = f"on a grid of {grid.size} patches with masks.mode = {config.mode}"
@@ -140,11 +141,11 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
     remedy = f"use smaller patches, larger images or another masks.{targets}"
     smallest_target, best_context, worst_case = _worst_case(config, grid)
     if smallest_target < 1:
-        raise ValueError(f"masks.{targets} = {getattr(config, targets)}: {where} a target can have no patch: {remedy}")
+        raise ConfigError(f"masks.{targets} = {getattr(config, targets)}: {where} a target can have no patch: {remedy}")
     needed = _min_context(config, grid)
     if best_context < needed:
         key = "context_budget" if needed > config.min_keep + 1 else "min_keep"
-        raise ValueError(
+        raise ConfigError(
             f"masks.{key} = {getattr(config, key)}: {where} a context needs {needed} tokens or more, but {worst_case}"
             f" leaves {best_context} at best: lower masks.{key}, or {remedy}"
         )

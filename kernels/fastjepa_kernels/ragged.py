@@ -63,9 +63,6 @@ class Ragged:
     def to(self, device: torch.device) -> Ragged:
         return Ragged(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, self.total)
 
-    def pin_memory(self) -> Ragged:
-        return Ragged(self.cu_seqlens.pin_memory(), self.max_seqlen, self.total)
-
 
 def concat_rows(first: Ragged, second: Ragged) -> tuple[Ragged, Tensor, Tensor]:
     """Concatenate two ragged batches sequence by sequence (module docstring: worked example).

@@ -1,0 +1,358 @@
+"""Checkpoints: exact, independent of engine and world size, whole or absent, and harmless whoever wrote them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa import checkpoint
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.checkpoint import RunState
+from fastjepa.config import ModelConfig
+from fastjepa.engine import Engine, build_engine
+from fastjepa.errors import CheckpointError
+from fastjepa.objective import build_model
+from tests.test_trajectory import CPU, engine_steps, full_state, launch, trajectory_config
+
+CONFIG = trajectory_config()
+SIZES = BatchSizes.share(CONFIG, world_size=1)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def torch_engine(**changes: Any) -> Engine:
+    config = trajectory_config(**changes)
+    return build_engine(build_model(config), config, SIZES, CPU, ds_config=None)
+
+
+def train(engine: Engine, first: int, last: int) -> Engine:
+    engine_steps(engine, CONFIG, SIZES, 0, 1, first, last)
+    return engine
+
+
+def state_of(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """fp32 weights and EMA, and both moments of those parameters that have them."""
+    state = {"weight": full_state(engine)}
+    for kind in KINDS[1:]:
+        moments = [(p, engine.optimizer.moments(p.tensor)) for p in engine.pieces()]
+        state[kind] = {p.name: p.view(m[kind]).clone() for p, m in moments if m}
+    return state
+
+
+def assert_identical(mine: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
+    for kind in KINDS:
+        assert mine[kind].keys() == expected[kind].keys() != set()
+        for name, tensor in expected[kind].items():
+            assert torch.equal(mine[kind][name].view(-1), tensor.view(-1)), f"{name}.{kind}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A checkpoint of step 6, the state there, and that of step 12."""
+    engine = train(torch_engine(), 0, 6)
+    path = checkpoint.save(tmp_path_factory.mktemp("run"), engine, RunState(6, {"key": [1, None]}, {"images": 7}))
+    at_6 = state_of(engine)
+    return path, at_6, state_of(train(engine, 6, 12))
+
+
+@pytest.fixture
+def saved(uninterrupted: tuple[Path, Any, Any], tmp_path: Path) -> Path:
+    """The checkpoint of step 6, a copy to be damaged."""
+    return Path(shutil.copytree(uninterrupted[0].parent, tmp_path / "run")) / uninterrupted[0].name
+
+
+@pytest.fixture(scope="module")
+def reader() -> Engine:
+    """For loads that fail: its state afterwards does not matter."""
+    return torch_engine()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What two processes wrote and read by ZeRO: their folder and results."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    launch("worker_checkpoint", 2, str(folder))
+    return folder, torch.load(folder / "results.pt", weights_only=True)
+
+
+def test_loading_gives_back_every_bit(uninterrupted: tuple[Path, Any, Any]) -> None:
+    path, at_6, _ = uninterrupted
+    engine = torch_engine()
+    assert checkpoint.load(path, engine) == RunState(6, {"key": [1, None]}, {"images": 7})
+    assert engine.optimizer.updates == 6
+    assert_identical(state_of(engine), at_6)
+    model = dict(engine.model.named_parameters())
+    assert all(torch.equal(model[name], weight) for name, weight in at_6["weight"].items())
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(uninterrupted: tuple[Path, Any, Any]) -> None:
+    path, _, at_12 = uninterrupted
+    engine = torch_engine(seed=1)
+    checkpoint.load(path, engine)
+    assert_identical(state_of(train(engine, 6, 12)), at_12)
+
+
+def test_parts_of_the_model_load_without_an_engine(uninterrupted: tuple[Path, Any, Any]) -> None:
+    path, at_6, _ = uninterrupted
+    for part in ("context_encoder", "target_encoder", "predictor"):
+        weights = checkpoint.load_weights(path, part)
+        assert {f"{part}.{name}" for name in weights} == {n for n in at_6["weight"] if n.startswith(part)}
+        assert all(torch.equal(weight, at_6["weight"][f"{part}.{name}"]) for name, weight in weights.items())
+    with pytest.raises(CheckpointError, match="has no decoder"):
+        checkpoint.load_weights(path, "decoder")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_plain_torch_reads_what_two_ranks_of_zero_wrote(stage: int, two_ranks: tuple[Path, Any]) -> None:
+    folder, results = two_ranks
+    path = checkpoint.latest(folder / f"zero{stage}")
+    assert path is not None
+    assert len(list(path.glob("*.safetensors"))) == 2
+    engine = torch_engine()
+    checkpoint.load(path, engine)
+    assert engine.optimizer.updates == 3
+    assert_identical(state_of(engine), results[f"zero{stage}"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_another_stage_reads_it_and_publishes_it_on_every_rank(stage: int, two_ranks: tuple[Path, Any]) -> None:
+    _, results = two_ranks
+    state, updates, published = results[f"zero{stage} read by zero1"]
+    assert_identical(state, results[f"zero{stage}"])
+    assert updates == 3
+    assert published == [True, True]
+
+
+def test_the_average_of_a_bf16_run_is_kept_in_fp32(two_ranks: tuple[Path, Any]) -> None:
+    _, results = two_ranks
+    assert len(results["average"]) == 2
+    assert max(results["average"]) < 1e-6
+
+
+def test_the_target_encoder_of_a_bf16_run_is_its_average_rounded(two_ranks: tuple[Path, Any]) -> None:
+    _, results = two_ranks
+    assert results["bf16 dtypes"] == ["torch.bfloat16"]
+    assert results["bf16 published"] == [True, True]
+
+
+def test_a_rank_that_cannot_write_stops_all_and_the_earlier_checkpoint_stays(two_ranks: tuple[Path, Any]) -> None:
+    folder, results = two_ranks
+    for message in results["full disk"]:
+        assert "rank 1: " in message
+        assert "File too large" in message
+        assert "rank 0: " not in message
+    assert {path.name for path in (folder / "zero2").iterdir()} == {"latest", "step_00000003"}
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    folder = saved.parent
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"step_00000007: rank 0: .*File too large.*Older checkpoints are intact"
+        ):
+            checkpoint.save(folder, reader, RunState(7, {}, {}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert checkpoint.latest(folder) == saved
+    assert checkpoint.load(saved, torch_engine()).step == 6
+    assert {path.name for path in folder.iterdir()} == {"latest", "step_00000006"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(CheckpointError, match=r"could not write checkpoint .*checkpoints/step_00000001"):
+        checkpoint.save(tmp_path / "checkpoints", reader, RunState(1, {}, {}))
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
+def test_a_read_only_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoint.save(tmp_path, reader, RunState(1, {}, {}))
+
+
+def test_saving_a_step_again_replaces_it(saved: Path, uninterrupted: tuple[Path, Any, Any]) -> None:
+    engine = torch_engine(seed=1)
+    assert checkpoint.save(saved.parent, engine, RunState(6, {}, {})) == saved
+    assert {path.name for path in saved.parent.iterdir()} == {"latest", "step_00000006"}
+    other = torch_engine()
+    checkpoint.load(saved, other)
+    assert_identical(state_of(other), state_of(engine))
+
+
+@pytest.mark.parametrize("step", [2, 1], ids=["the next step", "the same step again"])
+def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(step: int, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    command = [sys.executable, "-m", "tests.worker_killed_saves", str(tmp_path), str(step)]
+    worker = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert worker.returncode == 0, worker.stderr
+    outcomes = json.loads(worker.stdout)
+    loaded = [updates for _, updates in outcomes]
+    assert loaded == sorted(loaded), outcomes  # the old one up to some moment, the new one from there
+    assert set(loaded) == {1, 2}
+    assert any("rename" in event and updates == 1 for event, updates in outcomes)
+
+
+def test_there_is_no_latest_where_nothing_was_saved(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "absent") is None
+
+
+def test_a_latest_that_is_no_text_is_an_error(saved: Path) -> None:
+    (saved.parent / "latest").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="latest cannot be read"):
+        checkpoint.latest(saved.parent)
+
+
+def test_a_latest_of_a_deleted_checkpoint_is_an_error(saved: Path, reader: Engine) -> None:
+    shutil.rmtree(saved)
+    newest = checkpoint.latest(saved.parent)
+    assert newest == saved
+    with pytest.raises(CheckpointError, match=r"step_00000006 is not a complete checkpoint: index\.json is missing"):
+        checkpoint.load(newest, reader)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved: Path) -> None:
+    wider = torch_engine(
+        model=ModelConfig(patch_size=4, embed_dim=36, depth=3, num_heads=3, predictor_embed_dim=12, predictor_depth=2)
+    )
+    before = state_of(wider)
+    with pytest.raises(
+        CheckpointError, match=r"is of another model: .* is \[.*24.*\] there and \[.*36.*\] in this run"
+    ):
+        checkpoint.load(saved, wider)
+    assert_identical(state_of(wider), before)
+
+
+def test_a_truncated_shard_is_refused(saved: Path, reader: Engine) -> None:
+    shard = saved / "rank_00000.safetensors"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(CheckpointError, match=f"rank_00000.safetensors has {size - 1} bytes, expected {size}"):
+        checkpoint.load(saved, reader)
+
+
+def test_a_missing_shard_is_refused(saved: Path, reader: Engine) -> None:
+    (saved / "rank_00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors is missing"):
+        checkpoint.load(saved, reader)
+
+
+@pytest.mark.parametrize("text", ['{"format": 1, "st', "", "[" * 100_000, "\0"])
+def test_an_index_that_is_no_json_is_refused(saved: Path, reader: Engine, text: str) -> None:
+    (saved / "index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
+        checkpoint.load(saved, reader)
+
+
+@pytest.mark.parametrize("index", [{"format": 2}, {}, [], "fastjepa", None])
+def test_another_format_is_refused(saved: Path, reader: Engine, index: Any) -> None:
+    (saved / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="but this version of fastjepa reads format 1"):
+        checkpoint.load(saved, reader)
+
+
+def _set(*path: Any, to: Any) -> Callable[[Any], None]:
+    def change(index: Any) -> None:
+        for key in path[:-1]:
+            index = index[key]
+        index[path[-1]] = to
+
+    return change
+
+
+FIRST = ("shards", 0, "pieces", 0)  # tensor, name, start, numel, offset
+DAMAGE = {
+    "step is text": _set("step", to="6"),
+    "step is negative": _set("step", to=-1),
+    "step is true": _set("step", to=True),
+    "updates is a fraction": _set("updates", to=1.5),
+    "updates is missing": lambda index: index.pop("updates"),
+    "config is a list": _set("config", to=[]),
+    "data set is null": _set("dataset", to=None),
+    "parameters is a list": _set("parameters", to=[]),
+    "a shape is a number": _set("parameters", "predictor.mask_token", to=12),
+    "a shape is negative": _set("parameters", "predictor.mask_token", to=[-1, -1, 12]),
+    "shards is an object": _set("shards", to={}),
+    "no shards": _set("shards", to=[]),
+    "a shard is text": _set("shards", 0, to="rank_00000.safetensors"),
+    "a file elsewhere": _set("shards", 0, "file", to="../outside.safetensors"),
+    "a file by its full path": _set("shards", 0, "file", to="/etc/passwd"),
+    "a file name of zeros": _set("shards", 0, "file", to="\0"),
+    "no file name": _set("shards", 0, "file", to=""),
+    "a file size that is text": _set("shards", 0, "bytes", to="12"),
+    "pieces is a number": _set("shards", 0, "pieces", to=3),
+    "a piece is too short": _set(*FIRST, to=[0, "predictor.mask_token", 0, 12]),
+    "a piece of no name": _set(*FIRST, 1, to=3),
+    "a piece of another name": _set(*FIRST, 1, to="elsewhere"),
+    "a piece of a tensor that is not there": _set(*FIRST, 0, to=999),
+    "a negative start": _set(*FIRST, 2, to=-1),
+    "a piece twice": lambda index: index["shards"][0]["pieces"].append(index["shards"][0]["pieces"][0]),
+    "a gap": _set(*FIRST, 2, to=1),
+    "a piece too small": _set(*FIRST, 3, to=1),
+    "a negative size": _set(*FIRST, 3, to=-1),
+    "a huge size": _set(*FIRST, 3, to=2**62),
+    "a negative offset": _set(*FIRST, 4, to=-1),
+    "an offset behind the tensor": lambda index: index["shards"][0]["pieces"][-1].__setitem__(4, 10_000),
+    "a huge offset": _set(*FIRST, 4, to=2**62),
+    "an offset beyond all numbers": _set(*FIRST, 4, to=10**40),
+    "a fractional offset": _set(*FIRST, 4, to=0.5),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_index_that_does_not_fit_its_shards_is_refused(saved: Path, reader: Engine, damage: str) -> None:
+    shutil.copy(saved / "rank_00000.safetensors", saved.parent / "outside.safetensors")
+    index = json.loads((saved / "index.json").read_text())
+    DAMAGE[damage](index)
+    (saved / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"is damaged|cannot be read as safetensors"):
+        checkpoint.load(saved, reader)
+
+
+class Payload:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self._marker),))
+
+
+def test_the_payload_of_these_tests_would_run(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, reader: Engine) -> None:
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is a file: .* loading one can run code"):
+        checkpoint.load(tmp_path / "checkpoint.pth", reader)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_the_place_of_a_shard_is_refused_and_does_not_run(
+    saved: Path, tmp_path: Path, reader: Engine
+) -> None:
+    shard = saved / "rank_00000.safetensors"
+    payload = pickle.dumps(Payload(tmp_path / "ran"))
+    shard.write_bytes(payload + bytes(shard.stat().st_size - len(payload)))
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors cannot be read as safetensors"):
+        checkpoint.load(saved, reader)
+    assert not (tmp_path / "ran").exists()

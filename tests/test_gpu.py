@@ -1,0 +1,44 @@
+"""What only a GPU can show: the step does not wait for the host, and computes what the CPU computes."""
+
+import pytest
+import torch
+
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.engine import TorchEngine
+from fastjepa.objective import build_model
+from fastjepa.optim import Schedule, set_schedule
+from tests.small import small_batch, small_config
+
+pytestmark = pytest.mark.gpu
+
+
+def _losses(device: torch.device, precision: str, steps: int, *, guarded: bool) -> list[torch.Tensor]:
+    config = small_config(precision=precision)
+    engine = TorchEngine(build_model(config), config, BatchSizes.share(config, 1), device)
+    schedule = Schedule(config.optim, steps_per_epoch=steps, total_steps=steps)
+    batches = [small_batch(config, config.global_batch_size, step=step) for step in range(steps)]
+    on_device = [(images.to(device), masks.to(device)) for images, masks in batches]
+    losses = []
+    for step, (images, masks) in enumerate(on_device):
+        set_schedule(engine.param_groups, schedule.at(step))
+        if guarded and step > 0:  # the first step may wait: libraries set themselves up
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses.append(engine.micro_step(images, masks))
+        finally:
+            if guarded:
+                torch.cuda.set_sync_debug_mode("default")
+    return [loss.cpu() for loss in losses]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_host(precision: str) -> None:
+    losses = _losses(torch.device("cuda"), precision, 3, guarded=True)
+    assert all(loss.isfinite() for loss in losses)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_gpu_and_cpu_losses_agree_over_twenty_steps(precision: str, tolerance: float) -> None:
+    on_gpu = _losses(torch.device("cuda"), precision, 20, guarded=False)
+    on_cpu = _losses(torch.device("cpu"), "fp32", 20, guarded=False)
+    torch.testing.assert_close(torch.stack(on_gpu), torch.stack(on_cpu), rtol=tolerance, atol=0)
