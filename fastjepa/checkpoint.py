@@ -302,7 +302,7 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
 
 
 def _check_same_model(checkpoint: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    for name in wanted.keys() | saved.keys():
+    for name in wanted | saved:
         theirs, ours = saved.get(name), wanted.get(name)
         if theirs is None or ours is None or list(theirs) != list(ours):
             raise CheckpointError(

@@ -49,7 +49,10 @@ def init() -> torch.device:
             # Ranks that each use all cores slow one another down more than tenfold.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if "RANK" in given and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return device
 
 

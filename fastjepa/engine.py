@@ -177,6 +177,9 @@ class DeepSpeedEngine(Engine):
         self.model, self.device = model, device
         self.optimizer = AdamWEMA(groups, config.optim)
         self._engine = _initialize(model, self.optimizer, settings, ds_config)
+        if settings["bf16"]["enabled"]:
+            for buffer in model.buffers():  # left in fp32 by DeepSpeed, and with them all sums of tokens and positions
+                buffer.data = buffer.data.bfloat16()
         self.optimizer.bind(self._state_tensors())
         # DeepSpeed clones the fp32 state from weights that it has already rounded to bf16.
         for piece in self.pieces():

@@ -1,7 +1,8 @@
 """Saves a checkpoint again and again, each time killed (SIGKILL) one file operation later, until a save comes through.
 
-usage: worker_killed_saves FOLDER STEP: there is a checkpoint of step 1 before; STEP is that of the one being saved.
-Prints a JSON list, an entry per kill: the file operation that it came before, and which checkpoint then loads.
+usage: worker_killed_saves FOLDER
+Writes results.json there, an entry per kill: the file operation that it came before, and the number of updates in the
+checkpoint that loads afterwards (1: the old one, 2: the new one).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastjepa import checkpoint
 from fastjepa.checkpoint import RunState
 from tests.test_checkpoint import torch_engine
 
+STEPS = {"the next step": 2, "the same step again": 1}
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
@@ -34,16 +36,16 @@ def die_before_operation(number: int, log: Path) -> None:
                 os.write(descriptor, f"{event} {arguments[0]}".encode())
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     sys.addaudithook(hook)
 
 
-def main(folder: Path, step: int) -> None:
-    torch.set_num_threads(1)
+def kill_saves(folder: Path, step: int) -> list[tuple[str, int]]:
+    """Over a checkpoint of step 1, save one of `step`."""
     old, new, reader = torch_engine(), torch_engine(), torch_engine()
     for engine, updates in ((old, 1), (new, 2)):
         engine.optimizer.updates = updates
-    outcomes = []
+    outcomes: list[tuple[str, int]] = []
     for number in range(1, 1000):
         run = folder / str(number)
         checkpoint.save(run, old, RunState(1, {}, {}))
@@ -55,15 +57,21 @@ def main(folder: Path, step: int) -> None:
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
-            break
+            return outcomes
         newest = checkpoint.latest(run)
         assert newest is not None
         checkpoint.load(newest, reader)
         outcomes.append(((folder / "event").read_text(), reader.optimizer.updates))
         checkpoint.save(run, new, RunState(step, {}, {}))  # what was left behind is not in the way
         shutil.rmtree(run)
-    print(json.dumps(outcomes))
+    raise AssertionError("no save came through")
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    results = {name: kill_saves(folder / str(step), step) for name, step in STEPS.items()}
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

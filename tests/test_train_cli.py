@@ -1,0 +1,300 @@
+"""The command line: every launcher trains the same run, kills and resumes do not show, mistakes end in one plain line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastjepa import checkpoint
+from fastjepa.config_file import load_config
+from fastjepa.train import main
+from tests.test_trajectory import _free_port
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "fastjepa" / "train.py")
+RUN = """
+epochs: 1.5  # 12 steps
+global_batch_size: 8
+log_interval: 1
+checkpoint_interval: 4
+evaluate: false
+data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: pillow, num_threads: 1}
+model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
+masks: {min_keep: 3}
+optim: {warmup_epochs: 0.25}
+"""
+LEARNT = ("step", "epoch", "loss", "lr", "weight_decay", "ema_momentum", "grad_norm", "context_tokens", "target_tokens")
+
+
+def output_of(*command: str) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    return process.stdout
+
+
+def metrics(run: Path, *keys: str) -> list[list[Any]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [[line[key] for key in keys] for line in lines]
+
+
+def assert_bit_identical(run: Path, expected: Path) -> None:
+    assert metrics(run, *LEARNT) == metrics(expected, *LEARNT)
+    last = "checkpoints/step_00000012/rank_00000.safetensors"
+    assert (run / last).read_bytes() == (expected / last).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 grey images of different sizes, without labels."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for index in range(70):
+        pixels = rng.integers(0, 256, (18 + index % 5, 18 + index % 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "run.yaml"
+    path.write_text(RUN.replace("DATA", str(images)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run of one process."""
+    run = tmp_path_factory.mktemp("finished")
+    assert main(["--config", recipe, f"output_dir={run}"]) == 0
+    return run
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "again"))
+
+
+class Failure(NamedTuple):
+    message: str
+    config_before: str | None
+    config_after: str | None
+
+
+def refused(capsys: pytest.CaptureFixture[str], run: Path, *arguments: str) -> Failure:
+    """The one line of a run that must end with status 2, and the run's config.yaml before and after."""
+    config = run / "config.yaml"
+    before = config.read_text() if config.is_file() else None
+    assert main([*arguments, f"output_dir={run}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("fastjepa: error: ")
+    return Failure(lines[0], before, config.read_text() if config.is_file() else None)
+
+
+def test_a_run_leaves_its_configuration_metrics_and_checkpoints(finished: Path, recipe: str) -> None:
+    assert load_config(finished / "config.yaml") == load_config(recipe, [f"output_dir={finished}"])
+    assert [step for (step,) in metrics(finished, "step")] == list(range(1, 13))
+    names = {path.name for path in (finished / "checkpoints").iterdir()}
+    assert names == {"latest", "step_00000004", "step_00000008", "step_00000012"}
+    (line,) = metrics(finished, "data_wait", "images_per_second", "tokens_per_second", "memory_gib", "bad_samples")[-1:]
+    assert 0 <= line[0] <= 1
+    assert min(line[1:4]) > 0
+    assert line[4] == 0
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_every_launcher_trains_the_same_run_on_two_ranks(
+    launcher: str, finished: Path, recipe: str, tmp_path: Path
+) -> None:
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
+    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port()), TRAIN]
+    command = torchrun if launcher == "torchrun" else [*deepspeed, "--ds_config", str(ROOT / "configs" / "zero2.json")]
+    output_of(sys.executable, "-m", *command, "--config", recipe, f"output_dir={tmp_path}")
+    keys = ("step", "loss", "grad_norm", "lr")
+    assert np.array(metrics(tmp_path, *keys)) == pytest.approx(np.array(metrics(finished, *keys)), rel=1e-5)
+    index = json.loads((tmp_path / "checkpoints" / "step_00000012" / "index.json").read_text())
+    assert len(index["shards"]) == {"torchrun": 1, "deepspeed": 2}[launcher]
+
+
+def test_deepspeed_trains_a_single_process_without_a_launcher(finished: Path, recipe: str, tmp_path: Path) -> None:
+    zero = str(ROOT / "configs" / "zero1.json")
+    output_of(sys.executable, TRAIN, "--ds_config", zero, "--config", recipe, f"output_dir={tmp_path}")
+    assert np.array(metrics(tmp_path, "loss")) == pytest.approx(np.array(metrics(finished, "loss")), rel=1e-5)
+
+
+KILLED_AT_STEP_6 = """
+import os, signal, sys
+from fastjepa import metrics, train
+def report(self, line):
+    if line["step"] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+metrics.Progress.report = report
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_was_killed_and_started_again_does_not_show_it(finished: Path, recipe: str, tmp_path: Path) -> None:
+    arguments = ("--config", recipe, f"output_dir={tmp_path}")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    killed = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_6, *arguments], env=env, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert metrics(tmp_path, "step")[-1] == [6]
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000004"
+    assert main(arguments) == 0
+    assert_bit_identical(tmp_path, finished)
+
+
+def test_a_run_continues_from_a_checkpoint_given_by_its_path(finished: Path, recipe: str, tmp_path: Path) -> None:
+    source = str(finished / "checkpoints" / "step_00000008")
+    assert main(["--config", recipe, "--resume", source, f"output_dir={tmp_path}"]) == 0
+    assert metrics(tmp_path, *LEARNT) == metrics(finished, *LEARNT)[8:]
+
+
+def test_a_finished_run_is_not_trained_again(again: Path, finished: Path, recipe: str) -> None:
+    before = {
+        path: path.stat().st_mtime_ns for path in again.rglob("*") if path.name != "config.yaml" and path.is_file()
+    }
+    assert main(["--config", recipe, f"output_dir={again}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert_bit_identical(again, finished)
+
+
+def test_resuming_with_other_settings_names_them(again: Path, recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+    changed = ["optim.weight_decay=0.1", "data.crop_aspect=[0.5,2]", "log_interval=3"]
+    assert main(["--config", recipe, f"output_dir={again}", *changed]) == 0
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "resuming with another setting: data.crop_aspect was [0.75, 1.3333333333333333], is [0.5, 2.0]",
+        "resuming with another setting: optim.weight_decay was 0.04, is 0.1",
+    ]
+
+
+def test_resuming_on_other_images_is_said(
+    again: Path, recipe: str, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fewer = Path(shutil.copytree(images, tmp_path / "fewer"))
+    (fewer / "000.png").unlink()
+    assert main(["--config", recipe, f"output_dir={again}", f"data.source={fewer}"]) == 0
+    assert "the checkpoint saw 70 images, now there are 69" in caplog.text
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(
+    again: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = refused(capsys, again, "--config", recipe, "--resume", "never", "seed=5")
+    assert f"{again} already holds step_00000012: choose another output_dir, or resume=auto" in failure.message
+    assert failure.config_before == failure.config_after
+
+
+def test_another_model_in_the_folder_of_a_run_is_refused(
+    again: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = refused(capsys, again, "--config", recipe, "model.embed_dim=32")
+    assert "step_00000012 is of another model: " in failure.message
+    assert failure.config_before == failure.config_after
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "absent"])
+def test_a_resume_path_that_is_no_checkpoint_is_refused(
+    name: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"\x80\x04N.")
+    failure = refused(capsys, tmp_path / "run", "--config", recipe, "--resume", str(tmp_path / name))
+    assert f"{tmp_path / name} is {'a file: expected a checkpoint' if '.' in name else 'not a comp'}" in failure.message
+
+
+def test_print_config_can_be_trained_from(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["optim.lr=3e-4", "masks.mode=budget", "optim.clip_grad=1"]
+    assert main(["--config", recipe, "--print_config", *overrides]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(recipe, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lrr=1"], "did you mean optim.lr?"),
+        (["epochs=many"], "epochs = many: expected"),
+        (["data.source=/nowhere/images"], "data.source = /nowhere/images: No such file or directory"),
+        (["data.source=EMPTY"], "no images in"),
+        (["data.source=TEXT"], "no images in"),
+        (["global_batch_size=128"], "global_batch_size = 128: the data set has 70 images"),
+        (["micro_batch_size=3"], "micro_batch_size = 3: expected a divisor of 8"),
+        (["--ds_config", "/nowhere/zero.json"], "/nowhere/zero.json: cannot read this DeepSpeed configuration"),
+        (["--ds_config", "CONTRADICTION"], "train_batch_size = 16 contradicts global_batch_size = 8"),
+    ],
+)
+def test_a_mistake_ends_in_one_plain_line(
+    overrides: list[str], message: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image")
+    (tmp_path / "zero.json").write_text('{"train_batch_size": 16}')
+    places = {"EMPTY": "empty", "TEXT": "text", "CONTRADICTION": "zero.json"}
+    for word, name in places.items():
+        overrides = [value.replace(word, str(tmp_path / name)) for value in overrides]
+    assert message in refused(capsys, tmp_path / "run", "--config", recipe, *overrides).message
+
+
+def test_yaml_that_cannot_be_read_names_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("seed: 1\nmodel: {name: vit_tiny\n")
+    message = refused(capsys, tmp_path / "run", "--config", str(tmp_path / "run.yaml")).message
+    assert f"{tmp_path / 'run.yaml'}, line " in message
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").touch()
+    assert (
+        f"output_dir = {tmp_path / 'run'}: cannot write there"
+        in refused(capsys, tmp_path / "run", "--config", recipe).message
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absurd = ("optim.lr=1e30", "optim.start_lr=1e30", "checkpoint_interval=1")
+    message = refused(capsys, tmp_path, "--config", recipe, *absurd).message
+    saved = tmp_path / "checkpoints" / "step_00000001"
+    assert "the loss is nan at step 2. Try a lower optim.lr" in message
+    assert f"Newest checkpoint: {saved}" in message
+    assert checkpoint.latest(tmp_path / "checkpoints") == saved
+    assert checkpoint.load_weights(saved, "target_encoder")
+    assert not (tmp_path / "checkpoints" / "step_00000002").exists()
+
+
+def test_a_folder_without_labels_trains_and_says_that_there_are_no_probes(
+    again: Path, recipe: str, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", recipe, f"output_dir={again}", "evaluate=true"]) == 0
+    assert f"no labelled train and val splits in {images}, so no probes; " in capsys.readouterr().out
+
+
+IMPORTED = """
+import sys, torch
+before = set(sys.modules)
+import fastjepa, fastjepa.config, fastjepa.train
+fastjepa.train.parse_args(["seed=1"])
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_the_command_line_imports_nothing_heavy_before_it_must() -> None:
+    imported = set(output_of(sys.executable, "-c", IMPORTED).split())
+    assert {"fastjepa", "yaml"} <= imported
+    assert not imported & {"deepspeed", "nvidia", "triton", "PIL", "safetensors", "scipy", "sklearn", "tqdm"}
