@@ -81,12 +81,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def mean(value: Tensor) -> float:
-    """Mean of a scalar over all ranks, read back to the host."""
+def sum_over_ranks(values: Tensor) -> list[float]:
+    """Element-wise sums of a 1-D tensor over all ranks, read back to the host."""
     if world_size() > 1:
-        value = value.clone()
-        dist.all_reduce(value)
-    return value.item() / world_size()
+        values = values.clone()
+        dist.all_reduce(values)
+    return values.tolist()
 
 
 def gather_objects(value: T) -> list[T]:

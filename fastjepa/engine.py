@@ -176,10 +176,9 @@ class DeepSpeedEngine(Engine):
         exact = {name: p.detach().clone() for p, name in self._names.items()}
         self.model, self.device = model, device
         self.optimizer = AdamWEMA(groups, config.optim)
-        self._engine = _initialize(model, self.optimizer, settings, ds_config)
         if settings["bf16"]["enabled"]:
-            for buffer in model.buffers():  # left in fp32 by DeepSpeed, and with them all sums of tokens and positions
-                buffer.data = buffer.data.bfloat16()
+            model.bfloat16()  # DeepSpeed would leave the positions in fp32, and with them all tokens
+        self._engine = _initialize(model, self.optimizer, settings, ds_config)
         self.optimizer.bind(self._state_tensors())
         # DeepSpeed clones the fp32 state from weights that it has already rounded to bf16.
         for piece in self.pieces():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import sys
 import time
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastjepa import distributed
 from fastjepa.errors import RunFolderError
-
-logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -26,31 +24,39 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.reset()
+        self._reset()
 
-    def reset(self) -> None:
-        self.started = time.perf_counter()
-        self.loss_sum = torch.zeros((), device=self._device)
-        self.micro_batches = self.images = self.context_tokens = self.target_tokens = 0
+    def _reset(self) -> None:
+        self._started = time.perf_counter()
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._micro_batches = self._images = self._context_tokens = self._target_tokens = 0
         self.data_wait = 0.0
+        """Seconds that the step waited for data; the trainer adds to it."""
 
     def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
-        self.loss_sum += loss
-        self.micro_batches += 1
-        self.images += images
-        self.context_tokens += context_tokens
-        self.target_tokens += target_tokens
+        self._loss += loss
+        self._micro_batches += 1
+        self._images += images
+        self._context_tokens += context_tokens
+        self._target_tokens += target_tokens
 
-    def summary(self, world_size: int) -> dict[str, float]:
-        """Rates over all ranks (taking the others to be like this one), tokens per image, memory of this rank."""
-        seconds = time.perf_counter() - self.started
+    def summary(self, bad_samples: int) -> dict[str, float]:
+        """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew."""
+        seconds = time.perf_counter() - self._started
+        waited = self.data_wait / seconds
+        counts = (self._micro_batches, self._images, self._context_tokens, self._target_tokens, waited, 1, bad_samples)
+        sums = torch.cat([self._loss[None], torch.tensor(counts, dtype=torch.float64, device=self._device)])
+        loss, micro_batches, images, context, targets, waited, ranks, bad = distributed.sum_over_ranks(sums)
+        self._reset()
         return {
-            "images_per_second": self.images * world_size / seconds,
-            "tokens_per_second": (self.context_tokens + self.target_tokens) * world_size / seconds,
-            "data_wait": self.data_wait / seconds,
-            "context_tokens": self.context_tokens / self.images,
-            "target_tokens": self.target_tokens / self.images,
+            "loss": loss / micro_batches,
+            "images_per_second": images / seconds,
+            "tokens_per_second": (context + targets) / seconds,
+            "data_wait": waited / ranks,
+            "context_tokens": context / images,
+            "target_tokens": targets / images,
             "memory_gib": peak_memory(self._device) / 2**30,
+            "bad_samples": bad,
         }
 
 

@@ -80,7 +80,6 @@ class Trainer:
                     if metrics is not None:
                         metrics.write(line)
                         progress.report(line)
-                    meter.reset()
                 if save_due:
                     self._save(done)
         progress.close()
@@ -110,21 +109,19 @@ class Trainer:
 
     def _line(self, done: int, values: dict[str, float], meter: Meter, loader: Loader) -> dict[str, Any]:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
-        loss = distributed.mean(meter.loss_sum) / meter.micro_batches
-        if not math.isfinite(loss):
+        summary = meter.summary(loader.bad_samples)
+        if not math.isfinite(summary["loss"]):
             newest = checkpoint.latest(self.folder.checkpoints)
             raise TrainingError(
-                f"the loss is {loss} at step {done}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. "
+                f"the loss is {summary['loss']} at step {done}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. "
                 f"Newest checkpoint: {newest or 'none'}"
             )
         return {
             "step": done,
             "epoch": done / self.steps_per_epoch,
-            "loss": loss,
             **values,
             "grad_norm": self.engine.grad_norm(),
-            **meter.summary(distributed.world_size()),
-            "bad_samples": loader.bad_samples,
+            **summary,
         }
 
     def _save(self, step: int) -> None:

@@ -102,10 +102,10 @@ def test_the_default_run_is_the_recipe_that_was_shown_to_learn() -> None:
     assert (data.source, data.image_hw, data.in_channels, data.crop_scale) == ("fashion_mnist", (28, 28), 1, (0.5, 1.0))
     assert (data.mean, data.std) == ((0.286,), (0.353,))
     assert (config.grid_h, config.grid_w) == (4, 4)
-    assert (masks.mode, masks.num_target_blocks, masks.min_keep) == ("ragged", 4, 5)
+    assert (masks.mode, masks.num_target_blocks, masks.min_keep) == ("budget", 4, 5)
     steps_per_epoch = 8000 // config.global_batch_size
-    assert (config.global_batch_size, config.epochs * steps_per_epoch) == (64, 4000)
-    assert optim.warmup_epochs * steps_per_epoch == 400
+    assert (config.global_batch_size, config.epochs * steps_per_epoch) == (64, 3000)
+    assert optim.warmup_epochs * steps_per_epoch == 300
     assert (optim.start_lr, optim.lr, optim.final_lr) == (2e-4, 2e-3, 1e-6)
     assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
     assert (optim.ema_momentum, optim.schedule_scale) == ((0.994, 1.0), 1.25)

@@ -65,23 +65,25 @@ def test_a_full_disk_is_reported_with_the_file_name(path: Path) -> None:
         metrics.write(LINE)
 
 
-def test_a_meter_sums_up_to_its_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = 100.0
+def test_a_meter_averages_since_its_last_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 90.0
     monkeypatch.setattr("fastjepa.metrics.time.perf_counter", lambda: clock)
     meter = Meter(torch.device("cpu"))
     meter.update(torch.tensor(9.0), images=1000, context_tokens=1000, target_tokens=1000)
-    meter.reset()
+    clock = 100.0
+    meter.summary(bad_samples=0)
     meter.update(torch.tensor(0.5), images=4, context_tokens=30, target_tokens=50)
     meter.update(torch.tensor(0.25), images=4, context_tokens=50, target_tokens=30)
     meter.data_wait += 1.0
     clock = 104.0
-    summary = meter.summary(world_size=2)
-    assert meter.loss_sum.item() / meter.micro_batches == 0.375
+    summary = meter.summary(bad_samples=3)
     assert 0 < summary.pop("memory_gib") < 1024
     assert summary == {
-        "images_per_second": 4.0,
-        "tokens_per_second": 80.0,
+        "loss": 0.375,
+        "images_per_second": 2.0,
+        "tokens_per_second": 40.0,
         "data_wait": 0.25,
+        "bad_samples": 3,
         "context_tokens": 10.0,
         "target_tokens": 10.0,
     }

@@ -18,7 +18,7 @@ from PIL import Image
 from fastjepa import checkpoint
 from fastjepa.config_file import load_config
 from fastjepa.train import main
-from tests.test_trajectory import _free_port
+from tests.test_trajectory import free_port
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fastjepa" / "train.py")
@@ -119,7 +119,7 @@ def test_every_launcher_trains_the_same_run_on_two_ranks(
     launcher: str, finished: Path, recipe: str, tmp_path: Path
 ) -> None:
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN]
-    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(_free_port()), TRAIN]
+    deepspeed = ["deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(free_port()), TRAIN]
     command = torchrun if launcher == "torchrun" else [*deepspeed, "--ds_config", str(ROOT / "configs" / "zero2.json")]
     output_of(sys.executable, "-m", *command, "--config", recipe, f"output_dir={tmp_path}")
     keys = ("step", "loss", "grad_norm", "lr")

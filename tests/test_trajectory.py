@@ -123,7 +123,7 @@ def test_weights_and_their_average_move_apart() -> None:
     assert moved["context_encoder"] > 1.2 * moved["target_encoder"] > 0.01
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -131,7 +131,7 @@ def _free_port() -> int:
 
 def launch(script: str, world: int, *args: str) -> None:
     """Run a module of this folder as `world` processes, as a launcher would; fails if one of them does."""
-    port = str(_free_port())
+    port = str(free_port())
     processes = []
     for rank in range(world):
         env = {

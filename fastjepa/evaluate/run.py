@@ -17,7 +17,7 @@ from fastjepa.config import Config
 from fastjepa.config_file import load_config
 from fastjepa.data import BadImages, ImageDataset, load_images, open_dataset
 from fastjepa.errors import CheckpointError, DataError
-from fastjepa.evaluate.probes import representation_health
+from fastjepa.evaluate.probes import MIN_SAMPLES, representation_health
 from fastjepa.evaluate.report import Report, Split, evaluate_features, format_report
 from fastjepa.models import VisionTransformer
 from fastjepa.objective import build_model
@@ -65,13 +65,16 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     test = open_dataset(config.data.source, "val")
     assert train is not None
     if train.labels is None or test is None or test.labels is None:
-        _, (features,) = _features(train, MAX_IMAGES_FOR_HEALTH, config, device, [encoder])
-        verdict = representation_health(features).verdict() or "no sign of collapse"
+        rows, (features,) = _features(train, MAX_IMAGES_FOR_HEALTH, config, device, [encoder])
+        verdict = _too_few(rows) or representation_health(features).verdict() or "no sign of collapse"
         print(f"no labelled train and val splits in {config.data.source}, so no probes; {verdict}", flush=True)
         return None
     random = build_model(config).target_encoder.to(device)
     kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, _pixels]
     train_rows, train_features = _features(train, MAX_TRAIN_IMAGES, config, device, kinds)
+    if few := _too_few(train_rows):
+        print(f"no probes: {few}", flush=True)
+        return None
     test_rows, test_features = _features(test, MAX_TEST_IMAGES, config, device, kinds)
     learned_split, random_split, pixel_split = (
         Split(*both) for both in zip(train_features, test_features, strict=True)
@@ -81,6 +84,10 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     folder.evaluation.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     print(format_report(report), flush=True)
     return report
+
+
+def _too_few(rows: npt.NDArray[np.int64]) -> str | None:
+    return f"{len(rows)} images are too few to judge ({MIN_SAMPLES} are needed)" if len(rows) < MIN_SAMPLES else None
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ def test_no_query_at_all_gives_an_empty_result_with_gradients() -> None:
 def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
     inputs, queries, keys = _inputs("ragged", torch.float32)
     assert callable(change)
+    q, k, v = change(*inputs)
     with pytest.raises(ValueError, match=message):
-        q, k, v = change(*inputs)
         block_attention(q, k, v, queries, keys)
 
 
