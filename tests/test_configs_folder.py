@@ -104,8 +104,8 @@ def test_the_default_run_is_the_recipe_that_was_shown_to_learn() -> None:
     assert (config.grid_h, config.grid_w) == (4, 4)
     assert (masks.mode, masks.num_target_blocks, masks.min_keep) == ("budget", 4, 5)
     steps_per_epoch = 8000 // config.global_batch_size
-    assert (config.global_batch_size, config.epochs * steps_per_epoch) == (64, 3000)
-    assert optim.warmup_epochs * steps_per_epoch == 300
+    assert (config.global_batch_size, config.epochs * steps_per_epoch) == (64, 2500)
+    assert optim.warmup_epochs * steps_per_epoch == 250
     assert (optim.start_lr, optim.lr, optim.final_lr) == (2e-4, 2e-3, 1e-6)
     assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
     assert (optim.ema_momentum, optim.schedule_scale) == ((0.994, 1.0), 1.25)
