@@ -15,13 +15,13 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # kernels/ is a folder, not a package: an import package named "kernels" would shadow the one that transformers uses.
     packages=find_packages(include=["fastjepa", "fastjepa.*"]) + find_packages("kernels"),
     package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
     package_data={"fastjepa": ["py.typed", "data/embedded/*"], "fastjepa_kernels": ["py.typed"]},
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.13",  # the oldest that was tried
         'triton>=3.5; sys_platform == "linux"',
         "deepspeed>=0.19.8",  # 0.18.3-0.19.3 give wrong gradients for modules that are used twice in a step
         "numpy>=1.26",

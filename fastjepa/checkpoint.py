@@ -284,11 +284,22 @@ class _Reader:
 
 @torch.no_grad()
 def load(checkpoint: Path, engine: Engine) -> RunState:
-    """Bring weights, moments and EMA back into the engine, whatever world size and stage wrote them.
+    """Bring weights, moments and EMA back into the engine, whatever world size and stage wrote them. All ranks call it.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model. The engine may then be partly overwritten.
     """
+    error: CheckpointError | None = None
+    try:
+        state = _read_into(checkpoint, engine)
+    except CheckpointError as problem:
+        error = problem
+    distributed.raise_together(error)
+    engine.publish_weights()
+    return state
+
+
+def _read_into(checkpoint: Path, engine: Engine) -> RunState:
     index = read_index(checkpoint)
     _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
     reader = _Reader(checkpoint, index)
@@ -297,7 +308,6 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
         for key, moment in engine.optimizer.moments(piece.tensor).items():
             reader.read(piece.name, key, piece.start, piece.view(moment))
     engine.optimizer.updates = index["updates"]
-    engine.publish_weights()
     return RunState(index["step"], index["config"], index["dataset"])
 
 

@@ -154,7 +154,8 @@ class MaskConfig:
     context_budget: float = 0.25
     """budget mode: context tokens as a share of the patches."""
     min_keep: int = 10
-    """A context of this many tokens or fewer is drawn again."""
+    """A context of this many tokens or fewer is drawn again (multiblock). Settings under which every context would be so
+    small are refused."""
 
     def __post_init__(self) -> None:
         blocks = {"multiblock": None, "block": 1, "random": 1, "rasterized": 3}[self.strategy]
@@ -238,11 +239,14 @@ class Config:
     epochs: float = 300.0
     """Passes over the data; fractions allowed."""
     global_batch_size: int = 2048
-    """Images per optimizer step over all ranks and micro batches: the run is the same on any number of GPUs."""
+    """Images per optimizer step over all ranks and micro batches: the run is the same on any number of GPUs (but for
+    masks.mode = official, whose cut depends on the micro batch)."""
     micro_batch_size: int | None = None
     """Images per rank at a time; null: the rank's whole share. The rest is gradient accumulation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on a GPU, fp32 on a CPU. Optimizer state and EMA are fp32 always."""
+    """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
+    bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
+    weights, activations and their gradients are bf16, with fp32 masters."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
     of a checkpoint."""

@@ -7,6 +7,7 @@ wrapper); without them the run is a single process.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,9 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, FastjepaError
 
 T = TypeVar("T")
+
+# Long enough for the first rank to list a large data set, or for a slow disk to take a checkpoint, while the others wait.
+TIMEOUT = timedelta(hours=1)
 
 
 def init() -> torch.device:
@@ -31,6 +35,11 @@ def init() -> torch.device:
         missing = ", ".join(name for name in needed if name not in given)
         raise ConfigError(
             f"RANK is set but {missing} not: start with deepspeed or torchrun, or unset RANK for a single process"
+        )
+    if "RANK" not in given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise ConfigError(
+            f"SLURM_NTASKS = {os.environ['SLURM_NTASKS']} but RANK is not set: srun would start as many runs side by side; "
+            "start one task per node and torchrun or deepspeed in it"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world = int(
@@ -47,12 +56,12 @@ def init() -> torch.device:
         device = torch.device("cpu")
         if local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each use all cores slow one another down more than tenfold.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+            torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
     if "RANK" in given and not dist.is_initialized():
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=TIMEOUT)
     return device
 
 
@@ -76,9 +85,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+def raise_together(error: FastjepaError | None) -> None:
+    """If a rank has an error, raise on all of them, so that none waits for one that has given up.
+
+    Also a barrier: no rank returns before all have called.
+    """
+    errors = {rank: each for rank, each in enumerate(gather_objects(error)) if each is not None}
+    if error is not None:
+        raise error
+    for rank, other in errors.items():
+        raise type(other)(f"rank {rank}: {other}")
 
 
 def sum_over_ranks(values: Tensor) -> list[float]:

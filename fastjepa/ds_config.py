@@ -18,19 +18,15 @@ KNOWN = {
     "bf16",
     "comms_logger",
     "communication_data_type",
-    "csv_monitor",
-    "dump_state",
     "flops_profiler",
     "gradient_accumulation_steps",
     "gradient_clipping",
     "gradient_predivide_factor",
     "prescale_gradients",
     "steps_per_print",
-    "tensorboard",
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "wall_clock_breakdown",
-    "wandb",
     "zero_allow_untested_optimizer",
     "zero_optimization",
 }
@@ -43,6 +39,9 @@ REFUSED = {
     "zero_optimization.round_robin_gradients": "it moves parameters between ranks, away from their EMA",
     "zero_optimization.offload_optimizer": "the fused AdamW and EMA step runs where the weights are",
     "zero_optimization.offload_param": "the fused AdamW and EMA step runs where the weights are",
+    "zero_optimization.cpu_offload": "the fused AdamW and EMA step runs where the weights are",
+    "zero_optimization.zero_hpz_partition_size": "checkpoints know plain sharding only",
+    "zero_optimization.mics_shard_size": "checkpoints know plain sharding only",
     "bf16.bf16_optimizer_states": "an EMA in bf16 loses its updates",
     "bf16.bf16_master_weights_and_grads": "an EMA in bf16 loses its updates",
 }
@@ -69,13 +68,12 @@ def read_ds_config(
     for key, reason in REFUSED.items():
         holder, name = _locate(settings, key)
         value = holder.get(name)
-        if value and not (isinstance(value, dict) and value.get("enabled") is False):
+        off = isinstance(value, dict) and (value.get("enabled") is False or value.get("device") == "none")
+        if value and not off:
             raise ConfigError(f"{path}: {key} is not supported: {reason}. Remove the key")
     unknown = sorted(settings.keys() - KNOWN - REFUSED.keys())
     if unknown:
-        raise ConfigError(
-            f"{path}: unknown keys {unknown}, which DeepSpeed would silently ignore. Known: {sorted(KNOWN)}"
-        )
+        raise ConfigError(f"{path}: keys {unknown} are unknown or not supported by fastjepa. Known: {sorted(KNOWN)}")
 
     stage = settings["zero_optimization"].setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):

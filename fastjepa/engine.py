@@ -87,7 +87,9 @@ class Engine(ABC):
 
 def resolve_precision(config: Config, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        # Older GPUs only emulate bf16.
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
@@ -173,17 +175,18 @@ class DeepSpeedEngine(Engine):
         self._shapes = {name: list(p.shape) for p, name in self._names.items()}
         if self._stage == 0:
             model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
-        exact = {name: p.detach().clone() for p, name in self._names.items()}
+        bf16: bool = settings["bf16"]["enabled"]
+        exact = {name: p.detach().clone() for p, name in self._names.items()} if bf16 else {}
         self.model, self.device = model, device
         self.optimizer = AdamWEMA(groups, config.optim)
-        if settings["bf16"]["enabled"]:
+        if bf16:
             model.bfloat16()  # DeepSpeed would leave the positions in fp32, and with them all tokens
         self._engine = _initialize(model, self.optimizer, settings, ds_config)
         self.optimizer.bind(self._state_tensors())
-        # DeepSpeed clones the fp32 state from weights that it has already rounded to bf16.
-        for piece in self.pieces():
-            piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
-        self.publish_weights()
+        if bf16:  # the fp32 state was made from weights already rounded to bf16
+            for piece in self.pieces():
+                piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
+            self.publish_weights()
         self._grad_norm: float | Tensor = 0.0
 
     def _state_tensors(self) -> dict[str, list[Tensor]]:

@@ -24,14 +24,18 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._reset()
+        self._reset(time.perf_counter())
 
-    def _reset(self) -> None:
-        self._started = time.perf_counter()
+    def _reset(self, now: float) -> None:
+        self._started = now
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._micro_batches = self._images = self._context_tokens = self._target_tokens = 0
         self.data_wait = 0.0
         """Seconds that the step waited for data; the trainer adds to it."""
+
+    def restart_clock(self) -> None:
+        """Leave the time since the last summary out: it went into a checkpoint."""
+        self._started = time.perf_counter()
 
     def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
         self._loss += loss
@@ -42,17 +46,19 @@ class Meter:
 
     def summary(self, bad_samples: int) -> dict[str, float]:
         """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew."""
-        seconds = time.perf_counter() - self._started
-        waited = self.data_wait / seconds
-        counts = (self._micro_batches, self._images, self._context_tokens, self._target_tokens, waited, 1, bad_samples)
+        tokens = (self._context_tokens, self._target_tokens)
+        counts = (self._micro_batches, self._images, *tokens, self.data_wait, 1, bad_samples)
         sums = torch.cat([self._loss[None], torch.tensor(counts, dtype=torch.float64, device=self._device)])
         loss, micro_batches, images, context, targets, waited, ranks, bad = distributed.sum_over_ranks(sums)
-        self._reset()
+        # Only now: reading the sums back is what waits for a GPU to finish the steps that are being timed.
+        now = time.perf_counter()
+        seconds = now - self._started
+        self._reset(now)
         return {
             "loss": loss / micro_batches,
             "images_per_second": images / seconds,
             "tokens_per_second": (context + targets) / seconds,
-            "data_wait": waited / ranks,
+            "data_wait": waited / ranks / seconds,
             "context_tokens": context / images,
             "target_tokens": targets / images,
             "memory_gib": peak_memory(self._device) / 2**30,

@@ -71,12 +71,16 @@ def train(config: Config, ds_config: str | None) -> None:
     logging.getLogger("fastjepa").setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
-    if first:
-        folder.create()
-        dataset = open_dataset(config.data.source, "train")  # the first rank unpacks the embedded data set for all
-    distributed.barrier()
-    if not first:
-        dataset = open_dataset(config.data.source, "train")
+    error: FastjepaError | None = None
+    try:
+        if first:
+            folder.create()
+            open_dataset(config.data.source, "train")  # unpacks the embedded data set before the others look for it
+    except FastjepaError as problem:
+        error = problem
+    distributed.raise_together(error)
+    folder.check_shared()
+    dataset = open_dataset(config.data.source, "train")
     assert dataset is not None
     model = build_model(config)
     if first:
@@ -94,11 +98,17 @@ def train(config: Config, ds_config: str | None) -> None:
     engine = build_engine(model, config, sizes, device, ds_config)
     trainer = Trainer(config, dataset, engine, sizes, folder)
     if first:
-        folder.write_config(dump_config(config))  # now: a run that is refused leaves the earlier run's file alone
+        # Only now: a run that is refused leaves the earlier run's file alone.
+        folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
     trainer.run()
+    # The other ranks need not wait for the evaluation, nor the memory of training be held.
+    distributed.finish()
+    del trainer, engine, model
     if first and config.evaluate:
-        evaluate_run(folder, device)
-    distributed.barrier()
+        try:
+            evaluate_run(folder, device)
+        except FastjepaError as problem:
+            logger.warning("the run is complete, but could not be evaluated: %s", problem)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
@@ -82,6 +84,7 @@ class Trainer:
                         progress.report(line)
                 if save_due:
                     self._save(done)
+                    meter.restart_clock()
         progress.close()
         if metrics is not None:
             metrics.close()
@@ -111,11 +114,7 @@ class Trainer:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
         summary = meter.summary(loader.bad_samples)
         if not math.isfinite(summary["loss"]):
-            newest = checkpoint.latest(self.folder.checkpoints)
-            raise TrainingError(
-                f"the loss is {summary['loss']} at step {done}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. "
-                f"Newest checkpoint: {newest or 'none'}"
-            )
+            raise self._not_finite(f"the loss is {summary['loss']} at step {done}")
         return {
             "step": done,
             "epoch": done / self.steps_per_epoch,
@@ -124,7 +123,17 @@ class Trainer:
             **summary,
         }
 
+    def _not_finite(self, what: str) -> TrainingError:
+        newest = checkpoint.latest(self.folder.checkpoints)
+        return TrainingError(
+            f"{what}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. Newest checkpoint: {newest or 'none'}"
+        )
+
     def _save(self, step: int) -> None:
+        tensors = {id(piece.tensor): piece.tensor for piece in self.engine.pieces()}.values()
+        bad = sum(int(not tensor.isfinite().all()) for tensor in tensors)
+        if distributed.sum_over_ranks(torch.tensor([float(bad)], device=self.engine.device))[0]:
+            raise self._not_finite(f"the weights are not finite after step {step}")
         dataset = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         state = RunState(step, dataclasses.asdict(self.config), dataset)
         path = checkpoint.save(self.folder.checkpoints, self.engine, state)
@@ -133,19 +142,27 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the checkpoint to continue from, if any, and return the number of steps done."""
-        resume = self.config.resume
-        newest = checkpoint.latest(self.folder.checkpoints)
-        if resume == "never" and newest is not None:
-            raise CheckpointError(
-                f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto"
-            )
-        source = newest if resume in ("auto", "never") else _checkpoint_in(resume)
+        # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
+        source: Path | None = None
+        error: CheckpointError | None = None
+        if self.is_first_rank:
+            try:
+                source = self._checkpoint_to_resume()
+            except CheckpointError as problem:
+                error = problem
+        distributed.raise_together(error)
+        source = distributed.gather_objects(source)[0]
         if source is None:
             return 0
         state = checkpoint.load(source, self.engine)
+        changes = _differences(state.config, dataclasses.asdict(self.config))
+        if changes and state.step >= self.total_steps:
+            raise CheckpointError(
+                f"{self.folder.path} holds a complete run of other settings: {'; '.join(changes)}. Choose another output_dir"
+            )
         if self.is_first_rank:
             logger.info("resuming from %s", source)
-            for change in _differences(state.config, dataclasses.asdict(self.config)):
+            for change in changes:
                 logger.warning("resuming with another setting: %s", change)
             if state.dataset["fingerprint"] != self.dataset.fingerprint:
                 logger.warning(
@@ -154,6 +171,21 @@ class Trainer:
                     len(self.dataset),
                 )
         return state.step
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """The run's own newest checkpoint; if it has none, the one that `resume` names."""
+        resume, newest = self.config.resume, checkpoint.latest(self.folder.checkpoints)
+        if resume == "never" and newest is not None:
+            raise CheckpointError(
+                f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto"
+            )
+        if resume in ("auto", "never"):
+            return newest
+        named = _checkpoint_in(resume)
+        if newest is not None and self.folder.checkpoints.resolve() not in named.resolve().parents:
+            logger.warning("going on from %s: the run has begun, so --resume %s is not read again", newest, resume)
+            return newest
+        return named
 
 
 def _checkpoint_in(path: str) -> Path:

@@ -40,7 +40,7 @@ def test_every_auto_of_the_shipped_files_is_filled_in(stage: int) -> None:
     assert '"auto"' not in json.dumps(settings)
     assert {key: settings[key] for key in FILLED} == FILLED
     assert settings["zero_optimization"]["stage"] == stage
-    assert settings["bf16"] == {"enabled": False}
+    assert settings["bf16"]["enabled"] is False
 
 
 def test_what_an_empty_file_leaves_out_is_filled_in(file: Path) -> None:
@@ -88,7 +88,7 @@ def test_bf16_at_stage_0_is_left_to_autocast(file: Path) -> None:
 
 def test_a_misspelt_key_is_refused(file: Path) -> None:
     file.write_text(json.dumps({"zero_optimisation": {"stage": 2}}))
-    with pytest.raises(ConfigError, match=r"unknown keys \['zero_optimisation'\].*silently ignore"):
+    with pytest.raises(ConfigError, match=r"keys \['zero_optimisation'\] are unknown or not supported"):
         read(file)
 
 

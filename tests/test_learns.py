@@ -1,6 +1,6 @@
 """The proof that it learns: the real path, from a folder of images to probes, on scikit-learn's 1,797 digits.
 
-Recipe and floors were measured beforehand (README, "Does it learn?"). A control that must fail shows that the floors can.
+Recipe and floors were measured beforehand (LOG.md). A control that must fail shows that the floors can.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def run(digits: Path, output: Path, *overrides: str) -> dict[str, Any]:
 def test_digits_are_learned_and_nothing_collapses(digits: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     report = run(digits, tmp_path / "run")
-    assert report["learned"]["knn"] >= 0.65
-    assert report["learned"]["knn"] >= report["random"]["knn"] + 0.12
+    # Measured: 83.6 % from 59.6 %. The same run without EMA, which does not collapse, reaches 74.4 %.
+    assert report["learned"]["knn"] >= 0.77
+    assert report["learned"]["knn"] >= report["random"]["knn"] + 0.18
     assert report["verdict"] is None
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 12

@@ -31,7 +31,7 @@ def zero_engine(folder: Path, stage: int, precision: str = "fp32") -> DeepSpeedE
     path = folder / f"zero{stage}.json"
     if distributed.rank() == 0:
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    distributed.barrier()
+    distributed.raise_together(None)
     sizes = BatchSizes.share(config, distributed.world_size())
     engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), path)
     assert isinstance(engine, DeepSpeedEngine)
@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
     results["bf16 published"] = model_is_published(half, gathered(half))
     if distributed.rank() == 0:
         torch.save(results, folder / "results.pt")
-    distributed.barrier()
+    distributed.raise_together(None)
     distributed.finish()
 
 

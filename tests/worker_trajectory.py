@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
             ds_config = folder / f"zero{stage}.json"
             if rank == 0:
                 ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
-            distributed.barrier()
+            distributed.raise_together(None)
         engine = build_engine(build_model(config), config, sizes, device, ds_config)
         engine_steps(engine, config, sizes, rank, world, 0, STEPS)
         path = checkpoint.save(folder / name, engine, RunState(STEPS, {}, {}))
@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
             results[name] = {f"{p}.{n}": w for p in parts for n, w in checkpoint.load_weights(path, p).items()}
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    distributed.barrier()
+    distributed.raise_together(None)
     distributed.finish()
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -52,6 +54,8 @@ class DaliDecoder:
 
     def decode(self, paths: Sequence[str], boxes: npt.NDArray[np.int32]) -> Tensor:
         """See `Decoder`."""
+        if self._pipeline is None:
+            self._pipeline = self._build()  # outside the try: what goes wrong here is no image's fault
         try:
             return self._run(paths, boxes)
         except RuntimeError as error:
@@ -64,9 +68,20 @@ class DaliDecoder:
                     self._run([path], boxes[position : position + 1])
                 except RuntimeError as single:
                     bad[position] = BadImage(path, f"DALI cannot decode it ({_reason(single)})")
-            if not bad:
-                raise
+            if not bad or (len(bad) == len(paths) and not self._works()):
+                raise  # the machine is to blame, not the images
             raise BadImages(bad) from error
+
+    def _works(self) -> bool:
+        """Whether an image that is known to be good can be decoded."""
+        with tempfile.NamedTemporaryFile(suffix=".png") as file:
+            Image.new("RGB", (8, 8)).save(file, "png")
+            file.flush()
+            try:
+                self._run([file.name], np.array([[0, 0, 8, 8]], np.int32))
+            except RuntimeError:
+                return False
+        return True
 
     def _run(self, paths: Sequence[str], boxes: npt.NDArray[np.int32]) -> Tensor:
         pipeline = self._pipeline or self._build()

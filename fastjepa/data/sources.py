@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastjepa.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # What both decoders read. (DALI reads neither GIF nor AVIF.)
 IMAGE_EXTENSIONS = frozenset(
@@ -87,6 +90,8 @@ def open_dataset(source: str, split: Literal["train", "val"]) -> ImageDataset | 
             f"data.source = {source}: no images in {folder} ({others} other files); "
             f"looked at any depth for {' '.join(sorted(IMAGE_EXTENSIONS))}, in upper or lower case"
         )
+    if others:
+        logger.info("%s: %d images; %d other files are passed over", folder, len(paths), others)
     # Both splits' folders, so that a class has the same label in both even if one of them lacks it.
     class_names = sorted({entry.name for f in folders for entry in _entries(f) if entry.is_dir()})
     if len(class_names) < 2 or not all("/" in path for path in paths):

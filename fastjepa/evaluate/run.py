@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from fastjepa.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 256
+READ_AT_ONCE, ENCODED_AT_ONCE = 1024, 128
 # More images than these are thinned out evenly: exact k-NN over all of ImageNet takes hours on a CPU.
 MAX_TRAIN_IMAGES, MAX_TEST_IMAGES = 100_000, 50_000
 MAX_IMAGES_FOR_HEALTH = 2048
@@ -33,12 +34,14 @@ MAX_IMAGES_FOR_HEALTH = 2048
 MAX_PIXEL_GRID = 32
 
 
-def load_target_encoder(folder: RunFolder, config: Config) -> VisionTransformer:
+def load_target_encoder(run_folder: str | Path) -> VisionTransformer:
     """The target encoder (the EMA, which the paper evaluates) of the run's newest checkpoint.
 
     Raises:
         CheckpointError: there is none, or it is damaged or of another model.
     """
+    folder = RunFolder(run_folder)
+    config = load_config(folder.config)
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{folder.path} holds no checkpoint: nothing to evaluate")
@@ -60,7 +63,7 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
         CheckpointError, DataError: the run or its images cannot be read.
     """
     config = load_config(folder.config)
-    encoder = load_target_encoder(folder, config).to(device)
+    encoder = load_target_encoder(folder.path).to(device)
     train = open_dataset(config.data.source, "train")
     test = open_dataset(config.data.source, "val")
     assert train is not None
@@ -80,8 +83,11 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
         Split(*both) for both in zip(train_features, test_features, strict=True)
     )
     labels = Split(torch.from_numpy(train.labels[train_rows]), torch.from_numpy(test.labels[test_rows]))
-    report = evaluate_features(learned_split, random_split, pixel_split, labels)
-    folder.evaluation.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    try:
+        report = evaluate_features(learned_split, random_split, pixel_split, labels)
+    except ValueError as error:
+        raise DataError(f"data.source = {config.data.source} cannot be probed: {error}") from error
+    folder.write_evaluation(json.dumps(report.to_dict(), indent=2) + "\n")
     print(format_report(report), flush=True)
     return report
 
@@ -115,8 +121,8 @@ def _features(
     wanted = np.linspace(0, len(dataset) - 1, min(len(dataset), at_most)).astype(np.int64)
     kept: list[npt.NDArray[np.int64]] = []
     pooled: list[list[Tensor]] = [[] for _ in encoders]
-    for start in range(0, len(wanted), BATCH_SIZE):
-        indices = wanted[start : start + BATCH_SIZE]
+    for start in range(0, len(wanted), READ_AT_ONCE):
+        indices = wanted[start : start + READ_AT_ONCE]
         while len(indices):
             try:
                 images = load_images(dataset, indices, config.data, device)
@@ -126,7 +132,7 @@ def _features(
                 continue
             kept.append(indices)
             for encoder, batches in zip(encoders, pooled, strict=True):
-                batches.append(encoder(images).mean(1).float().cpu())
+                batches += [encoder(part).mean(1).float().cpu() for part in images.split(ENCODED_AT_ONCE)]
             break
     if not kept:
         raise DataError(f"{dataset.root}: none of its images can be used for the evaluation")
