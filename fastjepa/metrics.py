@@ -6,8 +6,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastjepa import distributed
-from fastjepa.errors import RunFolderError
+from fastjepa.run_folder import writing
 
 
 class Meter:
@@ -86,27 +84,18 @@ class MetricsFile:
         self._path = path
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         temporary = path.with_name(f".{path.name}.tmp")
-        with self._writing():
+        with writing(str(self._path), "Checkpoints are intact"):
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        with self._writing():
+        with writing(str(self._path), "Checkpoints are intact"):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunFolderError(
-                f"{self._path}: cannot be written ({error.strerror}). Checkpoints are intact"
-            ) from error
 
 
 def _complete_lines(path: Path) -> list[str]:

@@ -10,6 +10,15 @@ from fastjepa import distributed
 from fastjepa.errors import RunFolderError
 
 
+@contextmanager
+def writing(what: str, advice: str) -> Iterator[None]:
+    """Turns a failed write into a RunFolderError that says what could not be written, why, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{what}: cannot be written ({error.strerror}). {advice}") from error
+
+
 class RunFolder:
     """config.yaml, metrics.jsonl, evaluation.json and checkpoints/ below one path."""
 
@@ -26,7 +35,7 @@ class RunFolder:
         Raises:
             RunFolderError: it cannot be made.
         """
-        with self._writing():
+        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def check_shared(self) -> None:
@@ -45,7 +54,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with self._writing():
+        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
             self.config.write_text(text, encoding="utf-8")
 
     def write_evaluation(self, text: str) -> None:
@@ -54,15 +63,5 @@ class RunFolder:
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with self._writing():
+        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
             self.evaluation.write_text(text, encoding="utf-8")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunFolderError(
-                f"output_dir = {self.path}: cannot write there ({error.strerror}: {error.filename}); "
-                "choose another output_dir"
-            ) from error

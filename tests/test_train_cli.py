@@ -289,7 +289,7 @@ def test_a_file_in_the_place_of_the_run_folder_is_named(
 ) -> None:
     (tmp_path / "run").touch()
     assert (
-        f"output_dir = {tmp_path / 'run'}: cannot write there"
+        f"output_dir = {tmp_path / 'run'}: cannot be written ("
         in refused(capsys, tmp_path / "run", "--config", recipe).message
     )
 
