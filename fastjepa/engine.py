@@ -26,8 +26,6 @@ from fastjepa.masks import MaskBatch
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA, flatten_groups, param_groups
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Piece:
