@@ -40,6 +40,8 @@ setup(
             *EVAL,
             "hypothesis>=6",
             "import-linter>=2",
+            "matplotlib>=3.9",
+            "ml_dtypes>=0.5",
             "mypy>=1.13",
             "pytest>=8",
             "pytest-timeout>=2",

@@ -1,33 +1,185 @@
-"""Which implementation runs, decided once per kind of input and logged once with its reason."""
+"""Which implementation of an operation runs: decided once per kind of input, logged once with its reason.
+
+Every operation has a list of implementations in order of preference. The first that can take the input runs, unless one
+was asked for: by the environment variable FASTJEPA_KERNELS, or else by `request` (the trainer's `kernels` settings).
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Literal
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-AttentionBackend = Literal["buckets", "varlen", "padded"]
+ENVIRONMENT_VARIABLE = "FASTJEPA_KERNELS"
 
 
-def _flash_attention_takes(dtype: torch.dtype, head_dim: int) -> bool:
-    half = dtype in (torch.float16, torch.bfloat16)
-    return half and head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability() >= (8, 0)
+class Input(NamedTuple):
+    """What a choice depends on."""
+
+    device_type: str
+    dtype: torch.dtype
+    head_dim: int
+    """Of attention; 0 for the other operations."""
+
+
+_requested: dict[str, str] = {}
+_emulated = False
+
+
+@contextmanager
+def emulated_triton() -> Iterator[None]:
+    """Let Triton kernels take CPU tensors: inside, something else than a GPU carries out their launches.
+
+    For tests and reports, which interpret, simulate or record the launches. Never a user's path.
+    """
+    global _emulated
+    before, _emulated = _emulated, True
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _emulated = before
+        choose.cache_clear()
+
+
+def _triton_problem(given: Input) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if _emulated:
+        return None
+    if given.device_type != "cuda":
+        return f"it needs a CUDA device, not {given.device_type}"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def _triton_attention_problem(given: Input) -> str | None:
+    if given.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it does not take {given.dtype}"
+    if given.head_dim % 8 or given.head_dim > 128:
+        return f"head dim {given.head_dim} is not a multiple of 8 up to 128"
+    return _triton_problem(given)
+
+
+def _flash_problem(given: Input) -> str | None:
+    if given.device_type != "cuda" or torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a CUDA device of compute capability 8.0 or newer"
+    if given.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes half precision, not {given.dtype}"
+    if given.head_dim % 8 or given.head_dim > 256:
+        return f"head dim {given.head_dim} is not a multiple of 8 up to 256"
+    return None
+
+
+def _xformers_problem(given: Input) -> str | None:
+    return "xformers is not installed" if find_spec("xformers") is None else _flash_problem(given)
+
+
+def _host_lengths_problem(given: Input) -> str | None:
+    return None if given.device_type == "cpu" else "it reads the lengths on the host"
 
 
 @cache
-def attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
-    """`buckets`: one SDPA call per length; `varlen`: torch's FlashAttention; `padded`: SDPA with a mask."""
-    backend: AttentionBackend
-    if device_type == "cpu":
-        # The lengths are on the host, so equal ones can be batched; padding costs 1.2-1.9x (PyTorch 2.13, 2 cores).
-        backend, reason = "buckets", "lengths are known on the host"
-    elif device_type == "cuda" and _flash_attention_takes(dtype, head_dim):
-        backend, reason = "varlen", "FlashAttention takes packed sequences of half precision"
-    else:
-        backend, reason = "padded", "FlashAttention does not take this dtype, head dim or GPU"
-    logger.info("block_attention on %s, %s, head dim %d: %s (%s)", device_type, dtype, head_dim, backend, reason)
-    return backend
+def apex_problem() -> str | None:
+    """Why NVIDIA apex cannot be used here, or None. The package named apex on PyPI is another project."""
+    if find_spec("apex") is None:
+        return "NVIDIA apex is not installed"
+    if find_spec("apex.optimizers") is None:
+        return "the installed apex is not NVIDIA's (PyPI's is a Pyramid toolkit): uninstall it, and build NVIDIA's from source"
+    try:
+        import_module("amp_C")
+    except ImportError as error:
+        return f"apex is installed without its CUDA extension ({error})"
+    return None
+
+
+def _apex_problem(given: Input) -> str | None:
+    if given.device_type != "cuda":
+        return f"it needs a CUDA device, not {given.device_type}"
+    return apex_problem()
+
+
+def _always(given: Input) -> None:
+    return None
+
+
+# In order of preference. Triton stands first: the fallbacks are PyTorch's own and those of packages a user may have.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
+    "masked_gather": {"triton": _triton_problem, "torch": _always},
+    "block_attention": {
+        "triton": _triton_attention_problem,
+        "varlen": _flash_problem,
+        "buckets": _host_lengths_problem,
+        "padded": _always,
+        "xformers": _xformers_problem,
+    },
+    "adamw_ema": {"triton": _triton_problem, "torch": _always, "apex": _apex_problem},
+    "mask_sampling": {"triton": _triton_problem, "torch": _always},
+    "target_loss": {"triton": _triton_problem, "torch": _always},
+}
+
+OPERATIONS = tuple(_IMPLEMENTATIONS)
+
+
+def request(wishes: Mapping[str, str]) -> None:
+    """Ask for implementations by operation; "auto" (or an operation left out) is the first that can run.
+
+    Raises:
+        ValueError: an unknown operation or implementation. Whether it can run is seen at the first call.
+    """
+    _check("kernels", wishes)
+    _requested.clear()
+    _requested.update(wishes)
+    choose.cache_clear()
+
+
+def _check(where: str, wishes: Mapping[str, str]) -> None:
+    for op, name in wishes.items():
+        if op not in _IMPLEMENTATIONS:
+            raise ValueError(f"{where}: unknown operation {op!r}, expected one of {', '.join(_IMPLEMENTATIONS)}")
+        if name != "auto" and name not in _IMPLEMENTATIONS[op]:
+            raise ValueError(f"{where}: {op} = {name!r}, expected auto or one of {', '.join(_IMPLEMENTATIONS[op])}")
+
+
+def _wish(op: str) -> tuple[str, str]:
+    """The implementation asked for, or "auto", and who asked."""
+    text = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    if any(entry.count("=") != 1 for entry in entries):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={text}: expected operation=implementation[,...]")
+    wishes = dict(entry.split("=") for entry in entries)
+    _check(f"{ENVIRONMENT_VARIABLE}={text}", wishes)
+    if op in wishes:
+        return wishes[op], ENVIRONMENT_VARIABLE
+    return _requested.get(op, "auto"), f"kernels.{op}"
+
+
+@cache
+def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> str:
+    """The name of the implementation of `op` that runs for such inputs.
+
+    Raises:
+        ValueError: the one that was asked for cannot take them; the message lists those that can.
+    """
+    given = Input(device_type, dtype, head_dim)
+    problems = {name: problem(given) for name, problem in _IMPLEMENTATIONS[op].items()}
+    wish, asker = _wish(op)
+    kind = f"{dtype} on {device_type}" + (f", head dim {head_dim}" if head_dim else "")
+    if wish != "auto" and problems[wish]:
+        available = ", ".join(name for name, problem in problems.items() if not problem)
+        raise ValueError(f"{asker}: {op} = {wish} cannot run for {kind}: {problems[wish]}; available: {available}")
+    name = next(name for name, problem in problems.items() if not problem) if wish == "auto" else wish
+    passed_over = [f"{n}: {p}" for n, p in list(problems.items())[: list(problems).index(name)] if p]
+    reason = f"{asker}" if wish != "auto" else "; ".join(passed_over) or "the first choice"
+    logger.info("%s for %s: %s (%s)", op, kind, name, reason)
+    return name

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa_kernels._backend import attention_backend
+from fastjepa_kernels import _backend
 from fastjepa_kernels.ragged import Ragged
 
 
@@ -160,5 +160,5 @@ def block_attention(
         )
     if queries.total == 0:
         return torch.zeros_like(q) + 0 * (k.sum() + v.sum())  # keeps the gradient graph
-    backend = attention_backend(q.device.type, q.dtype, q.shape[-1])
+    backend = _backend.choose("block_attention", q.device.type, q.dtype, q.shape[-1])
     return _BACKENDS[backend](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)

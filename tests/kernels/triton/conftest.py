@@ -1,0 +1,57 @@
+"""The same tests for every way to carry out a Triton kernel.
+
+`TRITON_INTERPRET=1 python -m pytest tests/kernels/triton` runs them in Triton's interpreter (Triton reads the variable when
+it is imported, so that is a process of its own). Without it, the PTX that the compiler makes of the kernels runs in
+benchmarks.ptxsim, for sm_80 and sm_90; with a GPU (`-m gpu`), it runs there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fastjepa_kernels._backend import emulated_triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What carries out the kernels, and the device on which its tensors lie."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def thorough(self) -> bool:
+        """False for the simulator, which is slow: run a case or two of each kind."""
+        return not self.name.startswith("sm_")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        names = ["interpreter"] if INTERPRETED else ["sm_80", "sm_90", pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("engine", names, indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    name: str = request.param
+    if name == "cuda":
+        yield Engine(name, torch.device("cuda"))
+        return
+    if name == "interpreter":
+        from tests.kernels.triton import bf16_interpreter
+
+        bf16_interpreter.install()
+        emulation = emulated_triton()
+    else:
+        from benchmarks.aot.launches import simulated
+
+        emulation = simulated(name)
+    with emulation:
+        yield Engine(name, torch.device("cpu"))
