@@ -230,6 +230,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation of each operation of fastjepa_kernels runs. auto: Triton on a GPU, PyTorch elsewhere, chosen by
+    device, dtype and head dim and logged. One that cannot run is an error. The environment variable FASTJEPA_KERNELS
+    (operation=implementation,...) goes before these."""
+
+    masked_gather: Literal["auto", "triton", "torch"] = "auto"
+    block_attention: Literal["auto", "triton", "varlen", "buckets", "padded", "xformers"] = "auto"
+    """varlen: PyTorch's FlashAttention on packed sequences. buckets: one dense call per length (CPU). padded: dense, with a
+    mask."""
+    adamw_ema: Literal["auto", "triton", "torch", "apex"] = "auto"
+    mask_sampling: Literal["auto", "triton", "torch"] = "auto"
+    target_loss: Literal["auto", "triton", "torch"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run."""
 
@@ -261,6 +276,7 @@ class Config:
     masks: MaskConfig = field(default_factory=MaskConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")

@@ -6,6 +6,7 @@ parameter's elements lie in it (`pieces`), so that a checkpoint is written and r
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import fastjepa_kernels
 from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
@@ -286,9 +288,31 @@ def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], pat
     return engine
 
 
+def _choose_kernels(config: Config, device: torch.device) -> None:
+    """Before the first step, so that an implementation that cannot run is a mistake in the settings, not a crash.
+
+    Raises:
+        ConfigError: one that was asked for cannot run here; the message lists those that can.
+    """
+    size, predictor_width = config.model.size, config.model.predictor_embed_dim
+    head_dims = {size.embed_dim // size.num_heads, predictor_width // size.num_heads}
+    dtype = resolve_precision(config, device)
+    try:
+        fastjepa_kernels.request(dataclasses.asdict(config.kernels))
+        for operation in ("masked_gather", "target_loss"):
+            fastjepa_kernels.choose(operation, device.type, dtype)
+        for head_dim in sorted(head_dims):
+            fastjepa_kernels.choose("block_attention", device.type, dtype, head_dim)
+        fastjepa_kernels.choose("adamw_ema", device.type, torch.float32)
+        fastjepa_kernels.choose("mask_sampling", device.type, torch.int64)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def build_engine(
     model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path | None
 ) -> Engine:
+    _choose_kernels(config, device)
     if ds_config is None:
         return TorchEngine(model, config, sizes, device)
     return DeepSpeedEngine(model, config, sizes, device, ds_config)

@@ -204,14 +204,17 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "evaluate",
         "data.num_threads",
         "data.prefetch",
+        "kernels",
     }
     changes = []
     for key, value in new.items():
         name, before = prefix + key, old.get(key)
+        if name in harmless:
+            continue
         if isinstance(value, dict) and isinstance(before, dict):
             changes += _differences(before, value, f"{name}.")
             continue
         value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-        if before != value and name not in harmless:
+        if before != value:
             changes.append(f"{name} was {before}, is {value}")
     return changes

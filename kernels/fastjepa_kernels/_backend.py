@@ -95,7 +95,7 @@ def apex_problem() -> str | None:
     if find_spec("apex") is None:
         return "NVIDIA apex is not installed"
     if find_spec("apex.optimizers") is None:
-        return "the installed apex is not NVIDIA's (PyPI's is a Pyramid toolkit): uninstall it, and build NVIDIA's from source"
+        return "the installed apex is not NVIDIA's (PyPI's is a Pyramid toolkit): build NVIDIA's from source"
     try:
         import_module("amp_C")
     except ImportError as error:

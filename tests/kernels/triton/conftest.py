@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import pytest
@@ -44,6 +45,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     if name == "cuda":
         yield Engine(name, torch.device("cuda"))
         return
+    emulation: AbstractContextManager[object]
     if name == "interpreter":
         from tests.kernels.triton import bf16_interpreter
 

@@ -1,0 +1,146 @@
+"""The choice of an implementation: by device, dtype and head dim, by wish, and what is said when a wish cannot be met."""
+
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+
+from fastjepa.config import KernelsConfig
+from fastjepa_kernels import _backend
+from fastjepa_kernels._backend import choose, request
+
+
+@pytest.fixture(autouse=True)
+def no_wishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
+    request({})
+    yield
+    request({})
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def test_a_cpu_runs_pytorch() -> None:
+    chosen = {op: choose(op, "cpu", torch.float32, 64 if op == "block_attention" else 0) for op in _backend.OPERATIONS}
+    assert chosen.pop("block_attention") == "buckets"
+    assert set(chosen.values()) == {"torch"}
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_gpu_runs_triton() -> None:
+    assert {choose(op, "cuda", torch.bfloat16, 64) for op in _backend.OPERATIONS} == {"triton"}
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "expected"), [(torch.bfloat16, 160, "varlen"), (torch.float32, 20, "padded")]
+)
+def test_attention_falls_back_where_triton_does_not_reach(dtype: torch.dtype, head_dim: int, expected: str) -> None:
+    assert choose("block_attention", "cuda", dtype, head_dim) == expected
+
+
+def test_an_old_gpu_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert choose("target_loss", "cuda", torch.float16) == "torch"
+    assert choose("block_attention", "cuda", torch.float16, 64) == "padded"
+
+
+def test_a_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        choose("target_loss", "cpu", torch.float32)
+        choose("target_loss", "cpu", torch.float32)
+    assert [record.getMessage() for record in caplog.records] == [
+        "target_loss for torch.float32 on cpu: torch (triton: it needs a CUDA device, not cpu)"
+    ]
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_wish_is_followed_and_the_environment_goes_before_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    request({"block_attention": "padded", "adamw_ema": "torch"})
+    assert choose("block_attention", "cuda", torch.bfloat16, 64) == "padded"
+    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "block_attention=varlen, target_loss=auto")
+    choose.cache_clear()
+    assert choose("block_attention", "cuda", torch.bfloat16, 64) == "varlen"
+    assert choose("adamw_ema", "cuda", torch.float32) == "torch"
+
+
+def test_an_impossible_wish_is_an_error_that_lists_what_can_run() -> None:
+    request({"block_attention": "triton"})
+    expected = (
+        r"kernels.block_attention: block_attention = triton cannot run for torch.float32 on cpu, head dim 64: "
+        r"it needs a CUDA device, not cpu; available: buckets, padded"
+    )
+    with pytest.raises(ValueError, match=expected):
+        choose("block_attention", "cpu", torch.float32, 64)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"attention": "triton"}, "unknown operation 'attention', expected one of masked_gather, block_attention"),
+        ({"adamw_ema": "cuda"}, "adamw_ema = 'cuda', expected auto or one of triton, torch, apex"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(wishes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        request(wishes)
+
+
+def test_a_malformed_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "triton")
+    with pytest.raises(ValueError, match="FASTJEPA_KERNELS=triton: expected operation=implementation"):
+        choose("masked_gather", "cpu", torch.float32)
+
+
+def _pretend_apex(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+    _backend.apex_problem.cache_clear()
+
+
+@pytest.fixture
+def forget_apex() -> Iterator[None]:
+    yield
+    _backend.apex_problem.cache_clear()
+
+
+@pytest.mark.usefixtures("a_gpu", "forget_apex")
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ((), "NVIDIA apex is not installed"),
+        (("apex",), "the installed apex is not NVIDIA's"),
+        (("apex", "apex.optimizers"), "apex is installed without its CUDA extension"),
+    ],
+)
+def test_an_apex_that_cannot_be_used_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...], message: str
+) -> None:
+    _pretend_apex(monkeypatch, *modules)
+    request({"adamw_ema": "apex"})
+    with pytest.raises(ValueError, match=message):
+        choose("adamw_ema", "cuda", torch.float32)
+
+
+@pytest.mark.usefixtures("a_gpu", "forget_apex")
+def test_nvidia_apex_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_apex(monkeypatch, "apex", "apex.optimizers", "amp_C")
+    assert choose("adamw_ema", "cuda", torch.float32) == "triton"
+    request({"adamw_ema": "apex"})
+    assert choose("adamw_ema", "cuda", torch.float32) == "apex"
+
+
+def test_the_settings_offer_exactly_the_implementations_that_exist() -> None:
+    offered = {name: set(get_args(hint)) - {"auto"} for name, hint in get_type_hints(KernelsConfig).items()}
+    assert offered == {op: set(table) for op, table in _backend._IMPLEMENTATIONS.items()}
