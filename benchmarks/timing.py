@@ -1,0 +1,91 @@
+"""Times of functions that do the same, taken in turns, so that whatever else the machine does falls on all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+_CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: 20th, 50th and 80th percentile."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_in_turns(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Run every function `warmup` + `repeats` times, one after the other in each round.
+
+    On CUDA by events, with the caches flushed before each run and no synchronisation between them; elsewhere by the clock.
+    """
+    clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    for _ in range(warmup):
+        for function in functions.values():
+            function()
+    samples = clock(functions, device, repeats)
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def _summary(times: list[float]) -> Timing:
+    p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    return Timing(p20, p50, p80)
+
+
+def _time_on_cpu(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            samples[name].append(1e3 * (time.perf_counter() - started))
+    return samples
+
+
+def _time_on_gpu(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cache.zero_()
+            start.record()
+            function()
+            end.record()
+            marks[name].append((start, end))
+    torch.cuda.synchronize(device)
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in marks.items()}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches on the plainest work of each kind."""
+
+    gigabytes_per_second: float
+    """Of a copy: bytes read and written."""
+    teraflops: float
+    """Of a large matrix product in the dtype at hand."""
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int = 10) -> Ceilings:
+    cuda = device.type == "cuda"
+    numel = (1 << 28) if cuda else (1 << 24)
+    source = torch.zeros(numel, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if cuda else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    timings = time_in_turns({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, repeats=repeats)
+    return Ceilings(8 * numel / timings["copy"].p50 / 1e6, 2 * n**3 / timings["matmul"].p50 / 1e9)
