@@ -12,6 +12,18 @@ import torch
 _CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
 
 
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed, and what has to be done before each time, outside of it."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = _nothing
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds: 20th, 50th and 80th percentile."""
@@ -22,7 +34,7 @@ class Timing:
 
 
 def time_in_turns(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 3
+    functions: Mapping[str, Timed], device: torch.device, *, repeats: int, warmup: int = 3
 ) -> dict[str, Timing]:
     """Run every function `warmup` + `repeats` times, one after the other in each round.
 
@@ -31,7 +43,8 @@ def time_in_turns(
     clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
     for _ in range(warmup):
         for function in functions.values():
-            function()
+            function.prepare()
+            function.run()
     samples = clock(functions, device, repeats)
     return {name: _summary(times) for name, times in samples.items()}
 
@@ -41,29 +54,27 @@ def _summary(times: list[float]) -> Timing:
     return Timing(p20, p50, p80)
 
 
-def _time_on_cpu(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
+def _time_on_cpu(functions: Mapping[str, Timed], device: torch.device, repeats: int) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            function.prepare()
             started = time.perf_counter()
-            function()
+            function.run()
             samples[name].append(1e3 * (time.perf_counter() - started))
     return samples
 
 
-def _time_on_gpu(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
+def _time_on_gpu(functions: Mapping[str, Timed], device: torch.device, repeats: int) -> dict[str, list[float]]:
     cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device=device)
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            function.prepare()
             cache.zero_()
             start.record()
-            function()
+            function.run()
             end.record()
             marks[name].append((start, end))
     torch.cuda.synchronize(device)
@@ -87,5 +98,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int =
     target = torch.empty_like(source)
     n = 8192 if cuda else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    timings = time_in_turns({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, repeats=repeats)
+    work = {"copy": Timed(lambda: target.copy_(source)), "matmul": Timed(lambda: a @ b)}
+    timings = time_in_turns(work, device, repeats=repeats)
     return Ceilings(8 * numel / timings["copy"].p50 / 1e6, 2 * n**3 / timings["matmul"].p50 / 1e9)

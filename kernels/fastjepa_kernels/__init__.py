@@ -5,7 +5,7 @@ that runs is chosen by device and dtype (`choose`), or asked for (`request`, or 
 `reference` holds the plain twin of each, which tests compare against.
 """
 
-from fastjepa_kernels._backend import choose, request
+from fastjepa_kernels._backend import choose, implementations, request
 from fastjepa_kernels.adamw_ema import adamw_ema_
 from fastjepa_kernels.block_attention import block_attention
 from fastjepa_kernels.masked_gather import masked_gather, patchify
@@ -17,6 +17,7 @@ __all__ = [
     "block_attention",
     "choose",
     "concat_rows",
+    "implementations",
     "masked_gather",
     "patchify",
     "request",

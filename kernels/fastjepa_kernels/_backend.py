@@ -164,6 +164,12 @@ def _wish(op: str) -> tuple[str, str]:
     return _requested.get(op, "auto"), f"kernels.{op}"
 
 
+def implementations(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> dict[str, str | None]:
+    """The implementations of `op` in order of preference, each with the reason why it cannot take such inputs, or None."""
+    given = Input(device_type, dtype, head_dim)
+    return {name: problem(given) for name, problem in _IMPLEMENTATIONS[op].items()}
+
+
 @cache
 def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     """The name of the implementation of `op` that runs for such inputs.
@@ -171,8 +177,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> 
     Raises:
         ValueError: the one that was asked for cannot take them; the message lists those that can.
     """
-    given = Input(device_type, dtype, head_dim)
-    problems = {name: problem(given) for name, problem in _IMPLEMENTATIONS[op].items()}
+    problems = implementations(op, device_type, dtype, head_dim)
     wish, asker = _wish(op)
     kind = f"{dtype} on {device_type}" + (f", head dim {head_dim}" if head_dim else "")
     if wish != "auto" and problems[wish]:

@@ -1,0 +1,1 @@
+"""The kernels beside all that could take their place: python -m benchmarks.kernels."""

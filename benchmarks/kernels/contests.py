@@ -1,0 +1,355 @@
+"""Who competes in what: for every operation the providers that a trainer could use in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import kernel_cases as cases
+from benchmarks.kernel_cases import Shape
+from benchmarks.kernels.contest import Contest, Outputs, Providers
+from fastjepa.config import MaskConfig
+from fastjepa.masks import MaskBatch, sample_masks
+from fastjepa_kernels import (
+    Ragged,
+    adamw_ema_,
+    block_attention_packed,
+    gather_add,
+    gather_patches,
+    masked_gather,
+    patchify,
+    target_loss,
+)
+from fastjepa_kernels.reference import block_attention_reference
+
+_EMA_PARAMS_ON_CPU = 8_000_000  # enough to leave the caches; a whole model would take gigabytes
+
+
+def _cuda_only(device: torch.device, *modules: str) -> str | None:
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return None if device.type == "cuda" else "it needs a CUDA device"
+
+
+# Attention
+
+
+def _padded(lengths: Ragged) -> tuple[Tensor, Tensor]:
+    """Slot of every token in a padded batch, and the mask [B, 1, 1, L]: True where there is a token."""
+    seq = lengths.sequence_ids()
+    device = lengths.cu_seqlens.device
+    slots = seq * lengths.max_seqlen + torch.arange(lengths.total, device=device) - lengths.cu_seqlens[seq]
+    mask = torch.arange(lengths.max_seqlen, device=device) < lengths.lengths()[:, None]
+    return slots, mask[:, None, None, :]
+
+
+def _attention_providers(
+    qkv: Tensor, lengths: Ragged, wrap: Callable[[Callable[[], Tensor]], Callable[[], Outputs]]
+) -> Providers:
+    """Self-attention on packed qkv [T, 3, H, d] -> [T, H, d]; `wrap` makes a forward or a backward pass of it."""
+    device, dtype, head_dim = qkv.device, qkv.dtype, qkv.shape[-1]
+    cu, longest = lengths.cu_seqlens, lengths.max_seqlen
+    providers = Providers()
+    providers.add_ours(
+        "block_attention", lambda: wrap(lambda: block_attention_packed(qkv, lengths)), device, dtype, head_dim
+    )
+
+    def sdpa_padded() -> Tensor:
+        """As a user would: pad, attend with a mask, take the rows back. Padding is part of the cost."""
+        slots, mask = _padded(lengths)
+        dense = qkv.new_zeros(lengths.num_seqs * longest, *qkv.shape[1:]).index_copy(0, slots, qkv)
+        q, k, v = dense.unflatten(0, (lengths.num_seqs, longest)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, slots)
+
+    providers.add("torch SDPA padded", lambda: wrap(sdpa_padded))
+
+    def sdpa_nested() -> Tensor:
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(x, cu.long(), max_seqlen=longest).transpose(1, 2)
+            for x in qkv.unbind(1)
+        )
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
+
+    providers.add("torch SDPA nested", lambda: wrap(sdpa_nested))
+
+    def flex() -> Callable[[], Outputs]:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        seq = lengths.sequence_ids()
+        mask = create_block_mask(
+            lambda b, h, q, k: seq[q] == seq[k], None, None, lengths.total, lengths.total, device=str(device)
+        )
+        compiled = torch.compile(flex_attention, dynamic=False)
+
+        def run() -> Tensor:
+            q, k, v = (x.transpose(0, 1)[None] for x in qkv.unbind(1))
+            return compiled(q, k, v, block_mask=mask)[0].transpose(0, 1)
+
+        return wrap(run)
+
+    providers.add("torch flex_attention", flex, _cuda_only(device))
+
+    def flash(module: str) -> Callable[[], Outputs]:
+        varlen = import_module(module).flash_attn_varlen_func
+
+        def run() -> Tensor:
+            out = varlen(*qkv.unbind(1), cu, cu, longest, longest)
+            return out[0] if isinstance(out, tuple) else out
+
+        return wrap(run)
+
+    providers.add("FlashAttention-2", lambda: flash("flash_attn"), _cuda_only(device, "flash_attn"))
+    providers.add("FlashAttention-3", lambda: flash("flash_attn_interface"), _cuda_only(device, "flash_attn_interface"))
+    return providers
+
+
+def _attention_places(shape: Shape) -> Iterator[tuple[str, Ragged, int]]:
+    masks = shape.masks
+    yield "target encoder", Ragged.uniform(shape.batch_size, shape.num_patches), shape.head_dim
+    yield "context encoder", masks.context, shape.head_dim
+    yield "predictor", masks.predictor, shape.predictor_head_dim
+
+
+def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    for place, lengths, head_dim in _attention_places(shape):
+        qkv = torch.randn(lengths.total, 3, shape.num_heads, head_dim, device=device).to(dtype).requires_grad_()
+        upstream = torch.randn(lengths.total, shape.num_heads, head_dim, device=device).to(dtype)
+        on_device = Ragged(lengths.cu_seqlens.to(device), lengths.max_seqlen, lengths.total)
+        exact = qkv.detach().to(torch.float64 if device.type == "cuda" else torch.float32).requires_grad_()
+        out = block_attention_reference(*exact.unbind(1), lengths, lengths, head_dim**-0.5)
+        (gradient,) = torch.autograd.grad(out, exact, upstream.to(out.dtype))
+        name, element = f"{shape.name} {place}", qkv.element_size()
+
+        def forward(run: Callable[[], Tensor]) -> Callable[[], Outputs]:
+            return lambda: run().detach()
+
+        def backward(
+            run: Callable[[], Tensor], qkv: Tensor = qkv, upstream: Tensor = upstream
+        ) -> Callable[[], Outputs]:
+            kept = run()
+            return lambda: torch.autograd.grad(kept, qkv, upstream, retain_graph=True)
+
+        for part, wrap, expected, formula in (
+            ("forward", forward, out.detach(), cases.attention_forward_work),
+            ("backward", backward, gradient, cases.attention_backward_work),
+        ):
+            work = formula(lengths, lengths, shape.num_heads, head_dim, element)
+            providers = _attention_providers(qkv, on_device, wrap)
+            yield Contest("block_attention", part, name, dtype, work, (expected,), providers)
+
+
+# Gathers
+
+
+def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    masks = shape.masks.to(device)
+    p, element = shape.patch_size, torch.empty((), dtype=dtype).element_size()
+    images = torch.randint(
+        0, 256, (shape.batch_size, 3, shape.image_size, shape.image_size), dtype=torch.uint8, device=device
+    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def plain_patches() -> Tensor:
+        shift, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+        normalised = ((images / 255 - shift) / scale).to(dtype)
+        return patchify(normalised, p)[masks.context_indices]
+
+    patches = Providers()
+    patches.add_ours(
+        "masked_gather",
+        lambda: lambda: gather_patches(images, masks.context_indices, p, mean=mean, std=std, dtype=dtype),
+        device,
+        dtype,
+    )
+    patches.add("torch: normalise, patchify, index", lambda: plain_patches)
+    work = cases.gather_patches_work(len(masks.context_indices), 3 * p * p, 1, element)
+    yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches().float(),), patches)
+
+    width = shape.predictor_width
+    sources = masks.context.total + shape.num_patches
+    rows = torch.randn(sources, 3 * width, device=device).to(dtype).requires_grad_()
+    indices = masks.predictor_rows
+    upstream = torch.randn(len(indices), 3 * width, device=device).to(dtype)
+    gradient = torch.zeros(sources, 3 * width, device=device).index_add_(0, indices, upstream.float())
+
+    forward, backward = Providers(), Providers()
+    forward.add_ours("masked_gather", lambda: lambda: masked_gather(rows, indices), device, dtype)
+    forward.add("torch index_select", lambda: lambda: rows.index_select(0, indices))
+
+    def backward_of(gather: Callable[[], Tensor]) -> Callable[[], Callable[[], Outputs]]:
+        def build() -> Callable[[], Outputs]:
+            out = gather()
+            return lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True)
+
+        return build
+
+    backward.add_ours("masked_gather", backward_of(lambda: masked_gather(rows, indices)), device, dtype)
+    backward.add("torch index_select (atomics)", backward_of(lambda: rows.index_select(0, indices)))
+    backward.add("torch embedding", backward_of(lambda: F.embedding(indices, rows)))
+    work = cases.gather_work(len(indices), 3 * width, element)
+    expected = rows.detach().float()[indices]
+    yield Contest("masked_gather", "tokens forward", shape.name, dtype, work, (expected,), forward)
+    work = cases.gather_backward_work(len(indices), sources, 3 * width, element)
+    yield Contest("masked_gather", "tokens backward", shape.name, dtype, work, (gradient,), backward)
+
+    tokens = torch.randn(masks.context.total, shape.width, device=device).to(dtype)
+    table = torch.randn(shape.num_patches, shape.width, device=device)
+    positions = masks.context_indices % shape.num_patches
+    adds = Providers()
+    adds.add_ours("masked_gather", lambda: lambda: gather_add(tokens, table, positions), device, dtype)
+    adds.add("torch index_select, add", lambda: lambda: (tokens + table.index_select(0, positions).to(dtype)).to(dtype))
+    work = cases.gather_add_work(len(positions), shape.width, element)
+    expected = tokens.float() + table[positions]
+    yield Contest("masked_gather", "positions", shape.name, dtype, work, (expected,), adds)
+
+
+# Optimizer
+
+
+def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    numel = shape.encoder_params if device.type == "cuda" else min(shape.encoder_params, _EMA_PARAMS_ON_CPU)
+    numel = -(-numel // 16) * 16
+    half = dtype != torch.float32
+    betas, eps, lr, decay, momentum = (0.9, 0.999), 1e-8, 1e-3, 0.04, 0.996
+    start = torch.randn(numel, device=device)
+    grad = torch.randn(numel, device=device)
+
+    def buffers() -> dict[str, Tensor]:
+        return {
+            "param": start.clone(),
+            "m": torch.zeros_like(start),
+            "v": torch.zeros_like(start),
+            "ema": start.clone(),
+        }
+
+    def copies() -> dict[str, Tensor]:
+        return {name: torch.empty_like(start, dtype=dtype) for name in ("param_copy", "ema_copy")} if half else {}
+
+    def fused_ours() -> Callable[[], Outputs]:
+        state, extra = buffers(), copies()
+        step, lr_, decay_, momentum_ = (torch.tensor(x, device=device) for x in (1.0, lr, decay, momentum))
+
+        def run() -> Outputs:
+            adamw_ema_(
+                state["param"],
+                grad,
+                state["m"],
+                state["v"],
+                state["ema"],
+                step=step,
+                lr=lr_,
+                betas=betas,
+                eps=eps,
+                weight_decay=decay_,
+                ema_momentum=momentum_,
+                **extra,
+            )
+            return state["param"], state["ema"]
+
+        return run
+
+    def separate(**options: bool) -> Callable[[], Outputs]:
+        state, extra = buffers(), copies()
+        weight = state["param"].requires_grad_()
+        weight.grad = grad
+        optimizer = torch.optim.AdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=decay, **options)
+
+        @torch.no_grad()
+        def run() -> Outputs:
+            optimizer.step()
+            torch._foreach_lerp_([state["ema"]], [weight], 1 - momentum)
+            if half:
+                torch._foreach_copy_([extra["param_copy"], extra["ema_copy"]], [weight, state["ema"]])
+            return weight.detach(), state["ema"]
+
+        return run
+
+    exact = start.double().requires_grad_()
+    exact.grad = grad.double()
+    torch.optim.AdamW([exact], lr=lr, betas=betas, eps=eps, weight_decay=decay).step()
+    expected = (exact.detach(), start.double().lerp(exact.detach(), 1 - momentum))
+    providers = Providers()
+    # A provider keeps its own state, so the first step, which is checked, is the same for all.
+    providers.add_ours("adamw_ema", fused_ours, device, torch.float32)
+    providers.add("torch AdamW fused + foreach EMA", lambda: separate(fused=True))
+    providers.add("torch AdamW foreach + foreach EMA", lambda: separate(foreach=True))
+    work = cases.adamw_ema_work(numel, copy_size=2 if half else 0)
+    yield Contest("adamw_ema", "step", f"{shape.name} {numel / 1e6:.0f} M", torch.float32, work, expected, providers)
+
+
+# Loss
+
+
+def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    masks = shape.masks.to(device)
+    features = torch.randn(masks.union.total, shape.width, device=device).to(dtype)
+    predictions = torch.randn(masks.target.total, shape.width, device=device).to(dtype).requires_grad_()
+    rows = masks.union_rows
+
+    def plain(z: Tensor = predictions, h: Tensor = features) -> Tensor:
+        targets = F.layer_norm(h if h.dtype == torch.float64 else h.float(), (shape.width,))[rows]
+        return F.smooth_l1_loss(z.to(targets.dtype), targets)
+
+    exact = predictions.detach().double().requires_grad_()
+    loss = plain(exact, features.double())
+    (gradient,) = torch.autograd.grad(loss, exact)
+    element = features.element_size()
+    compiled = torch.compile(plain) if device.type == "cuda" else plain
+
+    def forward_of(run: Callable[[], Tensor]) -> Callable[[], Callable[[], Outputs]]:
+        return lambda: lambda: run().detach()
+
+    def backward_of(run: Callable[[], Tensor]) -> Callable[[], Callable[[], Outputs]]:
+        def build() -> Callable[[], Outputs]:
+            out = run()
+            return lambda: torch.autograd.grad(out, predictions, retain_graph=True)
+
+        return build
+
+    for part, of, expected, formula in (
+        ("forward", forward_of, loss.detach(), cases.target_loss_work),
+        ("backward", backward_of, gradient, cases.target_loss_backward_work),
+    ):
+        providers = Providers()
+        providers.add_ours("target_loss", of(lambda: target_loss(predictions, features, rows)), device, dtype)
+        providers.add("torch: layer_norm, index, smooth_l1", of(plain))
+        providers.add("torch, compiled", of(compiled), _cuda_only(device))
+        work = formula(len(rows), shape.width, element)
+        yield Contest("target_loss", part, shape.name, dtype, work, (expected,), providers)
+
+
+# Masks
+
+
+def masks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    indices = torch.arange(shape.batch_size, device=device)
+
+    def outputs(batch: MaskBatch) -> Outputs:
+        return batch.context_indices, batch.target_indices, batch.union_indices, batch.predictor_rows
+
+    def sample() -> Outputs:
+        config = MaskConfig()
+        return outputs(sample_masks(config, shape.grid, shape.grid, seed=0, step=0, sample_indices=indices))
+
+    expected = outputs(shape.masks.to(device))
+    assert isinstance(expected, tuple)
+    providers = Providers()
+    providers.add_ours("mask_sampling", lambda: sample, device, torch.int64)
+    work = cases.mask_sampling_work(shape.masks)
+    yield Contest("mask_sampling", "batch", shape.name, torch.int64, work, expected, providers)
+
+
+CONTESTS = {
+    "block_attention": attention,
+    "masked_gather": gathers,
+    "adamw_ema": optimizers,
+    "target_loss": losses,
+    "mask_sampling": masks,
+}
