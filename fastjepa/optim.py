@@ -96,6 +96,9 @@ class AdamWEMA(torch.optim.Optimizer):
     ZeRO calls `step` once per group, with the parameters of the other groups taken away, so a target is moved together with
     its source, from tensors remembered by `bind`.
 
+    Each group counts its updates, and has its hyper-parameters, on the device: a step reads nothing back, and its kernels
+    need not be compiled anew when the schedule moves on.
+
     Args:
         groups: from `param_groups`.
         config: betas and eps; lr, weight decay and momentum come from the schedule (`set_schedule`).
@@ -105,6 +108,8 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0, "ema_momentum": 1.0}
         super().__init__(groups, defaults)
         self._targets: dict[str, list[Tensor]] = {}
+        self._updates: dict[str, Tensor] = {}
+        self._hyper_parameters: dict[str, Tensor] = {}
 
     def bind(self, tensors: dict[str, list[Tensor]]) -> None:
         """Create fresh state for the tensors that each group will be stepped with, and pair the targets with their sources.
@@ -117,57 +122,76 @@ class AdamWEMA(torch.optim.Optimizer):
         """
         self.state.clear()
         for group in self.param_groups:
-            mine, source = tensors[group["name"]], group["ema_of"]
+            name, source = group["name"], group["ema_of"]
+            mine = tensors[name]
             if not source:
                 for x in mine:
-                    self.state[x] = {"step": 0, "exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+                    self.state[x] = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+                self._updates[name] = torch.zeros((), dtype=torch.int64, device=mine[0].device)
+                # fp64, as the schedule has them: the weight of the new average, 1 - momentum, goes to 0.
+                self._hyper_parameters[name] = torch.zeros(3, dtype=torch.float64, device=mine[0].device)
                 continue
             if [x.shape for x in tensors[source]] != [x.shape for x in mine]:
-                raise ValueError(f"parameter group {group['name']} is not laid out as {source}, which it averages")
+                raise ValueError(f"parameter group {name} is not laid out as {source}, which it averages")
             self._targets[source] = mine
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
         """exp_avg and exp_avg_sq of one of the bound tensors; none for a target."""
         # DeepSpeed looks up the state of every tensor, which leaves empty entries behind.
-        return {key: value for key, value in self.state.get(tensor, {}).items() if key != "step"}
+        return dict(self.state.get(tensor, {}))
 
     @property
     def updates(self) -> int:
-        """Optimizer steps that were applied: AdamW's t."""
-        return max(state["step"] for state in self.state.values() if state)
+        """Optimizer steps that were applied: AdamW's t. Reads it back from the device."""
+        return max(int(count) for count in self._updates.values())
 
     @updates.setter
     def updates(self, updates: int) -> None:
-        for state in self.state.values():
-            if state:
-                state["step"] = updates
+        for count in self._updates.values():
+            count.fill_(updates)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every group that has gradients, and the targets of those groups."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
+    ) -> None:
+        """Update every group that has gradients, and the targets of those groups.
+
+        Args:
+            grad_scale: 0-dim; the gradients are multiplied by it as they are read (clipping).
+        """
         assert closure is None, "closures are not supported"
         for group in self.param_groups:
-            if group["ema_of"] or not group["params"]:
+            if group["ema_of"] or all(param.grad is None for param in group["params"]):
                 continue
-            targets = self._targets.get(group["name"], [None] * len(group["params"]))
+            name = group["name"]
+            lr, weight_decay, ema_momentum = self._send_hyper_parameters(group)
+            self._updates[name] += 1
+            targets = self._targets.get(name, [None] * len(group["params"]))
             for param, target in zip(group["params"], targets, strict=True):
                 if param.grad is None:
                     continue
-                state = self.state[param]
-                state["step"] += 1
                 adamw_ema_(
                     param,
                     param.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    target,
-                    step=state["step"],
-                    lr=group["lr"],
+                    **self.state[param],
+                    ema=target,
+                    step=self._updates[name],
+                    lr=lr,
                     betas=group["betas"],
                     eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    ema_momentum=group["ema_momentum"],
+                    weight_decay=weight_decay,
+                    ema_momentum=ema_momentum,
+                    grad_scale=grad_scale,
                 )
+
+    def _send_hyper_parameters(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """lr, weight decay and momentum on the group's device. The host does not wait for them to arrive."""
+        there = self._hyper_parameters[group["name"]]
+        # Pinned memory is not handed out again before the copy is done: the next step cannot overwrite these.
+        here = torch.tensor(
+            [group["lr"], group["weight_decay"], group["ema_momentum"]], dtype=there.dtype, pin_memory=there.is_cuda
+        )
+        return there.copy_(here, non_blocking=True).unbind()
 
 
 def flatten_groups(groups: list[dict[str, Any]]) -> None:

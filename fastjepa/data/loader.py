@@ -154,12 +154,11 @@ class Loader:
             config.grid_w,
             seed=config.seed,
             step=step,
-            sample_indices=torch.from_numpy(positions),
+            sample_indices=torch.from_numpy(positions).to(self._device),
         )
         images, sample_ids = self._reader.read(wanted, functools.partial(self._crops, epoch))
-        if self._stream is not None:
-            images = images if images.is_cuda else images.pin_memory().to(self._device, non_blocking=True)
-            masks = masks.pin_memory().to(self._device)
+        if self._stream is not None and not images.is_cuda:
+            images = images.pin_memory().to(self._device, non_blocking=True)
         return Batch(images, masks, sample_ids)
 
     def _crops(self, epoch: int, indices: Ints, sizes: npt.NDArray[np.int32]) -> Boxes:

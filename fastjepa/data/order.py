@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fastjepa.config import DataConfig
 from fastjepa.errors import ConfigError
-from fastjepa.philox import DOMAIN_CROP, DOMAIN_ORDER, philox4x32, uniform_int, unit_interval
+from fastjepa_kernels.philox import DOMAIN_CROP, DOMAIN_ORDER, philox4x32, uniform_int, unit_interval
 
 Ints = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.int32]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
 from fastjepa.models.layers import Block, TokenSubset, init_weights, sincos_position_table
-from fastjepa_kernels import masked_gather
+from fastjepa_kernels import gather_add, masked_gather
 
 
 class Predictor(nn.Module):
@@ -34,7 +34,7 @@ class Predictor(nn.Module):
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """Features of the context tokens [T_context, D] -> predictions for the target tokens [T_target, D]."""
         positions = self.predictor_pos_embed[0]
-        context = self.predictor_embed(context) + positions.index_select(0, masks.context_indices % masks.num_patches)
+        context = gather_add(self.predictor_embed(context), positions, masks.context_indices % masks.num_patches)
         # A mask token depends on its position alone: one row per position stands for those of all images and blocks.
         distinct = torch.cat([context, self.mask_token[0] + positions])
         source_rows: Tensor | None = masks.predictor_rows
@@ -49,5 +49,5 @@ class Predictor(nn.Module):
             tokens = block(tokens, masks.predictor, source_rows=source_rows, subset=subset)
             source_rows = None
         if not self.savings.predictor_last_block:
-            tokens = masked_gather(tokens, targets.rows)
+            tokens = masked_gather(tokens, targets.rows, unique=True)
         return self.predictor_proj(self.predictor_norm(tokens))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.config import Config
 from fastjepa.models.layers import Block, TokenSubset, init_weights, sincos_position_table
-from fastjepa_kernels import Ragged, patchify
+from fastjepa_kernels import Ragged, gather_add, gather_patches
 
 
 class PatchProjection(nn.Conv2d):
@@ -15,7 +16,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[T, C * p * p] -> [T, D]."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -46,9 +47,18 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
         init_weights(self, self.blocks, config.model.init)
 
+    def patches(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] -> rows of their patches [B * N, C * p * p], or of those at `indices`, int64 [T]: as the
+        embedding takes them, in the dtype that it computes in."""
+        kind = images.device.type
+        dtype = (
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.patch_embed.proj.weight.dtype
+        )
+        return gather_patches(images, indices, self.patch_size, dtype=dtype)
+
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         """Patch rows [T, C * p * p] at patch positions int64 [T] in [0, N) -> tokens [T, D]."""
-        return self.patch_embed(patches) + self.pos_embed[0].index_select(0, positions)
+        return gather_add(self.patch_embed(patches), self.pos_embed[0], positions)
 
     def encode(self, tokens: Tensor, lengths: Ragged, subset: TokenSubset | None = None) -> Tensor:
         """Tokens [T, D] in packed sequences -> features [T, D], or [S, D] of a subset of the tokens."""
@@ -69,7 +79,7 @@ class VisionTransformer(nn.Module):
                 f"images have shape {tuple(images.shape)}, expected [B, C, H, W] with (C, H, W) = {expected}"
             )
         num_images, num_patches = images.shape[0], self.grid_h * self.grid_w
-        tokens = self.patch_embed(patchify(images, self.patch_size)).unflatten(0, (num_images, num_patches))
-        tokens = (tokens + self.pos_embed).flatten(0, 1)
+        positions = torch.arange(num_patches, device=images.device).repeat(num_images)
+        tokens = self.embed(self.patches(images), positions)
         lengths = Ragged.uniform(num_images, num_patches, images.device)
         return self.encode(tokens, lengths).unflatten(0, (num_images, num_patches))

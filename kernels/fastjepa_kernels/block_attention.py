@@ -70,23 +70,36 @@ def _permute(x: Tensor, order: tuple[Tensor, Tensor] | None) -> Tensor:
     return x if order is None else _PermuteRows.apply(x, *order)  # type: ignore[no-untyped-call]
 
 
-def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
-    plan = _plan_buckets(tuple(queries.cu_seqlens.tolist()), tuple(keys.cu_seqlens.tolist()))
-    query_rows = [b.num_seqs * b.queries for b in plan.buckets]
-    key_rows = [b.num_seqs * b.keys for b in plan.buckets]
-    # split(), not slices: its backward writes each gradient once, where a slice's fills a tensor of the full size.
-    qs = _permute(q, plan.query_order).split(query_rows)
-    ks, vs = (_permute(x, plan.key_order).split(key_rows) for x in (k, v))
-    outs = []
-    for bucket, *qkv in zip(plan.buckets, qs, ks, vs, strict=True):
-        if not bucket.queries or not bucket.keys:
-            outs.append(torch.zeros_like(qkv[0]))  # attention over nothing is 0
-            continue
-        dense_q, dense_k, dense_v = (x.unflatten(0, (bucket.num_seqs, -1)).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(dense_q, dense_k, dense_v, scale=scale)
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+def _attend_bucket(bucket: _Bucket, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if not bucket.queries or not bucket.keys:
+        return torch.zeros_like(q)  # attention over nothing is 0
+    dense_q, dense_k, dense_v = (x.unflatten(0, (bucket.num_seqs, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(dense_q, dense_k, dense_v, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _join_buckets(outs: list[Tensor], plan: _BucketPlan) -> Tensor:
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return _permute(out, plan.query_order and plan.query_order[::-1])
+
+
+# split() into buckets, not slices: its backward writes each gradient once, where a slice's fills a tensor of the full size.
+def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    plan = _plan_buckets(tuple(queries.cu_seqlens.tolist()), tuple(keys.cu_seqlens.tolist()))
+    key_rows = [b.num_seqs * b.keys for b in plan.buckets]
+    qs = _permute(q, plan.query_order).split([b.num_seqs * b.queries for b in plan.buckets])
+    ks, vs = (_permute(x, plan.key_order).split(key_rows) for x in (k, v))
+    outs = [_attend_bucket(bucket, *qkv, scale) for bucket, *qkv in zip(plan.buckets, qs, ks, vs, strict=True)]
+    return _join_buckets(outs, plan)
+
+
+def _attend_buckets_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor:
+    """One permutation instead of three."""
+    cu_seqlens = tuple(lengths.cu_seqlens.tolist())
+    plan = _plan_buckets(cu_seqlens, cu_seqlens)
+    parts = _permute(qkv, plan.query_order).split([b.num_seqs * b.keys for b in plan.buckets])
+    outs = [_attend_bucket(bucket, *part.unbind(1), scale) for bucket, part in zip(plan.buckets, parts, strict=True)]
+    return _join_buckets(outs, plan)
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:

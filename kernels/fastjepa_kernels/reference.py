@@ -35,21 +35,29 @@ def masked_gather_reference(rows: Tensor, indices: Tensor) -> Tensor:
 
 def adamw_ema_reference(
     param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
     ema: Tensor,
-    grads: list[Tensor],
     *,
+    step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     ema_momentum: float,
-) -> tuple[Tensor, Tensor]:
-    """The weights and their average after one update per gradient, by torch.optim.AdamW and a plain average."""
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """param, exp_avg, exp_avg_sq and ema after the update, by torch.optim.AdamW and a plain average."""
     weight = param.clone().requires_grad_()
-    average = ema.clone()
+    weight.grad = grad.to(weight.dtype) * grad_scale
     optimizer = torch.optim.AdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    for grad in grads:
-        weight.grad = grad
-        optimizer.step()
-        average = ema_momentum * average + (1 - ema_momentum) * weight.detach()
-    return weight.detach(), average
+    state = {"step": torch.tensor(step - 1.0), "exp_avg": exp_avg.clone(), "exp_avg_sq": exp_avg_sq.clone()}
+    optimizer.state[weight] = state
+    optimizer.step()
+    average = ema_reference(ema, weight.detach(), momentum=ema_momentum)
+    return weight.detach(), state["exp_avg"], state["exp_avg_sq"], average
+
+
+def ema_reference(ema: Tensor, param: Tensor, *, momentum: float) -> Tensor:
+    return momentum * ema + (1 - momentum) * param

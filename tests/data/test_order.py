@@ -12,7 +12,7 @@ from scipy.stats import chi2, ks_2samp
 
 from fastjepa.config import DataConfig
 from fastjepa.data.order import Ints, batch_positions, central_boxes, crop_boxes, epoch_order, steps_per_epoch
-from fastjepa.philox import DOMAIN_CROP, philox4x32
+from fastjepa_kernels.philox import DOMAIN_CROP, philox4x32
 
 Box = tuple[int, int, int, int]
 

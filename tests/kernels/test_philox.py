@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastjepa.philox import philox4x32, uniform_int, unit_interval
+from fastjepa_kernels.philox import philox4x32, uniform_int, unit_interval
 
 
 def test_philox_known_answers() -> None:

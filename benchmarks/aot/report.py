@@ -1,0 +1,163 @@
+"""Compile what the cases launch, and hold it to the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from triton.errors import TritonError
+
+from benchmarks.aot.cases import Case, all_cases
+from benchmarks.aot.compiled import Compilations, Compiled, analyse
+from benchmarks.aot.launches import Launch, caught
+from benchmarks.aot.limits import bounds_of, broken_limits, limits_of
+from benchmarks.aot.overflow import overflows
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass
+class Variant:
+    """One kernel as one launch specialised it, in one configuration, for one target."""
+
+    op: str
+    compiled: Compiled
+    specialisation: str
+    config: str
+    half: bool
+    """It reads or writes bf16 or fp16."""
+    cases: set[str] = field(default_factory=set)
+    """"case, forward" and "case, backward" for those that launch it."""
+    overflows: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        compiled = self.compiled
+        return f"{compiled.kernel}[{self.specialisation}] {self.config} {compiled.target}"
+
+    def broken(self) -> list[str]:
+        """The limits that it does not keep."""
+        try:
+            limits = limits_of(self.compiled.kernel, self.compiled.target)
+        except LookupError as error:
+            return [str(error)]
+        return broken_limits(self.compiled, limits, half=self.half) + [f"may overflow: {x}" for x in self.overflows]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What could not be compiled, and why."""
+
+    case: str
+    target: str
+    error: str
+
+
+@dataclass
+class Report:
+    variants: list[Variant]
+    failures: list[Failure]
+    cases: list[Case]
+
+    def broken(self) -> list[str]:
+        found = [f"{variant.name}: {limit}" for variant in self.variants for limit in variant.broken()]
+        return found + [f"{failure.case} for {failure.target}: {failure.error}" for failure in self.failures]
+
+
+def select(ops: Sequence[str] | None = None) -> list[Case]:
+    """The cases of these operations; of all, if none are named."""
+    return [case for case in all_cases() if ops is None or case.op in ops]
+
+
+def compile_all(cases: Iterable[Case], targets: Sequence[str], *, all_configs: Sequence[str], jobs: int) -> Report:
+    """Compile every launch of the cases for every target, identical ones once.
+
+    Args:
+        cases: some of `all_cases()`.
+        targets: of `TARGETS`.
+        all_configs: the targets for which every configuration of the autotuned kernels counts; else the first.
+        jobs: processes. One: this process.
+    """
+    cases = list(cases)
+    tasks = [(case.label, target, target in all_configs) for case in cases for target in targets]
+    variants: dict[tuple[str, str, str], Variant] = {}
+    failures: list[Failure] = []
+    for result in _run(tasks, jobs):
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        for key, variant in result.items():
+            variants.setdefault(key, variant).cases.update(variant.cases)
+    return Report(list(variants.values()), failures, cases)
+
+
+_Found = dict[tuple[str, str, str], Variant]
+
+
+def _run(tasks: list[tuple[str, str, bool]], jobs: int) -> Iterator[_Found | Failure]:
+    all_cases()
+    if jobs == 1:
+        yield from map(_compile_case, tasks)
+        return
+    with ProcessPoolExecutor(jobs, get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(_compile_case, tasks)
+
+
+def _compile_case(task: tuple[str, str, bool]) -> _Found | Failure:
+    label, target, all_configs = task
+    case = next(case for case in all_cases() if case.label == label)
+    compilations, launches = Compilations(), list[tuple[str, Launch]]()
+    phase = "forward"
+    try:
+        with compilations.watched(), caught(target, lambda x: launches.append((phase, x)), all_configs=all_configs):
+            result = case.run()
+            if case.backward is not None:
+                assert result is not None, f"{label} has nothing to differentiate"
+                phase = "backward"
+                result.backward(torch.empty_like(result))
+    except (TritonError, RuntimeError) as error:
+        return Failure(label, target, str(error).strip().splitlines()[-1])
+    assert launches, f"{label} launches no kernel"
+    found: _Found = {}
+    for phase, launch in launches:
+        variant = _variant(case, launch, target, compilations)
+        key = (variant.name, launch.kernel.hash, target)
+        found.setdefault(key, variant).cases.add(f"{label}, {phase}")
+    return found
+
+
+def _variant(case: Case, launch: Launch, target: str, compilations: Compilations) -> Variant:
+    config = launch.config.all_kwargs() if launch.config is not None else {}
+    types = sorted({_type(x) for x in launch.arguments.values() if isinstance(x, torch.Tensor)})
+    constants = [f"{name}={_short(value)}" for name, value in launch.constexprs.items() if name not in config]
+    tiles = [f"{name}={value}" for name, value in config.items() if name in launch.constexprs]
+    tiles += [f"num_warps={launch.kernel.metadata.num_warps}"]
+    if config:
+        tiles += [f"num_stages={launch.kernel.metadata.num_stages}"]
+    return Variant(
+        op=case.op,
+        compiled=analyse(launch.kernel, target, compilations.facts(launch.kernel)),
+        specialisation=" ".join(types + constants),
+        config=" ".join(tiles),
+        half=bool({"bfloat16", "float16"} & set(types)),
+        overflows=_overflows(launch.kernel.asm["ttir"]),
+    )
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+@cache
+def _overflows(ttir: str) -> tuple[str, ...]:
+    name = ttir.partition("tt.func public @")[2].partition("(")[0]
+    return tuple(str(overflow) for overflow in overflows(ttir, bounds_of(name)))

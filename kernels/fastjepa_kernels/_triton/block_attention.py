@@ -1,0 +1,459 @@
+"""Attention of packed sequences within themselves, forward and backward (Triton).
+
+For every sequence s and head h, with n_q queries and n_k keys of width D, both known on the device only:
+
+    S = q k^T * scale                  [n_q, n_k]
+    lse = log(sum_k exp(S))            [n_q]                  saved, fp32 [H, total queries]
+    P = exp(S - lse)                   [n_q, n_k]             never stored
+    out = P v                          [n_q, D]
+    delta = rowsum(out * d_out)        [n_q]
+    d_v = P^T d_out
+    d_S = P * (d_out v^T - delta)      [n_q, n_k]
+    d_q = d_S k * scale,  d_k = d_S^T q * scale
+
+q [T_q, H, D], k and v [T_k, H, D]: any row stride, so that they may be views into the [T, 3, H, D] of a fused projection;
+their gradients likewise, so that one buffer takes all three. out and d_out are contiguous.
+
+A dimension that is no power of two is held as two tiles, P0 the largest power of two within and P1 what remains rounded
+up: 80 = 64 + 16 costs the tensor cores 80, not 128 columns. Dot products over D add up both, results have both.
+
+Sequences of at most 128 keys (WHOLE_KEYS) take one program per (sequence, head): keys and values are read once, the softmax
+needs one pass, and the backward writes all three gradients from five matmuls. Longer ones are cut into blocks: the forward
+streams the keys past a block of queries with a running softmax; the backward is one kernel over blocks of keys for d_k and
+d_v and one over blocks of queries for d_q. That is seven matmuls instead of the five of a loop which adds to d_q in memory,
+but it needs no scratch and no order among programs, and few long sequences still fill the device. Nothing is summed across
+programs: results do not vary from run to run.
+
+Grids come from bounds that the host knows, programs past the end of a sequence leave at once. Rows past the last sequence
+(where `total` is an upper bound) are set to 0.
+
+Limited by memory: a sequence of n tokens does n/2 operations (bf16, forward) per byte of q, k, v and out, far below the
+ratio of tensor cores to memory at the lengths of a masked image. What counts is many programs on each multiprocessor.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastjepa_kernels.ragged import Ragged
+
+WHOLE_KEYS = 128
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+def _autotuned(configs, key):
+    return triton.autotune(configs, key=key)
+
+
+_C = [triton.Config({"QUERIES": 64}, num_warps=4, num_stages=2)]
+_WHOLE_FORWARD = _C
+_TILED_FORWARD = [triton.Config({"QUERIES": 64, "KEYS": 64}, num_warps=4, num_stages=2)]
+
+
+@triton.jit
+def _sequence(p_cu):
+    """First row (int64) and length of this program's sequence."""
+    first = tl.load(p_cu + tl.program_id(1))
+    return first.to(tl.int64), tl.load(p_cu + tl.program_id(1) + 1) - first
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    if P1 == 0:
+        return (tl.zeros((ROWS, P0), tl.float32),)
+    else:
+        return tl.zeros((ROWS, P0), tl.float32), tl.zeros((ROWS, P1), tl.float32)
+
+
+@triton.jit
+def _load_tile(p_rows, stride, m_rows, FIRST: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    o_rows = tl.arange(0, m_rows.shape[0])[:, None] * stride
+    o_cols = FIRST + tl.arange(0, P)[None, :]
+    if FIRST + P <= D:
+        return tl.load(p_rows + o_rows + o_cols, m_rows[:, None], other=0.0)
+    else:
+        return tl.load(p_rows + o_rows + o_cols, m_rows[:, None] & (o_cols < D), other=0.0)
+
+
+@triton.jit
+def _store_tile(p_rows, stride, m_rows, x, FIRST: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    o_rows = tl.arange(0, m_rows.shape[0])[:, None] * stride
+    o_cols = FIRST + tl.arange(0, P)[None, :]
+    x = x.to(p_rows.dtype.element_ty)
+    if FIRST + P <= D:
+        tl.store(p_rows + o_rows + o_cols, x, m_rows[:, None])
+    else:
+        tl.store(p_rows + o_rows + o_cols, x, m_rows[:, None] & (o_cols < D))
+
+
+@triton.jit
+def _load(p_rows, stride, m_rows, D: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """Rows of width D as their tiles, 0 where a row is masked and in columns past D."""
+    if P1 == 0:
+        return (_load_tile(p_rows, stride, m_rows, 0, P0, D),)
+    else:
+        return _load_tile(p_rows, stride, m_rows, 0, P0, D), _load_tile(p_rows, stride, m_rows, P0, P1, D)
+
+
+@triton.jit
+def _store(p_rows, stride, m_rows, x, D: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    _store_tile(p_rows, stride, m_rows, x[0], 0, P0, D)
+    if P1 > 0:
+        _store_tile(p_rows, stride, m_rows, x[1], P0, P1, D)
+
+
+@triton.jit
+def _dot(a, b):
+    """a b^T over the width, tile by tile into one accumulator."""
+    s = tl.dot(a[0], b[0].T, input_precision="ieee")
+    if len(a) == 2:
+        s = tl.dot(a[1], b[1].T, s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _dot_add(w, x, acc):
+    """acc + w x, tile by tile."""
+    if len(x) == 1:
+        return (tl.dot(w, x[0], acc[0], input_precision="ieee"),)
+    else:
+        return (
+            tl.dot(w, x[0], acc[0], input_precision="ieee"),
+            tl.dot(w, x[1], acc[1], input_precision="ieee"),
+        )
+
+
+@triton.jit
+def _scale(x, factor):
+    if len(x) == 1:
+        return (x[0] * factor,)
+    else:
+        return x[0] * factor, x[1] * factor
+
+
+@triton.jit
+def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """Zeros in the rows after the last sequence, shared among the programs of a head."""
+    BLOCK: tl.constexpr = 32
+    blocks = tl.num_programs(0) // H
+    rank = tl.program_id(1) * blocks + tl.program_id(0) // H
+    end = tl.load(p_cu + tl.num_programs(1))
+    for start in tl.range(end + rank * BLOCK, total, tl.num_programs(1) * blocks * BLOCK):
+        p_rows = p_x + start.to(tl.int64) * stride + tl.program_id(0) % H * D
+        _store(p_rows, stride, start + tl.arange(0, BLOCK) < total, _zeros(BLOCK, P0, P1), D, P0, P1)
+
+
+@_autotuned(_WHOLE_FORWARD, key=["D", "KEYS"])
+@triton.jit(do_not_specialize=["total"])
+def _forward_whole(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_cu_queries,
+    p_cu_keys,
+    q_stride,
+    k_stride,
+    v_stride,
+    total,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """One program per (sequence, head) of at most KEYS keys: one pass of softmax for each block of queries."""
+    head = tl.program_id(0)
+    first_query, num_queries = _sequence(p_cu_queries)
+    first_key, num_keys = _sequence(p_cu_keys)
+    p_q += first_query * q_stride + head * D
+    p_out += first_query * (H * D) + head * D
+    p_lse += head.to(tl.int64) * total + first_query
+    m_keys = tl.arange(0, KEYS) < num_keys
+    k = _load(p_k + first_key * k_stride + head * D, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
+    v = _load(p_v + first_key * v_stride + head * D, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
+    for start in tl.range(0, num_queries, QUERIES):
+        o_queries = start + tl.arange(0, QUERIES)
+        m_queries = o_queries < num_queries
+        row = start.to(tl.int64)
+        q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
+        s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
+        top = tl.where(num_keys > 0, tl.max(s, 1), 0.0)  # [QUERIES]
+        p = tl.exp2(s - top[:, None])
+        norm = tl.sum(p, 1)
+        out = _dot_add(p.to(v[0].dtype), v, _zeros(QUERIES, P0, P1))  # [QUERIES, D]
+        out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
+        _store(p_out + row * (H * D), H * D, m_queries, out, D, P0, P1)
+        tl.store(p_lse + o_queries, top * _LN_2 + tl.log(norm), m_queries)
+    _zero_rest(p_out - first_query * (H * D) - head * D, H * D, p_cu_queries, total, H, D, P0, P1)
+
+
+@_autotuned(_TILED_FORWARD, key=["D", "longest"])
+@triton.jit(do_not_specialize=["total", "longest"])
+def _forward_tiled(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_cu_queries,
+    p_cu_keys,
+    q_stride,
+    k_stride,
+    v_stride,
+    total,
+    scale,
+    longest,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program per (block of queries, head, sequence): the keys stream past, with a running softmax."""
+    head = tl.program_id(0) % H
+    start = tl.program_id(0) // H * QUERIES
+    _zero_rest(p_out, H * D, p_cu_queries, total, H, D, P0, P1)
+    first_query, num_queries = _sequence(p_cu_queries)
+    if start >= num_queries:
+        return
+    first_query += start
+    first_key, num_keys = _sequence(p_cu_keys)
+    p_k += first_key * k_stride + head * D
+    p_v += first_key * v_stride + head * D
+    m_queries = start + tl.arange(0, QUERIES) < num_queries
+    q = _load(p_q + first_query * q_stride + head * D, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
+    out = _zeros(QUERIES, P0, P1)
+    top = tl.full((QUERIES,), float("-inf"), tl.float32)
+    norm = tl.zeros((QUERIES,), tl.float32)
+    for start_key in tl.range(0, num_keys, KEYS):
+        m_keys = start_key + tl.arange(0, KEYS) < num_keys
+        row = start_key.to(tl.int64)
+        k = _load(p_k + row * k_stride, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
+        s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
+        new_top = tl.maximum(top, tl.max(s, 1))  # [QUERIES]
+        p = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        norm = norm * shrink + tl.sum(p, 1)
+        top = new_top
+        v = _load(p_v + row * v_stride, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
+        out = _dot_add(p.to(v[0].dtype), v, _scale(out, shrink[:, None]))
+    out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
+    _store(p_out + first_query * (H * D) + head * D, H * D, m_queries, out, D, P0, P1)
+    p_lse += head.to(tl.int64) * total + first_query
+    tl.store(p_lse + tl.arange(0, QUERIES), top * _LN_2 + tl.log(norm), m_queries)
+
+
+@triton.jit(do_not_specialize=["total"])
+def _delta(
+    p_out,
+    p_d_out,
+    p_delta,
+    total,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta = rowsum(out * d_out), fp32 [H, total]."""
+    head = tl.program_id(0) % H
+    start = (tl.program_id(0) // H).to(tl.int64) * ROWS
+    m_rows = start + tl.arange(0, ROWS) < total
+    o_tile = start * (H * D) + head * D
+    out = _load(p_out + o_tile, H * D, m_rows, D, P0, P1)
+    d_out = _load(p_d_out + o_tile, H * D, m_rows, D, P0, P1)
+    delta = tl.sum(out[0].to(tl.float32) * d_out[0].to(tl.float32), 1)
+    if P1 > 0:
+        delta += tl.sum(out[1].to(tl.float32) * d_out[1].to(tl.float32), 1)
+    tl.store(p_delta + head.to(tl.int64) * total + start + tl.arange(0, ROWS), delta, m_rows)
+
+
+@triton.jit
+def _backward_keys(
+    p_q,
+    p_k,
+    p_v,
+    p_d_out,
+    p_lse,
+    p_delta,
+    p_d_q,
+    p_d_k,
+    p_d_v,
+    p_cu_queries,
+    p_cu_keys,
+    q_stride,
+    k_stride,
+    v_stride,
+    d_q_stride,
+    d_k_stride,
+    d_v_stride,
+    total_queries,
+    total_keys,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    WHOLE: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """One program per (block of keys, head, sequence) for d_k and d_v; where the block is the WHOLE sequence, for d_q too.
+
+    In the transposed form, S^T = k q^T, the weights P^T and d_S^T of both sums are left operands, taken from registers.
+    """
+    head = tl.program_id(0) % H
+    start = tl.program_id(0) // H * KEYS
+    _zero_rest(p_d_k, d_k_stride, p_cu_keys, total_keys, H, D, P0, P1)
+    _zero_rest(p_d_v, d_v_stride, p_cu_keys, total_keys, H, D, P0, P1)
+    if WHOLE:
+        _zero_rest(p_d_q, d_q_stride, p_cu_queries, total_queries, H, D, P0, P1)
+    first_query, num_queries = _sequence(p_cu_queries)
+    first_key, num_keys = _sequence(p_cu_keys)
+    if not WHOLE:
+        if start >= num_keys:
+            return
+    first_key += start
+    p_q += first_query * q_stride + head * D
+    p_d_out += first_query * (H * D) + head * D
+    p_d_q += first_query * d_q_stride + head * D
+    o_statistics = head.to(tl.int64) * total_queries + first_query
+    p_lse += o_statistics
+    p_delta += o_statistics
+    m_keys = start + tl.arange(0, KEYS) < num_keys
+    k = _load(p_k + first_key * k_stride + head * D, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
+    v = _load(p_v + first_key * v_stride + head * D, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
+    d_k = _zeros(KEYS, P0, P1)
+    d_v = _zeros(KEYS, P0, P1)
+    for start_query in tl.range(0, num_queries, QUERIES):
+        o_queries = start_query + tl.arange(0, QUERIES)
+        m_queries = o_queries < num_queries
+        row = start_query.to(tl.int64)
+        q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
+        d_out = _load(p_d_out + row * (H * D), H * D, m_queries, D, P0, P1)  # [QUERIES, D]
+        lse = tl.load(p_lse + o_queries, m_queries, other=float("inf"))  # P = 0 past the end
+        delta = tl.load(p_delta + o_queries, m_queries, other=0.0)
+        p = tl.exp2(_dot(k, q) * (scale * _LOG2_E) - (lse * _LOG2_E)[None, :])  # [KEYS, QUERIES]
+        p = tl.where(m_keys[:, None], p, 0.0)  # past the last key it may be infinite, which 0 does not take away
+        d_v = _dot_add(p.to(q[0].dtype), d_out, d_v)
+        d_s = (p * (_dot(v, d_out) - delta[None, :])).to(q[0].dtype)  # [KEYS, QUERIES]
+        d_k = _dot_add(d_s, q, d_k)
+        if WHOLE:
+            d_q = _scale(_dot_add(d_s.T, k, _zeros(QUERIES, P0, P1)), scale)
+            _store(p_d_q + row * d_q_stride, d_q_stride, m_queries, d_q, D, P0, P1)
+    _store(p_d_k + first_key * d_k_stride + head * D, d_k_stride, m_keys, _scale(d_k, scale), D, P0, P1)
+    _store(p_d_v + first_key * d_v_stride + head * D, d_v_stride, m_keys, d_v, D, P0, P1)
+
+
+@triton.jit
+def _backward_queries(
+    p_q,
+    p_k,
+    p_v,
+    p_d_out,
+    p_lse,
+    p_delta,
+    p_d_q,
+    p_cu_queries,
+    p_cu_keys,
+    q_stride,
+    k_stride,
+    v_stride,
+    d_q_stride,
+    total,
+    scale,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """One program per (block of queries, head, sequence) for d_q."""
+    head = tl.program_id(0) % H
+    start = tl.program_id(0) // H * QUERIES
+    _zero_rest(p_d_q, d_q_stride, p_cu_queries, total, H, D, P0, P1)
+    first_query, num_queries = _sequence(p_cu_queries)
+    if start >= num_queries:
+        return
+    first_query += start
+    first_key, num_keys = _sequence(p_cu_keys)
+    p_k += first_key * k_stride + head * D
+    p_v += first_key * v_stride + head * D
+    o_queries = tl.arange(0, QUERIES)
+    m_queries = start + o_queries < num_queries
+    o_statistics = head.to(tl.int64) * total + first_query
+    q = _load(p_q + first_query * q_stride + head * D, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
+    d_out = _load(p_d_out + first_query * (H * D) + head * D, H * D, m_queries, D, P0, P1)  # [QUERIES, D]
+    lse = tl.load(p_lse + o_statistics + o_queries, m_queries, other=float("inf"))
+    delta = tl.load(p_delta + o_statistics + o_queries, m_queries, other=0.0)
+    d_q = _zeros(QUERIES, P0, P1)
+    for start_key in tl.range(0, num_keys, KEYS):
+        m_keys = start_key + tl.arange(0, KEYS) < num_keys
+        row = start_key.to(tl.int64)
+        k = _load(p_k + row * k_stride, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
+        v = _load(p_v + row * v_stride, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
+        p = tl.exp2(_dot(q, k) * (scale * _LOG2_E) - (lse * _LOG2_E)[:, None])  # [QUERIES, KEYS]
+        p = tl.where(m_keys[None, :], p, 0.0)
+        d_s = (p * (_dot(d_out, v) - delta[:, None])).to(k[0].dtype)  # [QUERIES, KEYS]
+        d_q = _dot_add(d_s, k, d_q)
+    _store(p_d_q + first_query * d_q_stride + head * D, d_q_stride, m_queries, _scale(d_q, scale), D, P0, P1)
+
+
+def _split(head_dim: int) -> tuple[int, int]:
+    """The widths of the two tiles of a head, the second one 0 where one does: 64 = 64, 80 = 64 + 16, 88 in 64 + 32."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))  # tensor cores take 16 columns and more
+    rest = max(16, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
+    return (first, rest) if rest < first else (2 * first, 0)
+
+
+def _longest(bound: int) -> int:
+    """Sequences up to this power of two share a configuration."""
+    return max(16, triton.next_power_of_2(bound))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy that the kernels can address: a row contiguous, a block of 128 rows within 31 bits."""
+    fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) < 2**24
+    return x if fits else x.contiguous()
+
+
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float
+) -> tuple[Tensor, Tensor]:
+    total, heads, head_dim = q.shape
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
+    tensors = (
+        q,
+        k,
+        v,
+        out,
+        lse,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        total,
+        scale,
+    )
+    width = (heads, head_dim, *_split(head_dim))
+    if keys.max_seqlen <= WHOLE_KEYS:
+        _forward_whole[(heads, queries.num_seqs)](*tensors, *width, KEYS=_longest(keys.max_seqlen))
+    else:
+        _forward_tiled[_grid(heads, queries, "QUERIES")](*tensors, _longest(keys.max_seqlen), *width)
+    return out, lse

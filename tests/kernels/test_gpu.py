@@ -1,0 +1,130 @@
+"""What only a GPU can show of the kernels: they can be captured in CUDA graphs and compiled, and never wait for the host."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_cases import Shape
+from fastjepa.config import MaskConfig
+from fastjepa.masks import sample_masks
+from fastjepa_kernels import (
+    adamw_ema_,
+    block_attention_packed,
+    gather_add,
+    gather_patches,
+    masked_gather,
+    target_loss,
+)
+
+pytestmark = pytest.mark.gpu
+
+_SHAPE = Shape("small", "vit_small", 16, 14, 384, batch_size=4)
+_Operation = Callable[[], tuple[Tensor, ...]]
+
+
+def _operations() -> dict[str, _Operation]:
+    device = torch.device("cuda")
+    masks = _SHAPE.masks.to(device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).bfloat16().requires_grad_()
+
+    images = torch.randint(0, 256, (4, 3, 224, 224), device=device, dtype=torch.uint8)
+    qkv, tokens = rows(masks.context.total, 3, 6, 64), rows(masks.context.total + 196, 384)
+    predictions, features = rows(masks.target.total, 384), rows(masks.union.total, 384).detach()
+    table = torch.randn(196, 384, device=device, generator=generator)
+    context_tokens = rows(masks.context.total, 384)
+
+    def differentiated(function: Callable[..., Tensor], x: Tensor, *args: object) -> tuple[Tensor, ...]:
+        out = function(x, *args)
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), x)
+
+    return {
+        "block_attention": lambda: differentiated(block_attention_packed, qkv, masks.context),
+        "masked_gather": lambda: differentiated(masked_gather, tokens, masks.predictor_rows),
+        "gather_patches": lambda: (gather_patches(images, masks.context_indices, 16, dtype=torch.bfloat16),),
+        "gather_add": lambda: differentiated(gather_add, context_tokens, table, masks.context_indices % 196),
+        "target_loss": lambda: differentiated(target_loss, predictions, features, masks.union_rows),
+    }
+
+
+@pytest.fixture(params=["block_attention", "masked_gather", "gather_patches", "gather_add", "target_loss"])
+def operation(request: pytest.FixtureRequest) -> _Operation:
+    return _operations()[request.param]
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[Callable[[str], None]]:
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_operation_never_waits_for_the_host(
+    operation: _Operation, no_synchronisation: Callable[[str], None]
+) -> None:
+    operation()  # the first call may: it compiles, and tries configurations
+    torch.cuda.synchronize()
+    no_synchronisation("error")
+    operation()
+
+
+def test_a_captured_operation_gives_the_same_numbers_when_replayed(operation: _Operation) -> None:
+    expected = operation()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operation()
+    for tensor in captured:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+def test_a_compiled_operation_gives_the_same_numbers(operation: _Operation) -> None:
+    torch.testing.assert_close(torch.compile(operation)(), operation(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_captured_update_follows_the_scalars_on_the_device() -> None:
+    def state() -> dict[str, Tensor]:
+        generator = torch.Generator("cuda").manual_seed(0)
+        names = ("param", "grad", "exp_avg", "exp_avg_sq", "ema")
+        tensors = {name: torch.randn(4096, device="cuda", generator=generator) for name in names}
+        tensors["exp_avg_sq"].square_()
+        return tensors
+
+    def scalars(step: float, lr: float) -> dict[str, Tensor]:
+        return {
+            name: torch.tensor(value, device="cuda")
+            for name, value in {"step": step, "lr": lr, "weight_decay": 0.1, "ema_momentum": 0.9}.items()
+        }
+
+    fixed = {"betas": (0.9, 0.999), "eps": 1e-8}
+    mine, hyper = state(), scalars(1.0, 1e-3)
+    adamw_ema_(**mine, **hyper, **fixed)  # type: ignore[arg-type]
+    mine = state()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        adamw_ema_(**mine, **hyper, **fixed)  # type: ignore[arg-type]
+    for name, value in state().items():
+        mine[name].copy_(value)
+    for name, value in scalars(7.0, 1e-2).items():
+        hyper[name].copy_(value)
+    graph.replay()
+    expected = state()
+    adamw_ema_(**expected, **scalars(7.0, 1e-2), **fixed)  # type: ignore[arg-type]
+    torch.testing.assert_close(mine, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["ragged", "official", "budget"])
+def test_masks_sampled_on_the_gpu_are_those_of_the_cpu(mode: str) -> None:
+    config = MaskConfig(mode=mode)  # type: ignore[arg-type]
+    on_cpu, on_gpu = (
+        sample_masks(config, 14, 14, seed=3, step=5, sample_indices=torch.arange(130, device=device))
+        for device in ("cpu", "cuda")
+    )
+    for name, value in vars(on_cpu).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(on_gpu, name).cpu(), value), name
