@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,19 +21,19 @@ from scipy import stats
 
 from fastjepa.config import MaskConfig
 from fastjepa.masks import MaskBatch, check_grid, sample_masks
+from fastjepa_kernels.mask_sampling import MaskRules
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION, DOMAIN_BLOCK_SIZE, DOMAIN_BUDGET, philox4x32
 from fastjepa_kernels.ragged import Ragged
+from fastjepa_kernels.reference import (
+    ImageMasks,
+    cut_masks_reference,
+    image_masks_reference,
+    mask_words_reference,
+)
 
 LEVEL = 0.001
 BLOCKS = {"block": 1, "random": 1, "rasterized": 3}
 Word = Callable[[], int]
-
-
-class Image(NamedTuple):
-    """The masks of one image as lists of positions in raster order."""
-
-    targets: list[list[int]]
-    context: list[int]
 
 
 class Sizes(NamedTuple):
@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
     context: tuple[int, int]
 
 
-# The plain loop: the text of the papers and of the issue, one image at a time, on sets of patches.
+# The plain loop: block sizes by the text of the papers and of the issue; one image at a time, by the kernels' plain twin.
 
 
 def loop_sizes(config: MaskConfig, h: int, w: int, u: tuple[float, float, float]) -> Sizes:
@@ -60,65 +60,26 @@ def loop_sizes(config: MaskConfig, h: int, w: int, u: tuple[float, float, float]
     return Sizes(count, size(count, aspect), size(math.floor(h * w * (c0 + u[2] * (c1 - c0))), h / w))
 
 
-def loop_image(config: MaskConfig, h: int, w: int, sizes: Sizes, word: Word, budget_word: Word) -> Image:
-    """One image, before the cut of the official mode."""
-    patches = set(range(h * w))
+def loop_rules(config: MaskConfig, h: int, w: int, sizes: Sizes) -> MaskRules:
     needed = config.min_keep + 1
     if config.mode == "budget":
         needed = max(needed, math.floor(config.context_budget * h * w))
-
-    def below(bound: int) -> int:
-        return word() * bound >> 32
-
-    def block(size: tuple[int, int]) -> set[int]:
-        lost = 1 if config.mode == "official" else 0
-        top = below(h - lost - size[0] + 1)
-        left = below(w - lost - size[1] + 1)
-        return {row * w + col for row in range(top, top + size[0]) for col in range(left, left + size[1])}
-
-    def draw() -> tuple[list[set[int]], set[int]]:
-        if config.strategy == "block":
-            target = block(sizes.target)
-            return [target], patches - target
-        if config.strategy == "random":
-            words = [word() for _ in patches]
-            target = set(sorted(patches, key=words.__getitem__)[: sizes.target_count])
-            return [target], patches - target
-        if config.strategy == "rasterized":
-            quadrants = [{p for p in patches if 2 * (p // w >= h // 2) + (p % w >= w // 2) == q} for q in range(4)]
-            context = quadrants.pop(below(4))
-            return quadrants, context
-        targets = [block(sizes.target) for _ in range(config.num_target_blocks)]
-        for subtracted in range(config.num_target_blocks, -1, -1):
-            for _ in range(20):
-                context = block(sizes.context).difference(*targets[:subtracted])
-                if len(context) >= needed:
-                    return targets, context
-        raise AssertionError("no valid context")
-
-    targets, context = draw()
-    if config.mode == "budget":
-        words = [budget_word() for _ in patches]
-        context = set(sorted(context, key=words.__getitem__)[:needed])
-    return Image([sorted(target) for target in targets], sorted(context))
-
-
-def loop_cut(images: list[Image]) -> list[Image]:
-    """Cut all lists to the batch minimum, as in the official mode."""
-    shortest_context = min(len(image.context) for image in images)
-    shortest_target = min(len(target) for image in images for target in image.targets)
-    return [Image([t[:shortest_target] for t in i.targets], i.context[:shortest_context]) for i in images]
-
-
-def philox_words(domain: int, sample: int, step: int, seed: int) -> Word:
-    """The words of one stream, one after the other."""
-
-    def words() -> Iterator[int]:
-        for start in itertools.count(0, 64):
-            counter = np.arange(start, start + 64, dtype=np.int64)
-            yield from np.stack(philox4x32(counter, domain, sample % 2**32, step, seed=seed), 1).flatten().tolist()
-
-    return words().__next__
+    lost = 1 if config.mode == "official" else 0
+    return MaskRules(
+        strategy=config.strategy,
+        mode=config.mode,
+        grid_h=h,
+        grid_w=w,
+        reach_h=h - lost,
+        reach_w=w - lost,
+        target_h=sizes.target[0],
+        target_w=sizes.target[1],
+        context_h=sizes.context[0],
+        context_w=sizes.context[1],
+        target_count=sizes.target_count,
+        num_target_blocks=config.num_target_blocks,
+        min_context=needed,
+    )
 
 
 def numpy_words(rng: np.random.Generator) -> Word:
@@ -138,18 +99,20 @@ def split(values: torch.Tensor, ragged: Ragged) -> list[list[int]]:
     return [part.tolist() for part in values.split(ragged.lengths().tolist())]
 
 
-def images_of(masks: MaskBatch) -> list[Image]:
+def images_of(masks: MaskBatch) -> list[ImageMasks]:
     num_blocks = masks.target.num_seqs // masks.num_images
     contexts = split(masks.context_indices % masks.num_patches, masks.context)
     targets = split(masks.target_indices % masks.num_patches, masks.target)
-    return [Image(targets[i * num_blocks : (i + 1) * num_blocks], context) for i, context in enumerate(contexts)]
+    return [ImageMasks(targets[i * num_blocks : (i + 1) * num_blocks], context) for i, context in enumerate(contexts)]
 
 
-def sample(config: MaskConfig, h: int, w: int, *, num_images: int = 1, step: int = 0, seed: int = 0) -> list[Image]:
+def sample(
+    config: MaskConfig, h: int, w: int, *, num_images: int = 1, step: int = 0, seed: int = 0
+) -> list[ImageMasks]:
     return images_of(sample_masks(config, h, w, seed=seed, step=step, sample_indices=torch.arange(num_images)))
 
 
-def overlap(image: Image) -> int:
+def overlap(image: ImageMasks) -> int:
     """Context tokens that are targets too: there are some only where a target block was given up."""
     return len(set(image.context) & set().union(*image.targets))
 
@@ -193,14 +156,14 @@ indices = st.lists(st.integers(0, 2**40), min_size=1, max_size=5)
 cheap = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def loop_batch(config: MaskConfig, h: int, w: int, ids: list[int], step: int = 0, seed: int = 0) -> list[Image]:
+def loop_batch(config: MaskConfig, h: int, w: int, ids: list[int], step: int = 0, seed: int = 0) -> list[ImageMasks]:
     """The plain loop, fed with the random words that the sampler uses."""
     words = philox4x32(np.zeros(1, np.int64), DOMAIN_BLOCK_SIZE, 0, step, seed=seed)
     u = [int(word[0]) / 2**32 for word in words]
     sizes = loop_sizes(config, h, w, (u[0], u[1], u[2]))
-    streams = [[philox_words(d, i, step, seed) for d in (DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET)] for i in ids]
-    images = [loop_image(config, h, w, sizes, *stream) for stream in streams]
-    return loop_cut(images) if config.mode == "official" else images
+    streams = [[mask_words_reference(d, i, step, seed) for d in (DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET)] for i in ids]
+    images = [image_masks_reference(loop_rules(config, h, w, sizes), *stream) for stream in streams]
+    return cut_masks_reference(images) if config.mode == "official" else images
 
 
 @cheap
@@ -284,7 +247,7 @@ def test_masks_do_not_depend_on_the_batch(mode: Any, strategy: Any) -> None:
     config = MaskConfig(mode=mode, strategy=strategy, num_target_blocks=BLOCKS.get(strategy, 4))
     ids = torch.tensor([5, 0, 2**33 + 1, 7, 123_456_789, 3, 8, 1, 2, 4])
 
-    def masks_of(ids: torch.Tensor, seed: int = 1, step: int = 2) -> list[Image]:
+    def masks_of(ids: torch.Tensor, seed: int = 1, step: int = 2) -> list[ImageMasks]:
         return images_of(sample_masks(config, 14, 14, seed=seed, step=step, sample_indices=ids))
 
     whole = masks_of(ids)
@@ -327,9 +290,9 @@ def p_value(ours: list[Any], theirs: list[Any]) -> float:
     return float(stats.chi2_contingency(table).pvalue)
 
 
-def loop_step(config: MaskConfig, h: int, w: int, num_images: int, rng: np.random.Generator) -> list[Image]:
-    sizes, word = loop_sizes(config, h, w, uniforms(rng)), numpy_words(rng)
-    return [loop_image(config, h, w, sizes, word, word) for _ in range(num_images)]
+def loop_step(config: MaskConfig, h: int, w: int, num_images: int, rng: np.random.Generator) -> list[ImageMasks]:
+    rules, word = loop_rules(config, h, w, loop_sizes(config, h, w, uniforms(rng))), numpy_words(rng)
+    return [image_masks_reference(rules, word, word) for _ in range(num_images)]
 
 
 @pytest.mark.parametrize(("mode", "grid"), [("official", (14, 14)), ("ragged", (14, 14)), ("ragged", (8, 12))])
@@ -350,7 +313,7 @@ def test_official_cut_is_distributed_as_in_the_plain_loop() -> None:
     config, rng = MaskConfig(mode="official"), np.random.default_rng(2)
     cut = [len(sample(config, 14, 14, num_images=8, step=step)[0].context) for step in range(250)]
     plain = [loop_step(config, 14, 14, 8, rng) for _ in range(250)]
-    assert stats.ks_2samp(cut, [len(loop_cut(images)[0].context) for images in plain]).pvalue > LEVEL
+    assert stats.ks_2samp(cut, [len(cut_masks_reference(images)[0].context) for images in plain]).pvalue > LEVEL
     assert stats.ks_2samp(cut, [len(images[0].context) for images in plain]).pvalue < LEVEL  # the test sees the cut
 
 
@@ -502,6 +465,12 @@ def test_masks_on_a_gpu_are_those_of_the_cpu(mode: Any) -> None:
         sample_masks(MaskConfig(mode=mode), 14, 14, seed=0, step=3, sample_indices=i) for i in (ids, ids.cuda())
     )
     for name, value in vars(cpu).items():
+        other = getattr(gpu, name)
+        if isinstance(value, Ragged):
+            assert (other.max_seqlen, other.total) == (value.max_seqlen, value.total)
+            value, other = value.cu_seqlens, other.cu_seqlens
         if isinstance(value, torch.Tensor):
-            assert torch.equal(value, getattr(gpu, name).cpu())
-            assert getattr(cpu.pin_memory(), name).is_pinned()
+            assert other.is_cuda
+            assert torch.equal(value, other.cpu())
+        else:
+            assert other == value

@@ -7,7 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 from triton.errors import TritonError
@@ -134,7 +133,11 @@ def _compile_case(task: tuple[str, str, bool]) -> _Found | Failure:
 def _variant(case: Case, launch: Launch, target: str, compilations: Compilations) -> Variant:
     config = launch.config.all_kwargs() if launch.config is not None else {}
     types = sorted({_type(x) for x in launch.arguments.values() if isinstance(x, torch.Tensor)})
-    constants = [f"{name}={_short(value)}" for name, value in launch.constexprs.items() if name not in config]
+    constants = [
+        f"{name}={str(value).lower()}"
+        for name, value in launch.constexprs.items()
+        if name not in config and (value is None or isinstance(value, int | str))
+    ]
     tiles = [f"{name}={value}" for name, value in config.items() if name in launch.constexprs]
     tiles += [f"num_warps={launch.kernel.metadata.num_warps}"]
     if config:
@@ -151,10 +154,6 @@ def _variant(case: Case, launch: Launch, target: str, compilations: Compilations
 
 def _type(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _short(value: Any) -> str:
-    return "none" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value).replace(" ", "")
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa_kernels import Ragged, block_attention, masked_gather
+from fastjepa_kernels import Ragged, block_attention, block_attention_packed, masked_gather
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,15 @@ class TokenSubset:
 
 
 class QKVProjection(nn.Linear):
-    """The fused query, key and value projection; queries for a subset of the rows if asked."""
+    """The fused query, key and value projection; queries of other tokens than those that are keys if asked."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, query_rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> queries [T or S, D] and keys with values [T, 2 D]."""
+    def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """x [T, D] -> (qkv [T, 3 D],); with `asking` [S, D], the tokens that ask: (q [S, D], kv [T, 2 D])."""
+        if asking is None:
+            return (super().forward(x),)
         width = self.in_features
-        if query_rows is None:
-            q, kv = super().forward(x).split([width, 2 * width], dim=-1)
-            return q, kv
         q_bias, kv_bias = self.bias[:width], self.bias[width:]
-        q = F.linear(masked_gather(x, query_rows), self.weight[:width], q_bias)
-        return q, F.linear(x, self.weight[width:], kv_bias)
+        return F.linear(asking, self.weight[:width], q_bias), F.linear(x, self.weight[width:], kv_bias)
 
 
 class Attention(nn.Module):
@@ -49,10 +45,14 @@ class Attention(nn.Module):
         self.qkv = QKVProjection(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, q: Tensor, kv: Tensor, queries: Ragged, keys: Ragged) -> Tensor:
-        """q [S, D], kv [T, 2 D] -> [S, D]."""
-        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        out = block_attention(q.unflatten(-1, (self.num_heads, -1)), k, v, queries, keys)
+    def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged) -> Tensor:
+        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask."""
+        if len(projected) == 1:
+            out = block_attention_packed(projected[0].unflatten(-1, (3, self.num_heads, -1)), keys)
+        else:
+            q, kv = projected
+            k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+            out = block_attention(q.unflatten(-1, (self.num_heads, -1)), k, v, queries, keys)
         return self.proj(out.flatten(1))
 
 
@@ -89,19 +89,18 @@ class Block(nn.Module):
         Returns:
             [T, D], or [S, D] for a subset of S tokens.
         """
-        query_rows = subset.rows if subset else None
-        if source_rows is not None:
-            query_rows = source_rows if query_rows is None else source_rows[query_rows]
-        if source_rows is None or subset is not None:
-            q, kv = self.attn.qkv(self.norm1(x), query_rows)
+        normed = self.norm1(x)
+        if subset is None:
+            projected, queries = self.attn.qkv(normed), lengths
+            if source_rows is not None:
+                projected, x = (masked_gather(projected[0], source_rows),), masked_gather(x, source_rows)
         else:
-            q, kv = self.attn.qkv(self.norm1(x))
-            q = masked_gather(q, source_rows)
-        if source_rows is not None:
-            kv = masked_gather(kv, source_rows)
-        if query_rows is not None:
-            x = masked_gather(x, query_rows)
-        x = x + self.attn(q, kv, subset.lengths if subset else lengths, lengths)
+            rows = subset.rows if source_rows is None else source_rows[subset.rows]
+            distinct = source_rows is None
+            q, kv = self.attn.qkv(normed, masked_gather(normed, rows, unique=distinct))
+            projected = q, kv if source_rows is None else masked_gather(kv, source_rows)
+            x, queries = masked_gather(x, rows, unique=distinct), subset.lengths
+        x = x + self.attn(projected, queries, lengths)
         return x + self.mlp(self.norm2(x))
 
 

@@ -7,7 +7,7 @@ that runs is chosen by device and dtype (`choose`), or asked for (`request`, or 
 
 from fastjepa_kernels._backend import choose, implementations, request
 from fastjepa_kernels.adamw_ema import adamw_ema_
-from fastjepa_kernels.block_attention import block_attention
+from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather, patchify
 from fastjepa_kernels.ragged import Ragged, concat_rows
 from fastjepa_kernels.target_loss import target_loss
@@ -16,6 +16,7 @@ __all__ = [
     "Ragged",
     "adamw_ema_",
     "block_attention",
+    "block_attention_packed",
     "choose",
     "concat_rows",
     "gather_add",

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from fastjepa_kernels._backend import choose
 
@@ -170,10 +169,12 @@ class _Buffers(NamedTuple):
                 self.ema_copy.copy_(self.ema)
 
     def chunks(self) -> Iterator[_Buffers]:
-        numel = self.param.numel()
-        flat = [None if x is None else x.view(-1) for x in self]
-        for start in range(0, numel, _CHUNK):
-            yield _Buffers(*(None if x is None else x[start : start + _CHUNK] for x in flat))  # type: ignore[arg-type]
+        if self.param.numel() <= _CHUNK:
+            yield self
+            return
+        flat = [x if x is None else x.view(-1).split(_CHUNK) for x in self]
+        for i in range(len(self.param.view(-1).split(_CHUNK))):
+            yield _Buffers(*(x if x is None else x[i] for x in flat))  # type: ignore[arg-type]
 
     def scaled_grad(self, grad_scale: Tensor | None) -> Tensor:
         grad = self.grad.to(self.param.dtype)
@@ -190,16 +191,15 @@ def _adamw_ema_torch(
     eps: float,
     grad_scale: Tensor | None,
 ) -> None:
-    """AdamW by torch.optim's fused kernel: a third of the time of its formula, operation by operation."""
+    """AdamW by the operator behind torch.optim.AdamW(fused=True): a third of the time of its formula's eight passes."""
     for b in buffers.chunks():
-        adamw(
+        torch._fused_adamw_(
             [b.param],
             [b.scaled_grad(grad_scale)],
             [b.exp_avg],
             [b.exp_avg_sq],
             [],
-            [torch.full((), step - 1, device=b.param.device)],
-            fused=True,
+            [torch.full((), step, device=b.param.device)],
             amsgrad=False,
             maximize=False,
             beta1=betas[0],

@@ -135,7 +135,49 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragge
     return out
 
 
-_BACKENDS = {"buckets": _attend_buckets, "varlen": _attend_varlen, "padded": _attend_padded}
+def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    from xformers.ops import fmha
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+    # Its public constructor takes the lengths on the host. The host's copies serve checks only: total and a bound will do.
+    blocks = (
+        _SeqLenInfo(seqstart=x.cu_seqlens, max_seqlen=x.max_seqlen, min_seqlen=0, seqstart_py=[0, x.total])
+        for x in (queries, keys)
+    )
+    out = fmha.memory_efficient_attention(q[None], k[None], v[None], BlockDiagonalMask(*blocks), scale=scale)
+    assert isinstance(out, Tensor)
+    return out[0]
+
+
+def _attend_triton(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    from fastjepa_kernels._triton.block_attention import attend
+
+    return attend(q, k, v, queries, keys, scale)
+
+
+def _attend_triton_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor:
+    from fastjepa_kernels._triton.block_attention import attend_packed
+
+    return attend_packed(qkv, lengths, scale)
+
+
+_IMPLEMENTATIONS = {
+    "triton": _attend_triton,
+    "varlen": _attend_varlen,
+    "buckets": _attend_buckets,
+    "padded": _attend_padded,
+    "xformers": _attend_xformers,
+}
+# Those that gain from having queries, keys and values in one tensor; the others take it apart.
+_PACKED_IMPLEMENTATIONS = {"triton": _attend_triton_packed, "buckets": _attend_buckets_packed}
+
+
+def _check_device(name: str, x: Tensor, lengths: Ragged, like: Tensor) -> None:
+    if x.dtype != like.dtype or x.device != like.device or lengths.cu_seqlens.device != like.device:
+        raise ValueError(
+            f"block_attention: {name} ({x.dtype}, {x.device}) and its cu_seqlens ({lengths.cu_seqlens.device}) "
+            f"must match q ({like.dtype}, {like.device})"
+        )
 
 
 def block_attention(
@@ -163,15 +205,40 @@ def block_attention(
             raise ValueError(
                 f"block_attention: {name} has shape {tuple(x.shape)}, expected (tokens, heads, head_dim) = {expected}"
             )
-        if x.dtype != q.dtype or x.device != q.device or lengths.cu_seqlens.device != q.device:
-            raise ValueError(
-                f"block_attention: {name} ({x.dtype}, {x.device}) and its cu_seqlens must match q ({q.dtype}, {q.device})"
-            )
+        _check_device(name, x, lengths, q)
     if queries.num_seqs != keys.num_seqs:
         raise ValueError(
             f"block_attention: got {queries.num_seqs} query and {keys.num_seqs} key sequences, expected as many"
         )
-    if queries.total == 0:
+    if queries.total == 0 or queries.num_seqs == 0:
         return torch.zeros_like(q) + 0 * (k.sum() + v.sum())  # keeps the gradient graph
-    backend = _backend.choose("block_attention", q.device.type, q.dtype, q.shape[-1])
-    return _BACKENDS[backend](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
+    implementation = _backend.choose("block_attention", q.device.type, q.dtype, q.shape[-1])
+    return _IMPLEMENTATIONS[implementation](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def block_attention_packed(qkv: Tensor, lengths: Ragged, *, scale: float | None = None) -> Tensor:
+    """`block_attention` of q, k, v = qkv.unbind(1), as one linear layer writes them; the gradient is one tensor too.
+
+    Args:
+        qkv: [lengths.total, 3, heads, head_dim], any strides.
+        lengths: of the sequences.
+        scale: factor on the scores; default head_dim^-1/2.
+
+    Returns:
+        [lengths.total, heads, head_dim], qkv's dtype.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together.
+    """
+    if qkv.ndim != 4 or tuple(qkv.shape[:2]) != (lengths.total, 3):
+        raise ValueError(
+            f"block_attention_packed: qkv has shape {tuple(qkv.shape)}, "
+            f"expected (tokens, 3, heads, head_dim) = ({lengths.total}, 3, ...)"
+        )
+    _check_device("qkv", qkv, lengths, qkv)
+    q, k, v = qkv.unbind(1)
+    implementation = _backend.choose("block_attention", qkv.device.type, qkv.dtype, qkv.shape[-1])
+    if implementation not in _PACKED_IMPLEMENTATIONS or qkv.numel() == 0 or lengths.num_seqs == 0:
+        return block_attention(q, k, v, lengths, scale=scale)
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return _PACKED_IMPLEMENTATIONS[implementation](qkv, lengths, scale)

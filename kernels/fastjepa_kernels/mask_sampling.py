@@ -73,13 +73,14 @@ class MaskRules:
             raise ValueError(
                 f"num_target_blocks: got {self.num_target_blocks} with strategy {self.strategy}, expected {max(blocks, 1)}"
             )
-        limits = [("reach_h", self.grid_h), ("reach_w", self.grid_w), ("min_context", self._least_context)]
+        limits = [("reach_h", self.grid_h), ("reach_w", self.grid_w)]
         if self.strategy in ("multiblock", "block"):
             limits += [("target_h", self.reach_h), ("target_w", self.reach_w)]
         if self.strategy == "multiblock":
             limits += [("context_h", self.reach_h), ("context_w", self.reach_w)]
         if self.strategy == "random":
             limits += [("target_count", self.num_patches - 1)]
+        limits += [("min_context", self._least_context)]
         for name, limit in limits:
             if not 1 <= getattr(self, name) <= limit:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a number from 1 to {limit}")

@@ -34,6 +34,7 @@ ratio of tensor cores to memory at the lengths of a masked image. What counts is
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,17 +45,19 @@ from torch import Tensor
 from fastjepa_kernels.ragged import Ragged
 
 WHOLE_KEYS = 128
+_DELTA_ROWS = 64
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-def _autotuned(configs, key):
-    return triton.autotune(configs, key=key)
+def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
+    """From (blocks, num_warps, num_stages), the smallest first: Triton's interpreter takes but one."""
+    configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
+    return configs[:1] if os.environ.get("TRITON_INTERPRET") == "1" else configs
 
 
-_C = [triton.Config({"QUERIES": 64}, num_warps=4, num_stages=2)]
-_WHOLE_FORWARD = _C
-_TILED_FORWARD = [triton.Config({"QUERIES": 64, "KEYS": 64}, num_warps=4, num_stages=2)]
+def _prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    return configs
 
 
 @triton.jit
@@ -146,11 +149,20 @@ def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: t
     rank = tl.program_id(1) * blocks + tl.program_id(0) // H
     end = tl.load(p_cu + tl.num_programs(1))
     for start in tl.range(end + rank * BLOCK, total, tl.num_programs(1) * blocks * BLOCK):
-        p_rows = p_x + start.to(tl.int64) * stride + tl.program_id(0) % H * D
+        p_rows = p_x + tl.cast(start, tl.int64) * stride + tl.program_id(0) % H * D
         _store(p_rows, stride, start + tl.arange(0, BLOCK) < total, _zeros(BLOCK, P0, P1), D, P0, P1)
 
 
-@_autotuned(_WHOLE_FORWARD, key=["D", "KEYS"])
+@triton.autotune(
+    _configs(
+        ({"QUERIES": 16}, 4, 1),
+        ({"QUERIES": 32}, 4, 2),
+        ({"QUERIES": 64}, 4, 2),
+        ({"QUERIES": 128}, 8, 2),
+    ),
+    key=["D", "KEYS"],
+    prune_configs_by={"early_config_prune": _prune},
+)
 @triton.jit(do_not_specialize=["total"])
 def _forward_whole(
     p_q,
@@ -174,10 +186,11 @@ def _forward_whole(
 ):
     """One program per (sequence, head) of at most KEYS keys: one pass of softmax for each block of queries."""
     head = tl.program_id(0)
+    _zero_rest(p_out, H * D, p_cu_queries, total, H, D, P0, P1)
     first_query, num_queries = _sequence(p_cu_queries)
     first_key, num_keys = _sequence(p_cu_keys)
-    p_q += first_query * q_stride + head * D
-    p_out += first_query * (H * D) + head * D
+    p_q += head * D
+    p_out += head * D
     p_lse += head.to(tl.int64) * total + first_query
     m_keys = tl.arange(0, KEYS) < num_keys
     k = _load(p_k + first_key * k_stride + head * D, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
@@ -185,7 +198,7 @@ def _forward_whole(
     for start in tl.range(0, num_queries, QUERIES):
         o_queries = start + tl.arange(0, QUERIES)
         m_queries = o_queries < num_queries
-        row = start.to(tl.int64)
+        row = first_query + start
         q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
         s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
         top = tl.where(num_keys > 0, tl.max(s, 1), 0.0)  # [QUERIES]
@@ -195,10 +208,18 @@ def _forward_whole(
         out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
         _store(p_out + row * (H * D), H * D, m_queries, out, D, P0, P1)
         tl.store(p_lse + o_queries, top * _LN_2 + tl.log(norm), m_queries)
-    _zero_rest(p_out - first_query * (H * D) - head * D, H * D, p_cu_queries, total, H, D, P0, P1)
 
 
-@_autotuned(_TILED_FORWARD, key=["D", "longest"])
+@triton.autotune(
+    _configs(
+        ({"QUERIES": 16, "KEYS": 16}, 4, 1),
+        ({"QUERIES": 64, "KEYS": 64}, 4, 2),
+        ({"QUERIES": 64, "KEYS": 64}, 4, 3),
+        ({"QUERIES": 128, "KEYS": 64}, 8, 2),
+    ),
+    key=["D", "longest"],
+    prune_configs_by={"early_config_prune": _prune},
+)
 @triton.jit(do_not_specialize=["total", "longest"])
 def _forward_tiled(
     p_q,
@@ -230,8 +251,8 @@ def _forward_tiled(
         return
     first_query += start
     first_key, num_keys = _sequence(p_cu_keys)
-    p_k += first_key * k_stride + head * D
-    p_v += first_key * v_stride + head * D
+    p_k += head * D
+    p_v += head * D
     m_queries = start + tl.arange(0, QUERIES) < num_queries
     q = _load(p_q + first_query * q_stride + head * D, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
     out = _zeros(QUERIES, P0, P1)
@@ -239,7 +260,7 @@ def _forward_tiled(
     norm = tl.zeros((QUERIES,), tl.float32)
     for start_key in tl.range(0, num_keys, KEYS):
         m_keys = start_key + tl.arange(0, KEYS) < num_keys
-        row = start_key.to(tl.int64)
+        row = first_key + start_key
         k = _load(p_k + row * k_stride, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
         s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
         new_top = tl.maximum(top, tl.max(s, 1))  # [QUERIES]
@@ -280,7 +301,7 @@ def _delta(
     tl.store(p_delta + head.to(tl.int64) * total + start + tl.arange(0, ROWS), delta, m_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_queries", "total_keys", "longest"])
 def _backward_keys(
     p_q,
     p_k,
@@ -302,6 +323,7 @@ def _backward_keys(
     total_queries,
     total_keys,
     scale,
+    longest,
     H: tl.constexpr,
     D: tl.constexpr,
     P0: tl.constexpr,
@@ -326,9 +348,9 @@ def _backward_keys(
         if start >= num_keys:
             return
     first_key += start
-    p_q += first_query * q_stride + head * D
-    p_d_out += first_query * (H * D) + head * D
-    p_d_q += first_query * d_q_stride + head * D
+    p_q += head * D
+    p_d_out += head * D
+    p_d_q += head * D
     o_statistics = head.to(tl.int64) * total_queries + first_query
     p_lse += o_statistics
     p_delta += o_statistics
@@ -340,7 +362,7 @@ def _backward_keys(
     for start_query in tl.range(0, num_queries, QUERIES):
         o_queries = start_query + tl.arange(0, QUERIES)
         m_queries = o_queries < num_queries
-        row = start_query.to(tl.int64)
+        row = first_query + start_query
         q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
         d_out = _load(p_d_out + row * (H * D), H * D, m_queries, D, P0, P1)  # [QUERIES, D]
         lse = tl.load(p_lse + o_queries, m_queries, other=float("inf"))  # P = 0 past the end
@@ -357,7 +379,33 @@ def _backward_keys(
     _store(p_d_v + first_key * d_v_stride + head * D, d_v_stride, m_keys, d_v, D, P0, P1)
 
 
-@triton.jit
+_backward_whole = triton.autotune(
+    _configs(({"QUERIES": 16}, 4, 2), ({"QUERIES": 32}, 4, 2), ({"QUERIES": 32}, 8, 2)),
+    key=["D", "KEYS"],
+    prune_configs_by={"early_config_prune": _prune},
+)(_backward_keys)
+
+_backward_tiled_keys = triton.autotune(
+    _configs(
+        ({"QUERIES": 16, "KEYS": 16}, 4, 2),
+        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
+        ({"QUERIES": 32, "KEYS": 128}, 8, 2),
+    ),
+    key=["D", "longest"],
+    prune_configs_by={"early_config_prune": _prune},
+)(_backward_keys)
+
+
+@triton.autotune(
+    _configs(
+        ({"QUERIES": 16, "KEYS": 16}, 4, 1),
+        ({"QUERIES": 64, "KEYS": 64}, 4, 2),
+        ({"QUERIES": 128, "KEYS": 64}, 8, 2),
+    ),
+    key=["D", "longest"],
+    prune_configs_by={"early_config_prune": _prune},
+)
+@triton.jit(do_not_specialize=["total", "longest"])
 def _backward_queries(
     p_q,
     p_k,
@@ -374,6 +422,7 @@ def _backward_queries(
     d_q_stride,
     total,
     scale,
+    longest,
     H: tl.constexpr,
     D: tl.constexpr,
     P0: tl.constexpr,
@@ -390,8 +439,8 @@ def _backward_queries(
         return
     first_query += start
     first_key, num_keys = _sequence(p_cu_keys)
-    p_k += first_key * k_stride + head * D
-    p_v += first_key * v_stride + head * D
+    p_k += head * D
+    p_v += head * D
     o_queries = tl.arange(0, QUERIES)
     m_queries = start + o_queries < num_queries
     o_statistics = head.to(tl.int64) * total + first_query
@@ -402,7 +451,7 @@ def _backward_queries(
     d_q = _zeros(QUERIES, P0, P1)
     for start_key in tl.range(0, num_keys, KEYS):
         m_keys = start_key + tl.arange(0, KEYS) < num_keys
-        row = start_key.to(tl.int64)
+        row = first_key + start_key
         k = _load(p_k + row * k_stride, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
         v = _load(p_v + row * v_stride, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
         p = tl.exp2(_dot(q, k) * (scale * _LOG2_E) - (lse * _LOG2_E)[:, None])  # [QUERIES, KEYS]
@@ -430,30 +479,158 @@ def _rows(x: Tensor) -> Tensor:
     return x if fits else x.contiguous()
 
 
-def _launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float
-) -> tuple[Tensor, Tensor]:
+def _grid(heads: int, lengths: Ragged, block: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
+    """Programs (heads x blocks, sequences): those that share keys follow one another. At least one block, for _zero_rest."""
+    return lambda meta: (heads * max(1, triton.cdiv(lengths.max_seqlen, meta[block])), lengths.num_seqs)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> tuple[Tensor, Tensor]:
+    """out [T_q, H, D] and lse [H, T_q]."""
     total, heads, head_dim = q.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(heads, total, dtype=torch.float32, device=q.device)
-    tensors = (
-        q,
-        k,
-        v,
-        out,
-        lse,
-        queries.cu_seqlens,
-        keys.cu_seqlens,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        total,
-        scale,
-    )
-    width = (heads, head_dim, *_split(head_dim))
+    tensors = q, k, v, out, lse, queries.cu_seqlens, keys.cu_seqlens
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    widths = heads, head_dim, *_split(head_dim)
+    longest = _longest(keys.max_seqlen)
     if keys.max_seqlen <= WHOLE_KEYS:
-        _forward_whole[(heads, queries.num_seqs)](*tensors, *width, KEYS=_longest(keys.max_seqlen))
+        _forward_whole[(heads, queries.num_seqs)](*tensors, *strides, total, scale, *widths, KEYS=longest)
     else:
-        _forward_tiled[_grid(heads, queries, "QUERIES")](*tensors, _longest(keys.max_seqlen), *width)
+        _forward_tiled[_grid(heads, queries, "QUERIES")](*tensors, *strides, total, scale, longest, *widths)
     return out, lse
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    queries: Ragged,
+    keys: Ragged,
+    scale: float,
+) -> None:
+    """Fills d_q, d_k and d_v, which may be views into one buffer."""
+    total, heads, head_dim = q.shape
+    q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
+    widths = heads, head_dim, *_split(head_dim)
+    longest = _longest(keys.max_seqlen)
+    delta = torch.empty_like(lse)
+    _delta[(heads * triton.cdiv(total, _DELTA_ROWS),)](out, d_out, delta, total, *widths, _DELTA_ROWS)
+    inputs = q, k, v, d_out, lse, delta
+    lengths = queries.cu_seqlens, keys.cu_seqlens
+    strides = q.stride(0), k.stride(0), v.stride(0), d_q.stride(0)
+    key_arguments = (
+        *(*inputs, d_q, d_k, d_v, *lengths, *strides, d_k.stride(0), d_v.stride(0)),
+        *(total, k.shape[0], scale, longest, *widths),
+    )
+    if keys.max_seqlen <= WHOLE_KEYS:
+        _backward_whole[(heads, queries.num_seqs)](*key_arguments, WHOLE=True, KEYS=longest)
+        return
+    _backward_tiled_keys[_grid(heads, keys, "KEYS")](*key_arguments, WHOLE=False)
+    _backward_queries[_grid(heads, queries, "QUERIES")](
+        *inputs, d_q, *lengths, *strides, total, scale, longest, *widths
+    )
+
+
+@torch.library.custom_op("fastjepa::block_attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, Ragged(cu_queries, max_queries, len(q)), Ragged(cu_keys, max_keys, len(k)), scale)
+
+
+@torch.library.custom_op("fastjepa::block_attention_backward", mutates_args=())
+def _attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    queries, keys = Ragged(cu_queries, max_queries, len(q)), Ragged(cu_keys, max_keys, len(k))
+    _backward(q, k, v, out, lse, d_out, d_q, d_k, d_v, queries, keys, scale)
+    return d_q, d_k, d_v
+
+
+@torch.library.custom_op("fastjepa::block_attention_packed", mutates_args=())
+def _packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
+    lengths = Ragged(cu_seqlens, max_seqlen, len(qkv))
+    return _forward(*qkv.unbind(1), lengths, lengths, scale)
+
+
+@torch.library.custom_op("fastjepa::block_attention_packed_backward", mutates_args=())
+def _packed_attention_backward(
+    qkv: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> Tensor:
+    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    lengths = Ragged(cu_seqlens, max_seqlen, len(qkv))
+    _backward(*qkv.unbind(1), out, lse, d_out, *d_qkv.unbind(1), lengths, lengths, scale)
+    return d_qkv
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_lengths: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@_packed_attention.register_fake
+def _(qkv: Tensor, *_lengths: Any) -> tuple[Tensor, Tensor]:
+    total, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(total, heads, head_dim), qkv.new_empty(heads, total, dtype=torch.float32)
+
+
+@_packed_attention_backward.register_fake
+def _(qkv: Tensor, *_others: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """For both forms: tensors (the lengths among them) and, after those, plain numbers."""
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.numbers = [x for x in inputs if not isinstance(x, Tensor)]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
+
+
+def _differentiate_attention(ctx: Any, d_out: Tensor, _d_lse: None) -> tuple[Tensor | None, ...]:
+    q, k, v, cu_queries, cu_keys, out, lse = ctx.saved_tensors
+    grads = _attention_backward(q, k, v, out, lse, d_out, cu_queries, cu_keys, *ctx.numbers)
+    return *grads, *[None] * 5
+
+
+def _differentiate_packed_attention(ctx: Any, d_out: Tensor, _d_lse: None) -> tuple[Tensor | None, ...]:
+    qkv, cu_seqlens, out, lse = ctx.saved_tensors
+    return _packed_attention_backward(qkv, out, lse, d_out, cu_seqlens, *ctx.numbers), *[None] * 3
+
+
+_attention.register_autograd(_differentiate_attention, setup_context=_save)
+_packed_attention.register_autograd(_differentiate_packed_attention, setup_context=_save)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
+    lengths = queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
+    out: Tensor = _attention(q, k, v, *lengths, scale)[0]
+    return out
+
+
+def attend_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor:
+    out: Tensor = _packed_attention(qkv, lengths.cu_seqlens, lengths.max_seqlen, scale)[0]
+    return out

@@ -1,0 +1,68 @@
+"""A whole training step on the Triton kernels, against the same step on PyTorch."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastjepa_kernels
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config, MaskConfig, ModelConfig
+from fastjepa.engine import TorchEngine
+from fastjepa.masks import MaskBatch
+from fastjepa.objective import build_model
+from fastjepa.optim import Schedule, set_schedule
+from tests.kernels.triton.conftest import Engine
+from tests.small import small_batch, small_config
+
+ON_TORCH = {
+    "masked_gather": "torch",
+    "block_attention": "padded",
+    "adamw_ema": "torch",
+    "mask_sampling": "torch",
+    "target_loss": "torch",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_wishes() -> Iterator[None]:
+    yield
+    fastjepa_kernels.request({})
+
+
+def _config() -> Config:
+    """The smallest model that has every kind of block: full, and last (a subset of the tokens asks)."""
+    config = small_config(image_size=16, masks=MaskConfig(min_keep=2, num_target_blocks=2))
+    model = ModelConfig(
+        patch_size=4, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2, init="fan_in"
+    )
+    return replace(config, model=model, global_batch_size=2)
+
+
+def _step(config: Config, device: torch.device) -> tuple[MaskBatch, Tensor, dict[str, Tensor]]:
+    """Masks, loss, and the weights (the target encoder's too) after one optimizer step."""
+    images, masks = small_batch(config, config.global_batch_size)
+    engine = TorchEngine(build_model(config), config, BatchSizes.share(config, 1), device)
+    set_schedule(engine.param_groups, Schedule(config.optim, steps_per_epoch=2, total_steps=2).at(0))
+    loss = engine.micro_step(images.to(device), masks.to(device))
+    return masks, loss, {name: p.detach() for name, p in engine.model.named_parameters()}
+
+
+def test_a_step_on_triton_equals_a_step_on_pytorch(engine: Engine) -> None:
+    config = _config()
+    fastjepa_kernels.request(ON_TORCH)
+    plain_masks, plain_loss, plain_weights = _step(config, engine.device)
+    fastjepa_kernels.request({op: "triton" for op in ON_TORCH})
+    masks, loss, weights = _step(config, engine.device)
+
+    assert torch.equal(masks.predictor_rows, plain_masks.predictor_rows)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    # Adam's first step is lr * sign(gradient) nearly: where a gradient is next to 0, its rounding decides the sign.
+    lr = config.optim.lr
+    for name, weight in weights.items():
+        if name.endswith("attn.qkv.bias"):  # a key's bias has no gradient but rounding
+            continue
+        moved = (weight - plain_weights[name]).abs()
+        assert (moved > 0.02 * lr).float().mean() < 0.01, name
