@@ -132,9 +132,8 @@ class TorchEngine(Engine):
                 work.wait()
             torch._foreach_div_(self._grads, world)
         self._grad_norm = torch.nn.utils.get_total_norm(self._grads)
-        if self._clip:
-            torch._foreach_mul_(self._grads, (self._clip / (self._grad_norm + 1e-6)).clamp(max=1.0))
-        self.optimizer.step()
+        scale = (self._clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if self._clip else None
+        self.optimizer.step(grad_scale=scale)
         torch._foreach_zero_(self._grads)
 
     def grad_norm(self) -> float:

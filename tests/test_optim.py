@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastjepa.config import OptimConfig
 from fastjepa.objective import IJEPA, build_model
@@ -141,6 +143,82 @@ def test_padding_stays_zero_through_a_step(model: IJEPA) -> None:
     assert any(group["params"][0].numel() > totals[group["name"]] for group in groups)  # else nothing is checked below
     for group in groups:
         assert not group["params"][0][totals[group["name"]] :].any(), group["name"]
+
+
+def stepped(model: IJEPA, grad_scale: float | None = None, *, group_by_group: bool = False) -> AdamWEMA:
+    """Two steps, each with other gradients and another schedule."""
+    groups = param_groups(model)
+    flatten_groups(groups)
+    optimizer = AdamWEMA(groups, OptimConfig())
+    optimizer.bind({group["name"]: group["params"] for group in groups})
+    every = optimizer.param_groups
+    for step in range(2):
+        set_schedule(every, schedule_values(step))
+        for group in every:
+            if not group["ema_of"]:
+                group["params"][0].grad.copy_(gradient(group["params"][0], step))
+        for some in [[group] for group in every] if group_by_group else [every]:
+            optimizer.param_groups = some
+            optimizer.step(grad_scale=None if grad_scale is None else torch.tensor(grad_scale))
+        optimizer.param_groups = every
+    return optimizer
+
+
+def schedule_values(step: int) -> dict[str, float]:
+    return {"lr": 0.1 / (step + 1), "weight_decay": 0.4 - 0.1 * step, "ema_momentum": 0.5 + 0.1 * step}
+
+
+def gradient(param: Tensor, step: int) -> Tensor:
+    return torch.randn(param.shape, generator=torch.Generator().manual_seed(step))
+
+
+def test_each_step_uses_the_schedule_of_that_step(model: IJEPA) -> None:
+    """Against torch.optim.AdamW and a plain average."""
+    groups = {group["name"]: group for group in param_groups(copy.deepcopy(model))}
+    flatten_groups(list(groups.values()))
+    starts = {name: group["params"][0].detach() for name, group in groups.items()}
+    ends = {group["name"]: group["params"][0].detach() for group in stepped(model).param_groups}
+    averages = {group["ema_of"]: name for name, group in groups.items() if group["ema_of"]}
+    for name in [name for name, group in groups.items() if not group["ema_of"]]:
+        weight = torch.nn.Parameter(starts[name].clone())
+        average = starts[averages[name]].clone() if name in averages else None
+        optimizer = torch.optim.AdamW([weight], betas=OptimConfig().betas)
+        for step in range(2):
+            values = schedule_values(step)
+            optimizer.param_groups[0]["lr"] = values["lr"]
+            optimizer.param_groups[0]["weight_decay"] = values["weight_decay"] if groups[name]["decay"] else 0.0
+            weight.grad = gradient(weight, step)
+            optimizer.step()
+            if average is not None:
+                average.lerp_(weight.detach(), 1 - values["ema_momentum"])
+        torch.testing.assert_close(ends[name], weight.detach())
+        if average is not None:
+            torch.testing.assert_close(ends[averages[name]], average)
+
+
+def test_gradients_are_scaled_as_they_are_read(model: IJEPA) -> None:
+    """Adam's update does not depend on the gradient's scale, but its moments do: powers of two are exact."""
+    twin = copy.deepcopy(model)
+    plain, scaled = stepped(model), stepped(twin, 0.5)
+    for state, half in zip(plain.state.values(), scaled.state.values(), strict=True):
+        assert torch.equal(half["exp_avg"], 0.5 * state["exp_avg"])
+        assert torch.equal(half["exp_avg_sq"], 0.25 * state["exp_avg_sq"])
+
+
+def test_group_by_group_as_zero_calls_it_is_the_same_and_counts_once(model: IJEPA) -> None:
+    twin = copy.deepcopy(model)
+    whole, apart = stepped(model), stepped(twin, group_by_group=True)
+    assert whole.updates == apart.updates == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_the_count_goes_on_where_a_checkpoint_left_it(model: IJEPA) -> None:
+    optimizer = stepped(model)
+    optimizer.updates = 41
+    assert optimizer.updates == 41
+    optimizer.step()
+    assert optimizer.updates == 42
+    assert set(optimizer.moments(optimizer.param_groups[0]["params"][0])) == {"exp_avg", "exp_avg_sq"}
 
 
 def test_weights_without_gradients_and_their_average_stay(model: IJEPA) -> None:

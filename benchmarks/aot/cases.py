@@ -7,7 +7,7 @@ dtypes decide what is compiled, the number of images does not. Its work is that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -60,7 +60,7 @@ def all_cases() -> tuple[Case, ...]:
     for dtype in (torch.float16, torch.float32):
         cases += _attention(full["B/16"], small["B/16"], dtype)
         cases += _loss(full["B/16"], small["B/16"], dtype)
-    cases += _mask_sampling(full, small)
+    cases += _mask_sampling(full)
     return tuple(cases)
 
 
@@ -221,31 +221,36 @@ def _loss(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-def _mask_sampling(full: dict[str, Shape], small: dict[str, Shape]) -> Iterator[Case]:
+def _mask_sampling(full: dict[str, Shape]) -> Iterator[Case]:
     def sample(rules: MaskRules) -> None:
         mask_sampling(rules, seed=2**63, step=1, sample_indices=torch.arange(_RECORDED_BATCH_SIZE))
 
-    kinds = [("B/16", "multiblock", mode) for mode in ("ragged", "official", "budget")]
-    kinds += [("H/14", "multiblock", "ragged")]
-    kinds += [("B/16", strategy, "ragged") for strategy in ("block", "random", "rasterized")]
-    for name, strategy, mode in kinds:
-        grid = full[name].grid
-        rules = MaskRules(
-            strategy=strategy,
-            mode=mode,
-            grid_h=grid,
-            grid_w=grid,
-            reach_h=grid,
-            reach_w=grid,
-            target_h=6,
-            target_w=6,
-            context_h=grid - 1,
-            context_w=grid - 1,
-            target_count=grid**2 // 2,
-            num_target_blocks={"multiblock": 4, "rasterized": 3}.get(strategy, 1),
-            min_context=11,
-        )
-        label = f"{name} {strategy}, {mode}"
+    base = MaskRules(
+        strategy="multiblock",
+        mode="ragged",
+        grid_h=14,
+        grid_w=14,
+        reach_h=14,
+        reach_w=14,
+        target_h=6,
+        target_w=6,
+        context_h=13,
+        context_w=13,
+        target_count=98,
+        num_target_blocks=4,
+        min_context=11,
+    )
+    kinds = [
+        ("B/16", base),
+        ("B/16", replace(base, mode="official")),
+        ("B/16", replace(base, mode="budget")),
+        ("B/16", replace(base, strategy="block", num_target_blocks=1)),
+        ("B/16", replace(base, strategy="random", num_target_blocks=1)),
+        ("B/16", replace(base, strategy="rasterized", num_target_blocks=3)),
+        ("H/14", replace(base, grid_h=16, grid_w=16, reach_h=16, reach_w=16)),
+    ]
+    for name, rules in kinds:
+        label = f"{name} {rules.strategy}, {rules.mode}"
         yield Case(
             "mask_sampling", label, torch.int64, partial(sample, rules), work.mask_sampling_work(full[name].masks)
         )

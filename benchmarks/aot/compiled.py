@@ -40,6 +40,7 @@ PROCESSORS = {
     "sm_100": Processor(64, 32, 65536, 228 << 10, 227 << 10, 512),
 }
 GFX942_SHARED_BYTES = 64 << 10
+GFX942_WARPS = 32  # of 64 lanes, on four SIMD units
 REGISTER_UNIT = 256  # registers are handed to a warp in such units, shared memory to a block in the next
 SHARED_UNIT = 128
 SHARED_RESERVED = 1024  # per block, by the driver
@@ -294,3 +295,9 @@ def _analyse_amd(kernel: Any, target: str, facts: Facts) -> Compiled:
         notes=(),
         compile_seconds=facts.seconds,
     )
+
+
+def resident_fraction(compiled: Compiled) -> float:
+    """Of the warps that one multiprocessor can hold."""
+    most = PROCESSORS[compiled.target].warps if compiled.target in PROCESSORS else GFX942_WARPS
+    return compiled.blocks_per_sm * compiled.num_warps / most

@@ -27,15 +27,43 @@ class Limits:
     """At least."""
 
 
-# By kernel and target; the first that matches counts.
-LIMITS: list[tuple[str, str, Limits]] = []
+_STREAMING = Limits(wide_fraction=0.5)
 
-MAX_TOKENS = 1 << 30
-"""Of one batch: 2^30 rows of the narrowest predictor (384 values of 2 bytes) are 800 GB."""
-MAX_STRIDE = (1 << 31) - 1
+# By kernel (operation.name) and target; the first that matches counts.
+LIMITS: list[tuple[str, str, Limits]] = [
+    ("block_attention.*", "*", Limits(tensor_cores=True)),
+    ("masked_gather.*", "*", _STREAMING),
+    # Buffers may end anywhere: beside the vectors there is a scalar path for the last block.
+    ("adamw_ema.*", "*", Limits(wide_fraction=0.1, blocks_per_sm=8)),
+    ("target_loss.*", "*", _STREAMING),
+    # A few kilobytes in all: bound by latency, not by the width of accesses.
+    ("mask_sampling.*", "*", Limits()),
+]
 
-# What the integers of a kernel may be (`overflow.overflows`), by kernel.
-BOUNDS: list[tuple[str, Mapping[str, Interval]]] = []
+MAX_TOKENS = 10**9
+"""Of one batch: as many rows of the narrowest predictor (384 values of 2 bytes) are 768 GB."""
+
+# What the integers of a kernel may be (`overflow.overflows`), by kernel: the first that matches counts.
+BOUNDS: list[tuple[str, Mapping[str, Interval]]] = [
+    (
+        "block_attention.*",
+        {
+            "program_id(x)": Interval(0, 1023),  # heads x blocks of a sequence: 16 heads of 1,024 tokens by 16
+            "*stride": Interval(0, 1 << 24),  # elements from a row to the next
+            "[*]p_cu_*": Interval(0, MAX_TOKENS),
+            "total*": Interval(0, MAX_TOKENS),
+            "longest": Interval(0, 1 << 16),
+        },
+    ),
+    (
+        "mask_sampling.*",
+        {
+            "num_images": Interval(0, 1 << 24),
+            "[*]p_*_lengths": Interval(0, 1 << 16),  # tokens of one image
+            "[*]p_*_cu_seqlens": Interval(0, MAX_TOKENS),
+        },
+    ),
+]
 
 
 def limits_of(kernel: str, target: str) -> Limits:
@@ -45,14 +73,9 @@ def limits_of(kernel: str, target: str) -> Limits:
     raise LookupError(f"{kernel} has no limits on {target}: state them in benchmarks/aot/limits.py")
 
 
-def bounds_of(kernel: str) -> dict[str, Interval]:
-    """All entries that match, the first ones first."""
-    return {
-        name: bound
-        for pattern, bounds in reversed(BOUNDS)
-        if fnmatchcase(kernel, pattern)
-        for name, bound in bounds.items()
-    }
+def bounds_of(kernel: str) -> Mapping[str, Interval]:
+    """None stated: every integer may be anything that its type holds."""
+    return next((bounds for pattern, bounds in BOUNDS if fnmatchcase(kernel, pattern)), {})
 
 
 def broken_limits(compiled: Compiled, limits: Limits, *, half: bool) -> list[str]:

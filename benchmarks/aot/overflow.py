@@ -52,7 +52,8 @@ class Overflow:
 
 @dataclass(eq=False)
 class _Region:
-    arguments: list[str] = field(default_factory=list)
+    arguments: dict[str, str] = field(default_factory=dict)
+    """With their types."""
     operations: list[_Operation] = field(default_factory=list)
 
 
@@ -63,8 +64,8 @@ class _Operation:
     results: list[str]
     operands: list[str]
     location: str
-    regions: list[_Region] = field(default_factory=list)
-    types: str = ""
+    types: str
+    regions: list[_Region]
 
     @property
     def bits(self) -> int:
@@ -98,53 +99,88 @@ _RESULTS = re.compile(r"^((?:%[\w$.-]+(?::\d+)?(?:, )?)+) = ")
 _LOCATION = re.compile(r" loc\((.*)\)$")
 
 
-def _parse(text: str) -> tuple[list[str], _Region, dict[str, str]]:
-    """The lines' nesting is that of the braces. Returns the arguments with their types, the body, and the locations."""
+class _Scopes:
+    """Names may be defined again in another region: makes them unique."""
+
+    def __init__(self) -> None:
+        self._scopes: list[dict[str, str]] = [{}]
+        self._used: set[str] = set()
+
+    def enter(self) -> None:
+        self._scopes.append({})
+
+    def leave(self) -> None:
+        self._scopes.pop()
+
+    def define(self, name: str) -> str:
+        unique = name
+        while unique in self._used:
+            unique += "'"
+        self._used.add(unique)
+        self._scopes[-1][name] = unique
+        return unique
+
+    def look_up(self, name: str) -> str:
+        return next(scope[name] for scope in reversed(self._scopes) if name in scope)
+
+
+def _parse(text: str) -> tuple[dict[str, str], _Region, dict[str, str]]:
+    """The lines' nesting is that of the braces. Returns the arguments' types, the body, and the locations."""
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
     lines = [line.strip() for line in text.splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith("tt.func public"))
+    scopes = _Scopes()
+    signature = {
+        scopes.define(name): kind for name, kind in re.findall(rf"({_VALUE}): (!tt\.ptr<\w+|\w+)", lines[start])
+    }
     body = _Region()
-    stack = [body]
-    open_operations: list[_Operation] = []
+    stack: list[tuple[_Region, _Operation | None]] = [(body, None)]
     for line in lines[start + 1 :]:
         found = _LOCATION.search(line)
         location, line = (found[1], line[: found.start()]) if found else ("", line)
+        region, parent = stack[-1]
         if line.startswith("^"):  # of a region, or of a block that early returns branch to
-            named = re.findall(rf"({_VALUE}): (\S+?)(?= loc|,|\))", line)
-            stack[-1].arguments += [f"{name}: {kind}" for name, kind in named]
+            for name, kind in re.findall(rf"({_VALUE}): (\S+?)(?= loc|,|\))", line):
+                region.arguments[scopes.define(name)] = kind
         elif line.startswith("}"):
-            if not open_operations:
+            if parent is None:
                 break
             stack.pop()
+            scopes.leave()
             if line.endswith("{"):  # } else {
-                region = _Region()
-                open_operations[-1].regions.append(region)
-                stack.append(region)
+                parent.regions.append(_Region())
+                stack.append((parent.regions[-1], parent))
+                scopes.enter()
             else:
-                operation = open_operations.pop()
-                operation.types = line.partition(" : ")[2] or operation.types
+                parent.types = line.partition(" : ")[2] or parent.types
         elif line:
-            operation = _parse_operation(line, location)
-            stack[-1].operations.append(operation)
+            operation = _parse_operation(line, location, scopes)
+            region.operations.append(operation)
             if line.endswith("{"):
-                operation.regions.append(_Region())
-                open_operations.append(operation)
-                stack.append(operation.regions[0])
-    signature = re.findall(rf"({_VALUE}): (!tt\.ptr<\w+|\w+)", lines[start])
-    return [f"{name}: {kind}" for name, kind in signature], body, locations
+                stack.append((operation.regions[0], operation))
+    return signature, body, locations
 
 
-def _parse_operation(line: str, location: str) -> _Operation:
-    results: list[str] = []
+def _parse_operation(line: str, location: str, scopes: _Scopes) -> _Operation:
+    """Leaves the scope of its first region open, if it has one."""
     found = _RESULTS.match(line)
     rest = line[found.end() :] if found else line
-    for name in found[1].split(", ") if found else ():
-        base, _, count = name.partition(":")
-        results += [f"{base}#{i}" for i in range(int(count))] if count else [base]
     name = re.match(r'"?([\w.]+)', rest)
     assert name, f"not an operation: {line}"
     head, _, types = rest.removesuffix("{").rpartition(" : ") if " : " in rest else (rest, "", "")
-    return _Operation(name[1], rest, results, re.findall(_VALUE, head), location, types=types)
+    operands = re.findall(_VALUE, head)
+    loop = {"scf.for": {0, *range(4, len(operands), 2)}, "scf.while": set(range(0, len(operands), 2))}
+    defined = loop.get(name[1], set())  # positions of the names that the loop gives to its variables
+    uses = {i: scopes.look_up(operand) for i, operand in enumerate(operands) if i not in defined}
+    results: list[str] = []
+    for result in found[1].split(", ") if found else ():
+        base, _, count = result.partition(":")
+        results += [scopes.define(f"{base}#{i}") for i in range(int(count))] if count else [scopes.define(base)]
+    regions = [_Region()] if line.endswith("{") else []
+    if regions:
+        scopes.enter()
+    unique = [uses[i] if i in uses else scopes.define(operand) for i, operand in enumerate(operands)]
+    return _Operation(name[1], rest, results, unique, location, types.strip(), regions)
 
 
 def _corners(function: Callable[[int, int], int]) -> Callable[[Interval, Interval], Interval]:
@@ -206,12 +242,11 @@ class _Analysis:
         self._overflows: dict[str, tuple[_Operation, Interval]] = {}  # by the first result
         self._sources: dict[str, set[str]] = {}  # value -> those it was computed from
         self._addresses: set[str] = set()
-        for argument in signature:
-            name, kind = argument.split(": ")
+        for name, kind in signature.items():
             if kind.startswith("!tt.ptr"):
                 self._pointees[name] = name.removeprefix("%")
             else:
-                self._set_argument(argument, self._stated(name.removeprefix("%")))
+                self._set_argument(name, kind, self._stated(name.removeprefix("%")))
         self._run(self._body)
 
     def overflows(self, kernel: str) -> Iterator[Overflow]:
@@ -237,9 +272,8 @@ class _Analysis:
         found = re.match(r'"([^"]*)":(\d+)', location)
         return f"{found[1]}:{found[2]}" if found else location
 
-    def _set_argument(self, argument: str, value: Interval | None = None) -> None:
+    def _set_argument(self, name: str, kind: str, value: Interval | None = None) -> None:
         """Of the kernel, or of a region that is not understood."""
-        name, kind = argument.split(": ", 1)
         bits = _integer_bits(kind)
         if bits:
             self._set(name, value or full(bits), bits, ())
@@ -278,13 +312,19 @@ class _Analysis:
             self._compute(operation)
 
     def _forget(self, operation: _Operation) -> None:
-        """A region that is not understood, such as a while loop's: its arguments and results may be anything."""
+        """Of what is not understood, such as a while loop: its variables and results may be anything, from anything."""
+        loops = operation.name == "scf.while"
+        inputs, outputs = (re.findall(r"[^(),\s]+", kinds) for kinds in operation.types.rpartition(" -> ")[::2])
+        variables = dict(zip(operation.operands[::2], inputs, strict=True)) if loops else {}
         for region in operation.regions:
-            for argument in region.arguments:
-                self._set_argument(argument)
-            ends = self._run(region)
-            for result in operation.results:
-                self._set(result, full(64), 64, ends)
+            variables |= region.arguments
+        for name, kind in variables.items():
+            self._set_argument(name, kind)
+        ends = [end for region in operation.regions for end in self._run(region)]
+        variables |= dict(zip(operation.results, outputs, strict=True))
+        for name, kind in variables.items():
+            self._set_argument(name, kind)
+            self._sources.setdefault(name, set()).update(ends, operation.operands)
 
     def _join(self, result: str, values: Sequence[str]) -> None:
         known = [self._values[value] for value in values if value in self._values]
@@ -300,10 +340,14 @@ class _Analysis:
     def _carry_out_for(self, operation: _Operation) -> None:
         """To a fixed point; a bound that still moves after three rounds goes to the end of its type."""
         variable, low, high, step, *pairs = operation.operands
-        self._addresses.update((low, high, step))
+        self._addresses.update((variable, low, high, step))
         arguments, inits = pairs[::2], pairs[1::2]
         first, last = self._values[low], self._values[high]
         stop = max(last.high - 1, first.low) if self._values[step].low > 0 else full(self._bits[high]).high
+        past_end = Interval(
+            first.low, stop + self._values[step].high
+        )  # the counter itself may wrap, and the loop go on
+        self._set_checked(operation, variable, past_end, self._bits[low])
         self._set(variable, Interval(first.low, stop), self._bits[low], (low, high, step))
         for argument, init in zip(arguments, inits, strict=True):
             self._join(argument, (init,))
@@ -371,6 +415,9 @@ class _Analysis:
             return
         values = [self._values.get(operand, full(64)) for operand in operation.operands]
         sources = () if operation.ends_flow else operation.operands
+        if "arith.sh" in name and not values[1].within(Interval(0, bits - 1)):
+            self._set(result, full(bits), bits, sources)
+            return
         if name in _WRAPPING:
             self._set_checked(operation, result, _WRAPPING[name](*values), bits)
             return

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from triton.errors import TritonError
+from triton.runtime.jit import KernelInterface
 
 from benchmarks.aot.cases import Case, all_cases
 from benchmarks.aot.compiled import Compilations, Compiled, analyse
@@ -35,14 +39,18 @@ class Variant:
     overflows: tuple[str, ...] = ()
 
     @property
+    def kernel(self) -> str:
+        """As limits.py names it: kernels of different operations may have one name."""
+        return f"{self.op}.{self.compiled.kernel}"
+
+    @property
     def name(self) -> str:
-        compiled = self.compiled
-        return f"{compiled.kernel}[{self.specialisation}] {self.config} {compiled.target}"
+        return f"{self.kernel}[{self.specialisation}] {self.config} {self.compiled.target}"
 
     def broken(self) -> list[str]:
         """The limits that it does not keep."""
         try:
-            limits = limits_of(self.compiled.kernel, self.compiled.target)
+            limits = limits_of(self.kernel, self.compiled.target)
         except LookupError as error:
             return [str(error)]
         return broken_limits(self.compiled, limits, half=self.half) + [f"may overflow: {x}" for x in self.overflows]
@@ -64,8 +72,26 @@ class Report:
     cases: list[Case]
 
     def broken(self) -> list[str]:
+        """Limits not kept, what did not compile, and kernels that no case launches."""
         found = [f"{variant.name}: {limit}" for variant in self.variants for limit in variant.broken()]
-        return found + [f"{failure.case} for {failure.target}: {failure.error}" for failure in self.failures]
+        found += [f"{failure.case} for {failure.target}: {failure.error}" for failure in self.failures]
+        known = {variant.kernel for variant in self.variants}
+        kernels = [kernel for op in {case.op for case in self.cases} for kernel in launched_kernels(op)]
+        return found + [f"{kernel}: no case launches it" for kernel in sorted(set(kernels) - known)]
+
+
+def launched_kernels(op: str) -> Iterator[str]:
+    """The kernels that an operation's launchers name, `kernel[grid](...)`, by its source."""
+    module = import_module(f"fastjepa_kernels._triton.{op}")
+    assert module.__file__
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        ):
+            if isinstance(getattr(module, node.func.value.id, None), KernelInterface):
+                yield f"{op}.{node.func.value.id}"
 
 
 def select(ops: Sequence[str] | None = None) -> list[Case]:
@@ -148,7 +174,7 @@ def _variant(case: Case, launch: Launch, target: str, compilations: Compilations
         specialisation=" ".join(types + constants),
         config=" ".join(tiles),
         half=bool({"bfloat16", "float16"} & set(types)),
-        overflows=_overflows(launch.kernel.asm["ttir"]),
+        overflows=_overflows(f"{case.op}.{launch.name}", launch.kernel.asm["ttir"]),
     )
 
 
@@ -157,6 +183,5 @@ def _type(tensor: torch.Tensor) -> str:
 
 
 @cache
-def _overflows(ttir: str) -> tuple[str, ...]:
-    name = ttir.partition("tt.func public @")[2].partition("(")[0]
-    return tuple(str(overflow) for overflow in overflows(ttir, bounds_of(name)))
+def _overflows(kernel: str, ttir: str) -> tuple[str, ...]:
+    return tuple(str(overflow) for overflow in overflows(ttir, bounds_of(kernel)))

@@ -6,7 +6,7 @@ that runs is chosen by device and dtype (`choose`), or asked for (`request`, or 
 """
 
 from fastjepa_kernels._backend import choose, implementations, request
-from fastjepa_kernels.adamw_ema import adamw_ema_
+from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather, patchify
 from fastjepa_kernels.ragged import Ragged, concat_rows
@@ -19,6 +19,7 @@ __all__ = [
     "block_attention_packed",
     "choose",
     "concat_rows",
+    "ema_",
     "gather_add",
     "gather_patches",
     "implementations",

@@ -1,10 +1,27 @@
-"""Patches and gathers against their plain twins."""
+"""Patches and gathers on PyTorch, against their plain twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from fastjepa_kernels import masked_gather, patchify
-from fastjepa_kernels.reference import masked_gather_reference, patchify_reference
+from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather, patchify
+from fastjepa_kernels.reference import (
+    gather_add_reference,
+    gather_patches_reference,
+    masked_gather_reference,
+    patchify_reference,
+)
+from fastjepa_kernels.testing import assert_close_to_reference
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 12), (1, 1, 4, 4), (3, 5, 4, 20)])
@@ -21,15 +38,138 @@ def test_patch_rows_times_the_flat_weight_is_the_convolution() -> None:
     torch.testing.assert_close(rows, conv(images).permute(0, 2, 3, 1).reshape(-1, 5), rtol=0, atol=1e-12)
 
 
-def test_a_size_that_the_patch_does_not_divide_is_named() -> None:
-    with pytest.raises(ValueError, match="8x10 is not a multiple of patch_size 4"):
-        patchify(torch.zeros(1, 3, 8, 10), 4)
+def layouts(images: Tensor) -> dict[str, Tensor]:
+    """The same pixels, as a decoder, a loader or a crop of a larger image may leave them."""
+    b, c, h, w = images.shape
+    larger = torch.zeros(b, c, h + 3, w + 5, dtype=images.dtype)
+    larger[:, :, 1 : h + 1, 2 : w + 2] = images
+    return {
+        "contiguous": images,
+        "channels last": images.contiguous(memory_format=torch.channels_last),
+        "a crop": larger[:, :, 1 : h + 1, 2 : w + 2],
+        "one image expanded": images[:1].expand(b, -1, -1, -1),
+    }
 
 
-def test_gradient_adds_up_repeated_rows() -> None:
-    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    indices = torch.tensor([4, 0, 0, 2, 4, 4])
-    upstream = torch.randn(6, 3, dtype=torch.float64)
-    out, plain = masked_gather(rows, indices), masked_gather_reference(rows, indices)
+@pytest.mark.parametrize("layout", list(layouts(torch.zeros(1, 1, 1, 1))))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kept", [[5, 0, 11, 2, 2], [], None])
+def test_kept_patches_are_read_and_normalised(layout: str, dtype: torch.dtype, kept: list[int] | None) -> None:
+    images = layouts((torch.rand(2, 3, 8, 12) * 255).to(dtype))[layout]
+    indices = None if kept is None else torch.tensor(kept, dtype=torch.int64)
+    rows = torch.arange(12) if indices is None else indices
+    result = gather_patches(images, indices, 4, mean=MEAN, std=STD)
+    plain, exact = (
+        gather_patches_reference(images, rows, 4, MEAN, STD, wide) for wide in (torch.float32, torch.float64)
+    )
+    assert result.is_contiguous()
+    assert_close_to_reference(result, plain.to(torch.float32 if dtype == torch.uint8 else dtype), exact)
+
+
+def test_floating_pixels_are_copied_if_no_normalisation_is_asked_for() -> None:
+    images = torch.randn(2, 3, 8, 12, dtype=torch.float16)
+    indices = torch.tensor([3, 7])
+    assert torch.equal(gather_patches(images, indices, 4), patchify_reference(images, 4)[indices])
+
+
+def test_bytes_become_numbers_from_0_to_1_and_the_dtype_that_is_asked_for() -> None:
+    images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).view(1, 1, 2, 2)
+    result = gather_patches(images, None, 2, dtype=torch.bfloat16)
+    assert torch.equal(result, torch.tensor([[0, 0.2, 1, 0.4]], dtype=torch.bfloat16))
+
+
+def test_images_are_left_as_they_are() -> None:
+    images = torch.rand(1, 3, 4, 4)
+    before = images.clone()
+    gather_patches(images, None, 4, mean=MEAN, std=STD)  # the one patch is a view of the image
+    assert torch.equal(images, before)
+
+
+def test_kept_patches_are_gathered_without_patchifying_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(images: Tensor, patch_size: int) -> Tensor:
+        raise AssertionError("all patches were read")
+
+    monkeypatch.setattr(import_module("fastjepa_kernels.masked_gather"), "patchify", refuse)
+    for images in layouts(torch.rand(2, 3, 8, 12)).values():
+        gather_patches(images, torch.tensor([1]), 4)
+    with pytest.raises(AssertionError, match="all patches"):
+        gather_patches(images, None, 4)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_gather_and_its_gradient_are_those_of_indexing(data: st.DataObject) -> None:
+    num_rows, width, gap = (data.draw(st.integers(low, 9)) for low in (1, 1, 0))
+    indices = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), max_size=30)), dtype=torch.int64)
+    rows = torch.randn(num_rows, width + gap, dtype=torch.float64)[:, :width].requires_grad_()
+    upstream = torch.randn(len(indices), width, dtype=torch.float64)
+    unique = len(indices.unique()) == len(indices)
+    out, plain = masked_gather(rows, indices, unique=unique), masked_gather_reference(rows, indices)
     assert torch.equal(out, plain)
-    torch.testing.assert_close(*(torch.autograd.grad(y, rows, upstream)[0] for y in (out, plain)), rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(y, rows, upstream)[0] for y in (out, plain))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_position_is_added_and_the_gradient_passes_through(data: st.DataObject) -> None:
+    num_rows, width, gap = (data.draw(st.integers(low, 9)) for low in (1, 1, 0))
+    positions = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), max_size=30)), dtype=torch.int64)
+    table = torch.randn(num_rows, width + gap)[:, :width]
+    tokens = torch.randn(len(positions), width + gap)[:, :width].requires_grad_()
+    before = table.clone()
+    out = gather_add(tokens, table, positions)
+    assert torch.equal(out, gather_add_reference(tokens, table, positions))
+    assert torch.equal(table, before)
+    upstream = torch.randn(len(positions), width)
+    assert torch.equal(torch.autograd.grad(out, tokens, upstream)[0], upstream)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_patch_of_any_image_is_found(data: st.DataObject) -> None:
+    b, c, grid_h, grid_w, p = (data.draw(st.integers(1, 4)) for _ in range(5))
+    images = torch.randn(b, c, grid_h * p, grid_w * p)
+    layout = layouts(images)[data.draw(st.sampled_from(list(layouts(images))))]
+    kept = data.draw(st.lists(st.integers(0, b * grid_h * grid_w - 1), max_size=10))
+    indices = torch.tensor(kept, dtype=torch.int64)
+    assert torch.equal(gather_patches(layout, indices, p), patchify_reference(layout, p)[indices])
+
+
+ROWS, INDICES, IMAGES = torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: patchify(torch.zeros(1, 3, 8, 10), 4), "8x10 is not a multiple of patch_size 4"),
+        (lambda: gather_patches(torch.zeros(1, 3, 8, 10), INDICES, 4), "8x10 is not a multiple of patch_size 4"),
+        (lambda: gather_patches(IMAGES[0], INDICES, 4), r"float32 \(3, 8, 8\), expected uint8 or floating \[B"),
+        (lambda: gather_patches(IMAGES.int(), INDICES, 4), "int32 .* expected uint8 or floating"),
+        (lambda: gather_patches(IMAGES, INDICES, 4, mean=(0.5,)), "mean has 1 values, expected one for each of 3"),
+        (lambda: gather_patches(IMAGES, INDICES, 4, std=(1.0,) * 4), "std has 4 values, expected one for each of 3"),
+        (lambda: gather_patches(IMAGES, INDICES.int(), 4), "indices are torch.int32"),
+        (lambda: gather_patches(IMAGES.clone().requires_grad_(), INDICES, 4), "images require a gradient"),
+        (lambda: masked_gather(ROWS[0], INDICES), r"rows has shape \(4,\)"),
+        (lambda: masked_gather(ROWS.T, INDICES), r"strides \(1, 4\), expected .* the last one contiguous"),
+        (lambda: masked_gather(ROWS, INDICES[None]), r"int64 \(1, 3\) on cpu, expected int64 \[T\]"),
+        (lambda: masked_gather(ROWS, INDICES.to("meta")), r"on meta, expected int64 \[T\] on cpu"),
+        (lambda: gather_add(ROWS, ROWS, INDICES), "got 3 positions, expected one for each of 5 tokens"),
+        (
+            lambda: gather_add(ROWS[:3], ROWS.half(), INDICES),
+            r"table is torch.float16 .* expected torch.float32 \[N, 4\]",
+        ),
+        (lambda: gather_add(ROWS[:3, :2], ROWS, INDICES), r"expected torch.float32 \[N, 2\]"),
+        (lambda: gather_add(ROWS[:3], ROWS.clone().requires_grad_(), INDICES), "table requires a gradient"),
+    ],
+)
+def test_what_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_table_that_is_trained_elsewhere_may_be_added_without_gradients() -> None:
+    with torch.no_grad():
+        out = gather_add(ROWS[:3], torch.ones(2, 4, requires_grad=True), INDICES)
+    assert torch.equal(out, torch.ones(3, 4))
+    assert not out.requires_grad

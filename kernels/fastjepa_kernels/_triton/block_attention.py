@@ -45,9 +45,10 @@ from torch import Tensor
 from fastjepa_kernels.ragged import Ragged
 
 WHOLE_KEYS = 128
+_WHOLE_BYTES = 24 * 1024
+_MAX_SEQUENCES = 65_535  # of the second axis of a grid
 _DELTA_ROWS = 64
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
@@ -146,16 +147,15 @@ def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: t
     """Zeros in the rows after the last sequence, shared among the programs of a head."""
     BLOCK: tl.constexpr = 32
     blocks = tl.num_programs(0) // H
-    rank = tl.program_id(1) * blocks + tl.program_id(0) // H
+    rank = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0) // H
     end = tl.load(p_cu + tl.num_programs(1))
-    for start in tl.range(end + rank * BLOCK, total, tl.num_programs(1) * blocks * BLOCK):
-        p_rows = p_x + tl.cast(start, tl.int64) * stride + tl.program_id(0) % H * D
+    for start in tl.range(end + rank * BLOCK, total, tl.num_programs(1).to(tl.int64) * blocks * BLOCK):
+        p_rows = p_x + start * stride + tl.program_id(0) % H * D
         _store(p_rows, stride, start + tl.arange(0, BLOCK) < total, _zeros(BLOCK, P0, P1), D, P0, P1)
 
 
 @triton.autotune(
     _configs(
-        ({"QUERIES": 16}, 4, 1),
         ({"QUERIES": 32}, 4, 2),
         ({"QUERIES": 64}, 4, 2),
         ({"QUERIES": 128}, 8, 2),
@@ -164,7 +164,7 @@ def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: t
     prune_configs_by={"early_config_prune": _prune},
 )
 @triton.jit(do_not_specialize=["total"])
-def _forward_whole(
+def _attend_whole_kernel(
     p_q,
     p_k,
     p_v,
@@ -207,12 +207,12 @@ def _forward_whole(
         out = _dot_add(p.to(v[0].dtype), v, _zeros(QUERIES, P0, P1))  # [QUERIES, D]
         out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
         _store(p_out + row * (H * D), H * D, m_queries, out, D, P0, P1)
-        tl.store(p_lse + o_queries, top * _LN_2 + tl.log(norm), m_queries)
+        tl.store(p_lse + o_queries, top + tl.log2(norm), m_queries)
 
 
 @triton.autotune(
     _configs(
-        ({"QUERIES": 16, "KEYS": 16}, 4, 1),
+        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
         ({"QUERIES": 64, "KEYS": 64}, 4, 2),
         ({"QUERIES": 64, "KEYS": 64}, 4, 3),
         ({"QUERIES": 128, "KEYS": 64}, 8, 2),
@@ -221,7 +221,7 @@ def _forward_whole(
     prune_configs_by={"early_config_prune": _prune},
 )
 @triton.jit(do_not_specialize=["total", "longest"])
-def _forward_tiled(
+def _attend_tiled_kernel(
     p_q,
     p_k,
     p_v,
@@ -273,11 +273,11 @@ def _forward_tiled(
     out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
     _store(p_out + first_query * (H * D) + head * D, H * D, m_queries, out, D, P0, P1)
     p_lse += head.to(tl.int64) * total + first_query
-    tl.store(p_lse + tl.arange(0, QUERIES), top * _LN_2 + tl.log(norm), m_queries)
+    tl.store(p_lse + tl.arange(0, QUERIES), top + tl.log2(norm), m_queries)
 
 
 @triton.jit(do_not_specialize=["total"])
-def _delta(
+def _delta_kernel(
     p_out,
     p_d_out,
     p_delta,
@@ -302,7 +302,7 @@ def _delta(
 
 
 @triton.jit(do_not_specialize=["total_queries", "total_keys", "longest"])
-def _backward_keys(
+def _backward_keys_kernel(
     p_q,
     p_k,
     p_v,
@@ -350,10 +350,9 @@ def _backward_keys(
     first_key += start
     p_q += head * D
     p_d_out += head * D
-    p_d_q += head * D
-    o_statistics = head.to(tl.int64) * total_queries + first_query
-    p_lse += o_statistics
-    p_delta += o_statistics
+    p_lse += head.to(tl.int64) * total_queries + first_query
+    if not WHOLE:
+        p_delta += head.to(tl.int64) * total_queries + first_query
     m_keys = start + tl.arange(0, KEYS) < num_keys
     k = _load(p_k + first_key * k_stride + head * D, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
     v = _load(p_v + first_key * v_stride + head * D, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
@@ -366,39 +365,42 @@ def _backward_keys(
         q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
         d_out = _load(p_d_out + row * (H * D), H * D, m_queries, D, P0, P1)  # [QUERIES, D]
         lse = tl.load(p_lse + o_queries, m_queries, other=float("inf"))  # P = 0 past the end
-        delta = tl.load(p_delta + o_queries, m_queries, other=0.0)
-        p = tl.exp2(_dot(k, q) * (scale * _LOG2_E) - (lse * _LOG2_E)[None, :])  # [KEYS, QUERIES]
-        p = tl.where(m_keys[:, None], p, 0.0)  # past the last key it may be infinite, which 0 does not take away
+        s = tl.where(m_keys[:, None], _dot(k, q) * (scale * _LOG2_E), float("-inf"))  # [KEYS, QUERIES], base 2
+        p = tl.exp2(s - lse[None, :])
         d_v = _dot_add(p.to(q[0].dtype), d_out, d_v)
-        d_s = (p * (_dot(v, d_out) - delta[None, :])).to(q[0].dtype)  # [KEYS, QUERIES]
+        d_p = _dot(v, d_out)  # [KEYS, QUERIES]
+        if WHOLE:
+            delta = tl.sum(p * d_p, 0)
+        else:
+            delta = tl.load(p_delta + o_queries, m_queries, other=0.0)
+        d_s = (p * (d_p - delta[None, :])).to(q[0].dtype)
         d_k = _dot_add(d_s, q, d_k)
         if WHOLE:
             d_q = _scale(_dot_add(d_s.T, k, _zeros(QUERIES, P0, P1)), scale)
-            _store(p_d_q + row * d_q_stride, d_q_stride, m_queries, d_q, D, P0, P1)
+            _store(p_d_q + row * d_q_stride + head * D, d_q_stride, m_queries, d_q, D, P0, P1)
     _store(p_d_k + first_key * d_k_stride + head * D, d_k_stride, m_keys, _scale(d_k, scale), D, P0, P1)
     _store(p_d_v + first_key * d_v_stride + head * D, d_v_stride, m_keys, d_v, D, P0, P1)
 
 
 _backward_whole = triton.autotune(
-    _configs(({"QUERIES": 16}, 4, 2), ({"QUERIES": 32}, 4, 2), ({"QUERIES": 32}, 8, 2)),
+    _configs(({"QUERIES": 32}, 4, 2), ({"QUERIES": 32}, 8, 2)),
     key=["D", "KEYS"],
     prune_configs_by={"early_config_prune": _prune},
-)(_backward_keys)
+)(_backward_keys_kernel)
 
 _backward_tiled_keys = triton.autotune(
     _configs(
-        ({"QUERIES": 16, "KEYS": 16}, 4, 2),
         ({"QUERIES": 32, "KEYS": 64}, 4, 2),
         ({"QUERIES": 32, "KEYS": 128}, 8, 2),
     ),
     key=["D", "longest"],
     prune_configs_by={"early_config_prune": _prune},
-)(_backward_keys)
+)(_backward_keys_kernel)
 
 
 @triton.autotune(
     _configs(
-        ({"QUERIES": 16, "KEYS": 16}, 4, 1),
+        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
         ({"QUERIES": 64, "KEYS": 64}, 4, 2),
         ({"QUERIES": 128, "KEYS": 64}, 8, 2),
     ),
@@ -406,7 +408,7 @@ _backward_tiled_keys = triton.autotune(
     prune_configs_by={"early_config_prune": _prune},
 )
 @triton.jit(do_not_specialize=["total", "longest"])
-def _backward_queries(
+def _backward_queries_kernel(
     p_q,
     p_k,
     p_v,
@@ -454,8 +456,8 @@ def _backward_queries(
         row = first_key + start_key
         k = _load(p_k + row * k_stride, k_stride, m_keys, D, P0, P1)  # [KEYS, D]
         v = _load(p_v + row * v_stride, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
-        p = tl.exp2(_dot(q, k) * (scale * _LOG2_E) - (lse * _LOG2_E)[:, None])  # [QUERIES, KEYS]
-        p = tl.where(m_keys[None, :], p, 0.0)
+        s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
+        p = tl.exp2(s - lse[:, None])
         d_s = (p * (_dot(d_out, v) - delta[:, None])).to(k[0].dtype)  # [QUERIES, KEYS]
         d_q = _dot_add(d_s, k, d_q)
     _store(p_d_q + first_query * d_q_stride + head * D, d_q_stride, m_queries, _scale(d_q, scale), D, P0, P1)
@@ -473,6 +475,12 @@ def _longest(bound: int) -> int:
     return max(16, triton.next_power_of_2(bound))
 
 
+def takes_whole(max_keys: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether one program can hold all keys of a sequence, and in the backward their gradients, in registers."""
+    longest = _longest(max_keys)
+    return longest <= WHOLE_KEYS and longest * sum(_split(head_dim)) * dtype.itemsize <= _WHOLE_BYTES
+
+
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy that the kernels can address: a row contiguous, a block of 128 rows within 31 bits."""
     fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) < 2**24
@@ -486,6 +494,10 @@ def _grid(heads: int, lengths: Ragged, block: str) -> Callable[[dict[str, Any]],
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> tuple[Tensor, Tensor]:
     """out [T_q, H, D] and lse [H, T_q]."""
+    if queries.num_seqs > _MAX_SEQUENCES:
+        raise ValueError(
+            f"block_attention: got {queries.num_seqs:,} sequences, expected at most {_MAX_SEQUENCES:,} (Triton's grid)"
+        )
     total, heads, head_dim = q.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -494,10 +506,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, sca
     strides = q.stride(0), k.stride(0), v.stride(0)
     widths = heads, head_dim, *_split(head_dim)
     longest = _longest(keys.max_seqlen)
-    if keys.max_seqlen <= WHOLE_KEYS:
-        _forward_whole[(heads, queries.num_seqs)](*tensors, *strides, total, scale, *widths, KEYS=longest)
+    if takes_whole(keys.max_seqlen, head_dim, q.dtype):
+        _attend_whole_kernel[(heads, queries.num_seqs)](*tensors, *strides, total, scale, *widths, KEYS=longest)
     else:
-        _forward_tiled[_grid(heads, queries, "QUERIES")](*tensors, *strides, total, scale, longest, *widths)
+        _attend_tiled_kernel[_grid(heads, queries, "QUERIES")](*tensors, *strides, total, scale, longest, *widths)
     return out, lse
 
 
@@ -520,21 +532,21 @@ def _backward(
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
     widths = heads, head_dim, *_split(head_dim)
     longest = _longest(keys.max_seqlen)
-    delta = torch.empty_like(lse)
-    _delta[(heads * triton.cdiv(total, _DELTA_ROWS),)](out, d_out, delta, total, *widths, _DELTA_ROWS)
-    inputs = q, k, v, d_out, lse, delta
     lengths = queries.cu_seqlens, keys.cu_seqlens
     strides = q.stride(0), k.stride(0), v.stride(0), d_q.stride(0)
-    key_arguments = (
-        *(*inputs, d_q, d_k, d_v, *lengths, *strides, d_k.stride(0), d_v.stride(0)),
-        *(total, k.shape[0], scale, longest, *widths),
-    )
-    if keys.max_seqlen <= WHOLE_KEYS:
-        _backward_whole[(heads, queries.num_seqs)](*key_arguments, WHOLE=True, KEYS=longest)
+    key_numbers = *strides, d_k.stride(0), d_v.stride(0), total, len(k), scale, longest, *widths
+    if takes_whole(keys.max_seqlen, head_dim, q.dtype):
+        _backward_whole[(heads, queries.num_seqs)](
+            *(q, k, v, d_out, lse, None, d_q, d_k, d_v), *lengths, *key_numbers, WHOLE=True, KEYS=longest
+        )
         return
-    _backward_tiled_keys[_grid(heads, keys, "KEYS")](*key_arguments, WHOLE=False)
-    _backward_queries[_grid(heads, queries, "QUERIES")](
-        *inputs, d_q, *lengths, *strides, total, scale, longest, *widths
+    delta = torch.empty_like(lse)
+    _delta_kernel[(heads * triton.cdiv(total, _DELTA_ROWS),)](out, d_out, delta, total, *widths, _DELTA_ROWS)
+    _backward_tiled_keys[_grid(heads, keys, "KEYS")](
+        *(q, k, v, d_out, lse, delta, None, d_k, d_v), *lengths, *key_numbers, WHOLE=False
+    )
+    _backward_queries_kernel[_grid(heads, queries, "QUERIES")](
+        *(q, k, v, d_out, lse, delta, d_q), *lengths, *strides, total, scale, longest, *widths
     )
 
 

@@ -327,7 +327,14 @@ def sum_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
         chunks = torch.empty(num_chunks, width, dtype=dtype, device=grads.device)  # only some are written, and read
         # One warp: it spans 256 columns of bf16, so that the sum over its 8 rows stays within each thread.
-        tile = {"S_IN": grads.stride(0), "WIDTH": width, "CHUNK": _CHUNK, "COLS": columns(width), "ROWS": 8, "num_warps": 1}
+        tile = {
+            "S_IN": grads.stride(0),
+            "WIDTH": width,
+            "CHUNK": _CHUNK,
+            "COLS": columns(width),
+            "ROWS": 8,
+            "num_warps": 1,
+        }
         num_cols = triton.cdiv(width, tile["COLS"])
         if num_chunks:
             _sum_chunks_kernel[num_chunks, num_cols](grads, in_order, order, chunks, **tile)

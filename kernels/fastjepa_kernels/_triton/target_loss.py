@@ -13,8 +13,8 @@ backward scales by the upstream gradient, moves the same bytes (forward: read bo
 one; five passes over [T, D] either way), and keeps a second [T, D] alive from one to the other. The upstream gradient is
 read from device memory: loss scaling needs no synchronisation.
 
-A row is a tuple of blocks of columns: 768 is 3 x 256, 1280 is 5 x 256, 1408 is 6 x 256 less an eighth of the lanes. As one block of a
-power of two, a quarter to three eighths of the lanes would idle.
+A row is a tuple of blocks of columns: 768 is 3 x 256, 1280 is 5 x 256, 1408 is 6 x 256 with a twelfth of the lanes idle,
+where a single block of a power of two would idle a quarter to three eighths of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _columns(block: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _load_rows(p_x, o_row, m_row, S_X: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr):
     """Rows of x in fp32, as a tuple of blocks [ROWS, COLS]; 0 beyond the end."""
-    blocks = ()
+    blocks: tl.tuple = ()
     for block in tl.static_range(BLOCKS):
         o_col, m_col = _columns(block, WIDTH, COLS)
         x = tl.load(p_x + o_row[:, None] * S_X + o_col, mask=m_row[:, None] & m_col, other=0)
@@ -95,11 +95,9 @@ def _forward_kernel(
     for block in tl.static_range(BLOCKS):
         _, m_col = _columns(block, WIDTH, COLS)
         e = tl.where(m_col, prediction[block] - (target[block] - mean[:, None]) * rstd[:, None], 0.0)
+        f = e * e
         if SMOOTH:
-            size = tl.abs(e)
-            f = tl.where(size < BETA, e * e * (0.5 / BETA), size - 0.5 * BETA)
-        else:
-            f = e * e
+            f = tl.where(tl.abs(e) < BETA, f * (0.5 / BETA), tl.abs(e) - 0.5 * BETA)
         loss += tl.sum(f, 1)
     tl.store(p_losses + o_token, loss, mask=m_token)
 
@@ -140,11 +138,9 @@ def _backward_kernel(
     scale = tl.load(p_upstream) * per_element
     for block in tl.static_range(BLOCKS):
         e = prediction[block] - (target[block] - mean[:, None]) * rstd[:, None]
-        if SMOOTH:
-            # The quotient comes last, so that a nan passes through.
+        slope = 2.0 * e
+        if SMOOTH:  # the quotient comes last, so that a nan passes through
             slope = tl.where(e >= BETA, 1.0, tl.where(e <= -BETA, -1.0, e / BETA))
-        else:
-            slope = 2.0 * e
         o_col, m_col = _columns(block, WIDTH, COLS)
         grad = (slope * scale).to(p_grad.dtype.element_ty)
         tl.store(p_grad + o_token[:, None] * WIDTH + o_col, grad, mask=m_token[:, None] & m_col)

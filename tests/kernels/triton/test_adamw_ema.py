@@ -97,7 +97,10 @@ def test_half_precision_gradients_are_scaled_in_fp32_and_the_copies_are_the_roun
     n = BLOCK + 17
     state = state_of(n, engine, grad_dtype)
     before = {name: x.clone() for name, x in state.items()}
-    copies = {"param_copy": poisoned(n, copy_dtype, engine), "ema_copy": poisoned(n, copy_dtype, engine)}
+    copies: dict[str, Any] = {
+        "param_copy": poisoned(n, copy_dtype, engine),
+        "ema_copy": poisoned(n, copy_dtype, engine),
+    }
     (grad_scale,) = scalars(engine, 0.3)
     adamw_ema_(**state, **HYPER, grad_scale=grad_scale, **copies)
     assert_updated(state, before, **HYPER, grad_scale=0.3)
@@ -135,7 +138,9 @@ def test_nothing_changes_after_an_overflow(engine: Engine, found: float) -> None
     n = BLOCK + 3
     state = state_of(n, engine)
     before = {name: x.clone() for name, x in state.items()}
-    copies = {name: guarded(torch.full((n,), 3.0).bfloat16(), engine) for name in ("param_copy", "ema_copy")}
+    copies: dict[str, Any] = {
+        name: guarded(torch.full((n,), 3.0).bfloat16(), engine) for name in ("param_copy", "ema_copy")
+    }
     found_inf, ok = torch.tensor([found, 0.0], device=engine.device).unbind()
     state["grad"].fill_(math.inf)
     adamw_ema_(**state, **HYPER, found_inf=found_inf, **copies)
@@ -186,7 +191,8 @@ def test_new_hyper_parameters_and_sizes_need_no_new_compilation(engine: Engine) 
     for n, step in ((16, 1), (1, 2), (35, 16)):
         state = state_of(n, engine)
         before = {name: x.clone() for name, x in state.items()}
-        lr, count, weight_decay, momentum = scalars(engine, 1e-2 * step, step, 0.01 * step, 1 - 0.1 * step / n)
+        sent = scalars(engine, 1e-2 * step, step, 0.01 * step, 1 - 0.1 * step / n)
+        lr, count, weight_decay, momentum = sent if step == 1 else [x.clone() for x in sent]  # aligned or not
         hyper = {"step": count, "lr": lr, "weight_decay": weight_decay, "ema_momentum": momentum}
         adamw_ema_(**state, **HYPER | hyper)
         assert_updated(state, before, **HYPER | {name: x.item() for name, x in hyper.items()})
@@ -276,7 +282,9 @@ def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp
 
     n = 2**31 + BLOCK + 5
     tail = slice(2**31, n)
-    state = {name: torch.from_file(str(tmp_path / name), shared=True, size=n) for name in state_of(1, CPU)}
+    state: dict[str, Any] = {
+        name: torch.from_file(str(tmp_path / name), shared=True, size=n) for name in state_of(1, CPU)
+    }
     for name in state:
         (tmp_path / name).unlink()  # the mapping keeps it
     for name in ("param", "grad"):

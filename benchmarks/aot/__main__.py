@@ -1,0 +1,53 @@
+"""python -m benchmarks.aot: compile every kernel that training launches for GPUs that are not here; hold it to limits.py.
+
+Writes aot.json, aot.md and aot.png. With --check nothing is written, and autotuned kernels are compiled in all their
+configurations for sm_90 and in the first one for the other targets: what CI runs. Exits with 1 if a limit is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from fastjepa_kernels._backend import OPERATIONS
+
+_CHECK_ALL_CONFIGS = ("sm_90",)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET is set: it replaces the compiler, unset it")
+    from benchmarks.aot import output, report
+
+    assert __doc__
+    parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__.partition(": ")[2])
+    parser.add_argument("--targets", nargs="+", choices=report.TARGETS, default=report.TARGETS)
+    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
+    )
+    parser.add_argument("--check", action="store_true", help="CI's selection, and no files")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+
+    started = time.perf_counter()
+    all_configs = _CHECK_ALL_CONFIGS if options.check else options.targets
+    cases = report.select(options.ops)
+    result = report.compile_all(cases, options.targets, all_configs=all_configs, jobs=options.jobs)
+    if not options.check:
+        output.write(result, options.output)
+    kernels = {variant.kernel for variant in result.variants}
+    seconds = time.perf_counter() - started
+    print(f"{len(result.variants)} variants of {len(kernels)} kernels from {len(cases)} cases in {seconds:.0f} s")
+    broken = result.broken()
+    for line in broken:
+        print(f"BROKEN: {line}")
+    print("all limits kept" if not broken else f"{len(broken)} limits broken")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""The target loss in Triton: values, gradients, nothing left unwritten, and the bytes that it moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa_kernels.reference import target_loss_reference
+from fastjepa_kernels.target_loss import target_loss
+from fastjepa_kernels.testing import assert_close_to_reference
+from tests.kernels.triton.conftest import INTERPRETED, Engine
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"beta": 0.25},
+    {"normalize": False},
+    {"loss": "l2"},
+    {"loss": "l2", "normalize": False},
+    {"eps": 0.5},
+]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """What torch.empty gives, where it would else be whatever the last tensor left."""
+    torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class _Idle:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
+def test_rows_that_a_kernel_left_out_would_show(engine: Engine, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("fastjepa_kernels._triton.target_loss"), kernel, _Idle())
+    predictions = torch.zeros(2, 8, device=engine.device, requires_grad=True)
+    loss = target_loss(predictions, torch.ones(2, 8, device=engine.device), None)
+    (grad,) = torch.autograd.grad(loss, predictions)
+    assert (loss if kernel == "_forward_kernel" else grad).isnan().all()
+
+
+def assert_loss_and_gradient(
+    engine: Engine, predictions: Tensor, features: Tensor, rows: Tensor | None, **kind: Any
+) -> None:
+    """The upstream gradient is 3, as of a scaled loss. The plain twin gets what the kernel gets, in fp32 and in fp64."""
+    leaf = predictions.to(engine.device).requires_grad_()
+    on_device = None if rows is None else rows.to(engine.device)
+    loss = target_loss(leaf, features.to(engine.device), on_device, **kind)
+    (grad,) = torch.autograd.grad(3 * loss, leaf)
+    plain_rows = torch.arange(len(features)) if rows is None else rows
+    losses, grads = [], []
+    for dtype in (torch.float32, torch.float64):
+        twin = predictions.to(dtype).requires_grad_()
+        losses.append(target_loss_reference(twin, features.to(dtype), plain_rows, **kind))
+        grads.append(torch.autograd.grad(3 * losses[-1], twin)[0])
+    # So few numbers may be exact by chance: some units in the last place of fp32 are no error.
+    floors = [max(4e-7, 0.5 * torch.finfo(x.dtype).eps) * x.abs().max().item() for x in (loss, grad)]
+    assert_close_to_reference(loss.detach().cpu(), losses[0], losses[1], floor=floors[0])
+    assert_close_to_reference(grad.cpu(), grads[0].to(predictions.dtype), grads[1], floor=floors[1])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_kind_of_loss_follows_its_plain_twin(engine: Engine, kind: dict[str, Any]) -> None:
+    if not engine.thorough and kind not in (KINDS[1], KINDS[4]):
+        pytest.skip("slow in the simulator")
+    features, rows = 3 * torch.randn(4, 40) + 1, torch.tensor([0, 3, 3, 1, 0, 2])
+    assert_loss_and_gradient(engine, 2 * torch.randn(6, 40), features, rows, **kind)
+
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+]
+
+
+# Widths: one column, unaligned, one block, the last block not full, several blocks; Ti, S, B, H and g.
+@pytest.mark.parametrize("width", [1, 7, 64, 100, 192, 384, 768, 1280, 1408])
+@pytest.mark.parametrize(("predictions", "features"), DTYPES)
+def test_dtypes_and_widths(engine: Engine, predictions: torch.dtype, features: torch.dtype, width: int) -> None:
+    if not engine.thorough and (width, predictions, features) not in [
+        (7, torch.float32, torch.float32),
+        (384, torch.bfloat16, torch.bfloat16),
+        (384, torch.float32, torch.bfloat16),
+    ]:
+        pytest.skip("slow in the simulator")
+    far_from_0 = (20 + torch.randn(3, width)).to(features)  # the variance of the squares would cancel
+    assert_loss_and_gradient(engine, torch.randn(5, width).to(predictions), far_from_0, torch.tensor([2, 0, 0, 1, 2]))
+
+
+def test_rows_of_wider_tensors(engine: Engine) -> None:
+    predictions, features = torch.randn(5, 3 * 64)[:, 64:128], torch.randn(4, 100)[:, 36:]
+    assert_loss_and_gradient(engine, predictions, features, torch.tensor([1, 1, 3, 0, 2]))
+
+
+def test_without_rows_features_are_taken_in_order(engine: Engine) -> None:
+    assert_loss_and_gradient(engine, torch.randn(5, 64), torch.randn(5, 64), None)
+
+
+def test_the_mean_of_nothing_is_nan(engine: Engine) -> None:
+    empty = torch.zeros(0, 8, device=engine.device, requires_grad=True)
+    rows = torch.zeros(0, dtype=torch.int64, device=engine.device)
+    loss = target_loss(empty, torch.zeros(2, 8, device=engine.device), rows)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, empty)[0].shape == (0, 8)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
+def test_a_nan_is_not_hidden(engine: Engine, loss: Any) -> None:
+    predictions, features = torch.randn(2, 2, 64, device=engine.device)
+    predictions[1, 3] = math.nan
+    predictions.requires_grad_()
+    value = target_loss(predictions, features, None, loss=loss)
+    (grad,) = torch.autograd.grad(value, predictions)
+    assert value.isnan()
+    assert torch.equal(grad.isnan(), predictions.isnan())
+
+
+def test_float64_is_refused(engine: Engine) -> None:
+    tokens = torch.zeros(2, 8, dtype=torch.float64, device=engine.device)
+    with pytest.raises(ValueError, match="expected no float64"):
+        target_loss(tokens, tokens, None)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
+def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
+    ops = import_module("fastjepa_kernels._triton.target_loss")
+    predictions, features, rows = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8), torch.tensor([3, 0, 3])
+    for normalize in (True, False):
+        args = (predictions, features, rows, "smooth_l1", normalize, 1.0, 1e-5)
+        torch.library.opcheck(ops._target_loss, args)
+        _, mean, rstd = ops._target_loss(*args)
+        upstream = torch.tensor(1.0)
+        saved = (upstream, predictions.detach(), features, rows, mean, rstd)
+        torch.library.opcheck(ops._target_loss_backward, (*saved, "smooth_l1", normalize, 1.0))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counts are the simulator's")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_row_is_read_once_and_only_the_gradient_is_written(target: str, dtype: torch.dtype) -> None:
+    from benchmarks.aot.launches import simulated
+
+    tokens, width = 8, 768
+    predictions = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)
+    with simulated(target) as counts:
+        target_loss(predictions, torch.zeros(9, width, dtype=dtype), torch.arange(1, 9)).backward()
+    forward, backward = counts
+    row_sectors = width * dtype.itemsize // 32
+    # Per row and warp that holds a part of it: its index, and in backward mean, rstd and the upstream gradient.
+    warps = 2 if dtype == torch.float32 else 1
+    assert forward["global_sectors"]["load"] - 2 * tokens * row_sectors <= tokens * warps
+    assert backward["global_sectors"]["load"] - 2 * tokens * row_sectors <= 4 * tokens * warps
+    assert forward["useful_bytes"]["store"] == 3 * 4 * tokens
+    assert backward["global_sectors"]["store"] == tokens * row_sectors
+    # 16 bytes for each thread, or there would be more requests.
+    assert backward["global_requests"]["store"] == tokens * row_sectors // 16
