@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
+
+from benchmarks.aot.ttir import Operation, Region, integer_bits, parse
 
 
 class Interval(NamedTuple):
@@ -48,139 +50,6 @@ class Overflow:
 
     def __str__(self) -> str:
         return f"{self.kernel}: {self.operation} may be {self.interval.low:,} to {self.interval.high:,} ({self.line})"
-
-
-@dataclass(eq=False)
-class _Region:
-    arguments: dict[str, str] = field(default_factory=dict)
-    """With their types."""
-    operations: list[_Operation] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Operation:
-    name: str
-    text: str
-    results: list[str]
-    operands: list[str]
-    location: str
-    types: str
-    regions: list[_Region]
-
-    @property
-    def bits(self) -> int:
-        """Of the result's integers; 0: none. The last type printed is the result's, but for loads and comparisons."""
-        if self.name in ("arith.cmpi", "arith.cmpf"):
-            return 1
-        return _integer_bits(self.types, pointed_to=self.name == "tt.load")
-
-    @property
-    def ends_flow(self) -> bool:
-        """Whether the result, even if computed from a wrapped number, is a number of its own."""
-        if self.name == "arith.extui":
-            return self.bits_from > 1
-        return self.name in _ENDS or (self.name == "arith.xori" and self.bits > 1)
-
-    @property
-    def bits_from(self) -> int:
-        """Of a conversion's operand."""
-        return _integer_bits(self.types.partition(" to ")[0])
-
-
-def _integer_bits(types: str, *, pointed_to: bool = False) -> int:
-    if types.endswith("index"):
-        return 64
-    found = re.search(r"ptr<i(\d+)>+$" if pointed_to else r"(?:^|x|\W)(?<!ptr<)i(\d+)>?$", types)
-    return int(found[1]) if found else 0
-
-
-_VALUE = r"%[\w$.-]+(?:#\d+)?"
-_RESULTS = re.compile(r"^((?:%[\w$.-]+(?::\d+)?(?:, )?)+) = ")
-_LOCATION = re.compile(r" loc\((.*)\)$")
-
-
-class _Scopes:
-    """Names may be defined again in another region: makes them unique."""
-
-    def __init__(self) -> None:
-        self._scopes: list[dict[str, str]] = [{}]
-        self._used: set[str] = set()
-
-    def enter(self) -> None:
-        self._scopes.append({})
-
-    def leave(self) -> None:
-        self._scopes.pop()
-
-    def define(self, name: str) -> str:
-        unique = name
-        while unique in self._used:
-            unique += "'"
-        self._used.add(unique)
-        self._scopes[-1][name] = unique
-        return unique
-
-    def look_up(self, name: str) -> str:
-        return next(scope[name] for scope in reversed(self._scopes) if name in scope)
-
-
-def _parse(text: str) -> tuple[dict[str, str], _Region, dict[str, str]]:
-    """The lines' nesting is that of the braces. Returns the arguments' types, the body, and the locations."""
-    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
-    lines = [line.strip() for line in text.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("tt.func public"))
-    scopes = _Scopes()
-    signature = {
-        scopes.define(name): kind for name, kind in re.findall(rf"({_VALUE}): (!tt\.ptr<\w+|\w+)", lines[start])
-    }
-    body = _Region()
-    stack: list[tuple[_Region, _Operation | None]] = [(body, None)]
-    for line in lines[start + 1 :]:
-        found = _LOCATION.search(line)
-        location, line = (found[1], line[: found.start()]) if found else ("", line)
-        region, parent = stack[-1]
-        if line.startswith("^"):  # of a region, or of a block that early returns branch to
-            for name, kind in re.findall(rf"({_VALUE}): (\S+?)(?= loc|,|\))", line):
-                region.arguments[scopes.define(name)] = kind
-        elif line.startswith("}"):
-            if parent is None:
-                break
-            stack.pop()
-            scopes.leave()
-            if line.endswith("{"):  # } else {
-                parent.regions.append(_Region())
-                stack.append((parent.regions[-1], parent))
-                scopes.enter()
-            else:
-                parent.types = line.partition(" : ")[2] or parent.types
-        elif line:
-            operation = _parse_operation(line, location, scopes)
-            region.operations.append(operation)
-            if line.endswith("{"):
-                stack.append((operation.regions[0], operation))
-    return signature, body, locations
-
-
-def _parse_operation(line: str, location: str, scopes: _Scopes) -> _Operation:
-    """Leaves the scope of its first region open, if it has one."""
-    found = _RESULTS.match(line)
-    rest = line[found.end() :] if found else line
-    name = re.match(r'"?([\w.]+)', rest)
-    assert name, f"not an operation: {line}"
-    head, _, types = rest.removesuffix("{").rpartition(" : ") if " : " in rest else (rest, "", "")
-    operands = re.findall(_VALUE, head)
-    loop = {"scf.for": {0, *range(4, len(operands), 2)}, "scf.while": set(range(0, len(operands), 2))}
-    defined = loop.get(name[1], set())  # positions of the names that the loop gives to its variables
-    uses = {i: scopes.look_up(operand) for i, operand in enumerate(operands) if i not in defined}
-    results: list[str] = []
-    for result in found[1].split(", ") if found else ():
-        base, _, count = result.partition(":")
-        results += [scopes.define(f"{base}#{i}") for i in range(int(count))] if count else [scopes.define(base)]
-    regions = [_Region()] if line.endswith("{") else []
-    if regions:
-        scopes.enter()
-    unique = [uses[i] if i in uses else scopes.define(operand) for i, operand in enumerate(operands)]
-    return _Operation(name[1], rest, results, unique, location, types.strip(), regions)
 
 
 def _corners(function: Callable[[int, int], int]) -> Callable[[Interval, Interval], Interval]:
@@ -232,16 +101,25 @@ _SAME = {
 _ENDS = {"tt.load", "tt.mulhiui", "tt.atomic_rmw", "tt.atomic_cas", "tt.get_program_id", "tt.get_num_programs"}
 
 
+def _ends_flow(operation: Operation) -> bool:
+    """Whether the result, even if computed from a wrapped number, is a number of its own."""
+    if operation.name == "arith.extui":
+        return operation.bits_from > 1
+    return operation.name in _ENDS or (operation.name == "arith.xori" and operation.bits > 1)
+
+
 class _Analysis:
     def __init__(self, text: str, bounds: Mapping[str, Interval]) -> None:
-        signature, self._body, self._locations = _parse(text)
+        signature, self._body, self._locations = parse(text)
         self._bounds = bounds
         self._values: dict[str, Interval] = {}
         self._bits: dict[str, int] = {}
         self._pointees: dict[str, str] = {}  # pointer -> the argument it was made from
-        self._overflows: dict[str, tuple[_Operation, Interval]] = {}  # by the first result
+        self._overflows: dict[str, tuple[Operation, Interval]] = {}  # by the first result
         self._sources: dict[str, set[str]] = {}  # value -> those it was computed from
         self._addresses: set[str] = set()
+        for name, kind in self._body.arguments.items():  # of blocks that are jumped to
+            self._set_argument(name, kind)
         for name, kind in signature.items():
             if kind.startswith("!tt.ptr"):
                 self._pointees[name] = name.removeprefix("%")
@@ -274,7 +152,7 @@ class _Analysis:
 
     def _set_argument(self, name: str, kind: str, value: Interval | None = None) -> None:
         """Of the kernel, or of a region that is not understood."""
-        bits = _integer_bits(kind)
+        bits = integer_bits(kind)
         if bits:
             self._set(name, value or full(bits), bits, ())
 
@@ -282,14 +160,14 @@ class _Analysis:
         self._values[name], self._bits[name] = value, bits
         self._sources.setdefault(name, set()).update(sources)
 
-    def _run(self, region: _Region) -> list[str]:
+    def _run(self, region: Region) -> list[str]:
         """Carry out the operations; what the region yields."""
         for operation in region.operations:
             self._carry_out(operation)
         last = region.operations[-1:]
         return last[0].operands if last and last[0].name in ("scf.yield", "scf.condition") else []
 
-    def _carry_out(self, operation: _Operation) -> None:
+    def _carry_out(self, operation: Operation) -> None:
         name, operands = operation.name, operation.operands
         if name == "tt.addptr":
             self._pointees[operation.results[0]] = self._pointees.get(operands[0], "")
@@ -297,7 +175,12 @@ class _Analysis:
         elif name in _SAME and operands[0] in self._pointees:
             self._pointees[operation.results[0]] = self._pointees[operands[0]]
         if name in ("tt.load", "tt.store"):
-            self._addresses.update(operands[1 if name == "tt.load" else 2 :][:1])
+            self._addresses.update(operands[1 if name == "tt.load" else 2 :][:1])  # the mask
+        if name.startswith(("tt.make_tensor", "tt.advance", "tt.descriptor", "tt.atomic")):
+            self._addresses.update(operands)
+        if name.startswith("cf."):
+            for argument in self._body.arguments:
+                self._sources.setdefault(argument, set()).update(operands)
         if name == "scf.for":
             self._carry_out_for(operation)
         elif name == "scf.if":
@@ -311,7 +194,7 @@ class _Analysis:
         elif operation.results:
             self._compute(operation)
 
-    def _forget(self, operation: _Operation) -> None:
+    def _forget(self, operation: Operation) -> None:
         """Of what is not understood, such as a while loop: its variables and results may be anything, from anything."""
         loops = operation.name == "scf.while"
         inputs, outputs = (re.findall(r"[^(),\s]+", kinds) for kinds in operation.types.rpartition(" -> ")[::2])
@@ -337,18 +220,17 @@ class _Analysis:
             if value in self._pointees:
                 self._pointees[result] = self._pointees[value]
 
-    def _carry_out_for(self, operation: _Operation) -> None:
+    def _carry_out_for(self, operation: Operation) -> None:
         """To a fixed point; a bound that still moves after three rounds goes to the end of its type."""
         variable, low, high, step, *pairs = operation.operands
         self._addresses.update((variable, low, high, step))
         arguments, inits = pairs[::2], pairs[1::2]
+        bits, strides = self._bits[low], self._values[step]
         first, last = self._values[low], self._values[high]
-        stop = max(last.high - 1, first.low) if self._values[step].low > 0 else full(self._bits[high]).high
-        past_end = Interval(
-            first.low, stop + self._values[step].high
-        )  # the counter itself may wrap, and the loop go on
-        self._set_checked(operation, variable, past_end, self._bits[low])
-        self._set(variable, Interval(first.low, stop), self._bits[low], (low, high, step))
+        values = Interval(first.low, max(last.high - 1, first.low)) if strides.low > 0 else full(bits)
+        # Past the end the counter may wrap, and the loop go on.
+        self._set_checked(operation, variable, Interval(values.low, values.high + strides.high), bits)
+        self._set(variable, values, bits, ())
         for argument, init in zip(arguments, inits, strict=True):
             self._join(argument, (init,))
         for round_ in range(8):
@@ -374,7 +256,7 @@ class _Analysis:
         for result, argument in zip(operation.results, arguments, strict=True):
             self._join(result, (argument,))
 
-    def _carry_out_reduction(self, operation: _Operation) -> None:
+    def _carry_out_reduction(self, operation: Operation) -> None:
         """Sums grow by the length of the axis, the greatest and the least stay within, others may be anything."""
         bits, steps = operation.bits, {inner.name for inner in operation.regions[0].operations}
         for operand, result in zip(operation.operands, operation.results, strict=False):
@@ -391,7 +273,7 @@ class _Analysis:
                 self._set(result, full(self._bits[operand]), self._bits[operand], operation.operands)
 
     @staticmethod
-    def _count(operation: _Operation) -> int:
+    def _count(operation: Operation) -> int:
         """How many elements a reduction adds up, at most: those of the whole tensor."""
         shape = re.search(r"tensor<([\dx]+)x", operation.types)
         assert shape, f"no shape in {operation.types}"
@@ -400,7 +282,7 @@ class _Analysis:
             count *= int(size)
         return count
 
-    def _set_checked(self, operation: _Operation, result: str, exact: Interval, bits: int) -> None:
+    def _set_checked(self, operation: Operation, result: str, exact: Interval, bits: int) -> None:
         """The result of an operation that wraps."""
         self._overflows.pop(result, None)
         if not exact.within(full(bits)):
@@ -409,12 +291,12 @@ class _Analysis:
             exact = full(bits)
         self._set(result, exact, bits, operation.operands)
 
-    def _compute(self, operation: _Operation) -> None:
+    def _compute(self, operation: Operation) -> None:
         name, result, bits = operation.name, operation.results[0], operation.bits
         if not bits:
             return
         values = [self._values.get(operand, full(64)) for operand in operation.operands]
-        sources = () if operation.ends_flow else operation.operands
+        sources = () if _ends_flow(operation) else operation.operands
         if "arith.sh" in name and not values[1].within(Interval(0, bits - 1)):
             self._set(result, full(bits), bits, sources)
             return
@@ -428,11 +310,11 @@ class _Analysis:
         self._set(result, value if value is not None and value.within(full(bits)) else full(bits), bits, sources)
 
     @staticmethod
-    def _constant(operation: _Operation) -> Interval | None:
+    def _constant(operation: Operation) -> Interval | None:
         found = re.search(r"constant (?:dense<)?(-?\d+|true|false)\b", operation.text)
         return Interval(*[int({"true": 1, "false": 0}.get(found[1], found[1]))] * 2) if found else None
 
-    def _bounded(self, operation: _Operation, values: list[Interval]) -> Interval | None:
+    def _bounded(self, operation: Operation, values: list[Interval]) -> Interval | None:
         """The result of an operation that cannot wrap; None: not known."""
         name = operation.name
         if name == "tt.make_range":
@@ -444,7 +326,10 @@ class _Analysis:
             bound = self._bounds.get(f"program_id({axis[1]})", GRID[axis[1]])
             return bound if name == "tt.get_program_id" else Interval(1, bound.high + 1)
         if name == "tt.load":
-            return self._stated(f"*{self._pointees.get(operation.operands[0], '')}")
+            stated = self._stated(f"*{self._pointees.get(operation.operands[0], '')}")
+            return stated | values[2] if stated and len(values) > 2 else stated  # or what is given for masked elements
+        if name == "arith.extsi" and operation.bits_from == 1:
+            return Interval(-1, 0)
         if name in _SAME:
             return values[0]
         if name == "arith.select":
@@ -478,4 +363,6 @@ def overflows(ttir: str, bounds: Mapping[str, Interval]) -> list[Overflow]:
     """
     kernel = re.search(r"tt\.func public @(\w+)", ttir)
     assert kernel, "no kernel in this IR"
+    if "tt.call " in ttir:
+        raise NotImplementedError(f"{kernel[1]} calls a function that is not inlined: it would go unchecked")
     return list(_Analysis(ttir, bounds).overflows(kernel[1]))

@@ -84,14 +84,9 @@ def launched_kernels(op: str) -> Iterator[str]:
     """The kernels that an operation's launchers name, `kernel[grid](...)`, by its source."""
     module = import_module(f"fastjepa_kernels._triton.{op}")
     assert module.__file__
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Subscript)
-            and isinstance(node.func.value, ast.Name)
-        ):
-            if isinstance(getattr(module, node.func.value.id, None), KernelInterface):
-                yield f"{op}.{node.func.value.id}"
+    calls = (node.func for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Call))
+    names = {ast.unparse(function.value) for function in calls if isinstance(function, ast.Subscript)}
+    yield from (f"{op}.{name}" for name in sorted(names) if isinstance(getattr(module, name, None), KernelInterface))
 
 
 def select(ops: Sequence[str] | None = None) -> list[Case]:
@@ -146,7 +141,7 @@ def _compile_case(task: tuple[str, str, bool]) -> _Found | Failure:
                 phase = "backward"
                 result.backward(torch.empty_like(result))
     except (TritonError, RuntimeError) as error:
-        return Failure(label, target, str(error).strip().splitlines()[-1])
+        return Failure(label, target, str(error).partition("Repro command")[0].strip())
     assert launches, f"{label} launches no kernel"
     found: _Found = {}
     for phase, launch in launches:

@@ -179,8 +179,8 @@ def mask_sampling_reference(rules: MaskRules, *, seed: int, step: int, sample_in
 def pack_masks_reference(images: list[ImageMasks], num_patches: int) -> PackedMasks:
     context_total = sum(len(image.context) for image in images)
     context, target, union, predictor = ([0] for _ in range(4))  # cu_seqlens
-    context_indices, target_indices, union_indices = ([] for _ in range(3))
-    union_rows, predictor_rows, predictor_target_rows = ([] for _ in range(3))
+    lists: list[list[int]] = [[] for _ in range(6)]
+    context_indices, target_indices, union_indices, union_rows, predictor_rows, predictor_target_rows = lists
     for b, image in enumerate(images):
         positions = sorted(set().union(*image.targets))
         for block in image.targets:

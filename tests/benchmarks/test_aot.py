@@ -111,7 +111,7 @@ def broken(result: Compiled, *, half: bool = False, **stated: Any) -> str:
 
 
 def test_spills_break_a_limit() -> None:
-    plenty, few = multiplied(BLOCK=128), multiplied(BLOCK=128, maxnreg=32)
+    plenty, few = multiplied(target="sm_80"), multiplied(target="sm_80", maxnreg=40)
     assert broken(plenty) == ""
     assert few.spill_bytes > 0
     assert "spills" in broken(few)

@@ -87,6 +87,26 @@ def while_carries_offset(p_out, stride, n):
 
 
 @triton.jit
+def after_an_early_return(p_out, stride, n):
+    if n == 3:
+        return
+    tl.store(p_out + n * stride, 1.0)
+
+
+@triton.jit
+def filled_where_masked(p_out, p_index, n):
+    row = tl.load(p_index, mask=n > 1, other=2**31 - 1)
+    tl.store(p_out + row + 1, 1.0)
+    tl.store(p_out + (row + 1), 1.0)
+
+
+@triton.jit
+def counts_down(p_out, n, stride):
+    for row in range(n, 0, -1):
+        tl.store(p_out + row, 1.0)
+
+
+@triton.jit
 def clamped(p_out, n):
     tl.store(p_out + tl.minimum(n, 1000) * 1000, 1.0)
 
@@ -142,6 +162,8 @@ def found(kernel: Any, bounds: dict[str, Interval] | None = None) -> list[Overfl
         loop_carries_offset,
         while_carries_offset,
         chosen_by_branch,
+        after_an_early_return,
+        filled_where_masked,
         sum_of_indices,
         in_a_call,
     ],
@@ -159,6 +181,7 @@ def test_finds_overflow(kernel: Any) -> None:
         column_of_block,
         loop_over_rows,
         loop_carries_wide_offset,
+        counts_down,
         clamped,
         hashed,
         value_not_address,

@@ -14,7 +14,7 @@ MODES = ("ragged", "official", "budget")
 
 
 def mask_rules(
-    strategy: str, mode: str, grid_h: int, grid_w: int, *, num_target_blocks: int = 4, **other: int
+    strategy: str, mode: str, grid_h: int, grid_w: int, *, num_target_blocks: int = 4, **other: Any
 ) -> MaskRules:
     """Blocks of about a third of the grid's height and width, and a context block that leaves a row and a column free."""
     kind: Any = strategy

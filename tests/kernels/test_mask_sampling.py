@@ -156,7 +156,7 @@ def test_arguments_out_of_range_are_refused(wrong: dict[str, Any], named: str) -
         ("block", {"reach_w": 7}, "reach_w: got 7, expected a number from 1 to 6"),
     ],
 )
-def test_rules_without_valid_masks_are_refused(strategy: str, wrong: dict[str, int], named: str) -> None:
+def test_rules_without_valid_masks_are_refused(strategy: str, wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         replace(mask_rules(strategy, "ragged", 7, 6), **wrong)
 

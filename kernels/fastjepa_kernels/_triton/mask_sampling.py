@@ -315,7 +315,7 @@ def _mask_sampling(
     rules = MaskRules(strategy, mode, *numbers)  # type: ignore[arg-type]
     num_images, num_blocks, device = len(sample_indices), rules.num_target_blocks, sample_indices.device
     block_n = max(16, triton.next_power_of_2(rules.num_patches))
-    num_warps = min(max(block_n // 256, 1), 8)
+    num_warps = max(block_n // 256, 1)
     masks = _allocate(rules, num_images, device)
     members = torch.empty(num_images, block_n, dtype=torch.int32, device=device)
     context_lengths = torch.empty(num_images, dtype=torch.int32, device=device)

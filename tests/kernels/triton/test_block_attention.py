@@ -54,13 +54,13 @@ def check(
     keys: Ragged,
     inputs: Sequence[Tensor],
     *,
-    scale: float = 0.2,
+    scale: float | None = None,
     d_out: Tensor | None = None,
 ) -> None:
     """Holds out, d_q, d_k and d_v to the error of plain PyTorch in the same dtype, all against fp64."""
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_attention_reference(q, k, v, queries, keys, scale)
+        return block_attention_reference(q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return block_attention(q, k, v, queries.to(engine.device), keys.to(engine.device), scale=scale)
@@ -102,7 +102,7 @@ SINGLE = [(24, torch.float32), (80, torch.float32)]
 @pytest.mark.parametrize(("head_dim", "dtype"), HALF + SINGLE)
 @pytest.mark.parametrize("longest", [19, 129])
 def test_head_dims_and_dtypes(engine: Engine, longest: int, head_dim: int, dtype: torch.dtype) -> None:
-    if longest > triton_attention.WHOLE_KEYS and (head_dim, dtype) not in [(80, torch.bfloat16), *SINGLE[1:]]:
+    if longest > 19 and (head_dim, dtype) not in [(80, torch.bfloat16), *SINGLE[1:]]:
         pytest.skip("the tiles of a head are the same in all kernels")
     if not engine.thorough and (head_dim not in (80, 88) or longest > 19 and dtype == torch.float32):
         pytest.skip("for the interpreter")
@@ -129,13 +129,13 @@ def test_packed_projection_and_its_single_gradient(engine: Engine, longest: int)
     d_out = normal(lengths.total, 2, 24, dtype=torch.bfloat16, seed=9)
 
     def attend(qkv: Tensor) -> Tensor:
-        return block_attention_packed(qkv, lengths.to(engine.device), scale=0.2)
+        return block_attention_packed(qkv, lengths.to(engine.device))
 
     out, d_qkv = differentiated(attend, [qkv], d_out, engine.device)
     q, k, v = qkv.unbind(1)
 
     def attend_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return block_attention(q, k, v, lengths.to(engine.device), scale=0.2)
+        return block_attention(q, k, v, lengths.to(engine.device))
 
     apart = differentiated(attend_apart, [q, k, v], d_out, engine.device)
     torch.testing.assert_close(out, apart[0], rtol=0, atol=0)

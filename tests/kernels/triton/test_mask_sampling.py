@@ -24,7 +24,6 @@ def poisoned_memory() -> Iterator[None]:
     """What `torch.empty` returns is full of the largest integer: an entry that no kernel writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
     assert int(torch.empty(1, dtype=torch.int32)) == 2**31 - 1
     yield
     torch.use_deterministic_algorithms(before)
@@ -143,6 +142,9 @@ class _NoReadBack(TorchDispatchMode):
     """Refuses what makes the host wait for the device, or shapes depend on values."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "equal", "unique", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(name in str(func) for name in self.FORBIDDEN), f"{func} waits for the device"
