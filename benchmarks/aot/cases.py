@@ -31,11 +31,16 @@ _RECORDED_PARAMS = 1 << 20
 class Case:
     op: str
     name: str
+    """Begins with the model."""
     dtype: torch.dtype
     run: Callable[[], Tensor | None]
     """The forward pass. A result that requires a gradient is differentiated."""
     forward: Work
     backward: Work | None = None
+
+    @property
+    def model(self) -> str:
+        return self.name.partition(" ")[0]
 
     @property
     def label(self) -> str:

@@ -29,13 +29,21 @@ class Limits:
 
 _STREAMING = Limits(wide_fraction=0.5)
 
-# By kernel (operation.name) and target; the first that matches counts.
+# By "operation.kernel specialisation" and target; the first that matches counts.
 LIMITS: list[tuple[str, str, Limits]] = [
+    ("block_attention._delta_kernel *", "*", Limits()),
     ("block_attention.*", "*", Limits(tensor_cores=True)),
-    ("masked_gather.*", "*", _STREAMING),
+    # AMD's waves have 64 lanes: of the same tile, half the bytes fall to each.
+    ("adamw_ema.*", "gfx*", Limits()),
+    ("masked_gather.*", "gfx*", Limits()),
+    ("target_loss.*", "gfx*", Limits()),
     # Buffers may end anywhere: beside the vectors there is a scalar path for the last block.
-    ("adamw_ema.*", "*", Limits(wide_fraction=0.1, blocks_per_sm=8)),
-    ("target_loss.*", "*", _STREAMING),
+    ("adamw_ema.*", "sm_*", Limits(wide_fraction=0.1, blocks_per_sm=8)),
+    # Patches of 14 pixels begin at multiples of 14: no access is wider than 8 bytes.
+    ("masked_gather._gather_patches_kernel *PATCH=14*", "*", Limits()),
+    ("masked_gather._gather_patches_kernel *", "*", Limits(wide_fraction=0.4)),
+    ("masked_gather.*", "*", _STREAMING),
+    ("target_loss.*", "sm_*", _STREAMING),
     # A few kilobytes in all: bound by latency, not by the width of accesses.
     ("mask_sampling.*", "*", Limits()),
 ]
@@ -59,6 +67,8 @@ BOUNDS: list[tuple[str, Mapping[str, Interval]]] = [
         "mask_sampling.*",
         {
             "num_images": Interval(0, 1 << 24),
+            "target_[hwc]*": Interval(0, 1 << 12),  # patches
+            "context_[hw]": Interval(0, 1 << 12),
             "[*]p_*_lengths": Interval(0, 1 << 16),  # tokens of one image
             "[*]p_*_cu_seqlens": Interval(0, MAX_TOKENS),
         },
@@ -67,6 +77,7 @@ BOUNDS: list[tuple[str, Mapping[str, Interval]]] = [
 
 
 def limits_of(kernel: str, target: str) -> Limits:
+    """`kernel`: with its specialisation."""
     for pattern, targets, limits in LIMITS:
         if fnmatchcase(kernel, pattern) and fnmatchcase(target, targets):
             return limits

@@ -49,7 +49,7 @@ class Overflow:
     interval: Interval
 
     def __str__(self) -> str:
-        return f"{self.kernel}: {self.operation} may be {self.interval.low:,} to {self.interval.high:,} ({self.line})"
+        return f"{self.line}: {self.operation} may be {self.interval.low:,} to {self.interval.high:,}"
 
 
 def _corners(function: Callable[[int, int], int]) -> Callable[[Interval, Interval], Interval]:
@@ -136,7 +136,7 @@ class _Analysis:
                 frontier += self._sources.get(value, ())
         for value, (operation, interval) in self._overflows.items():
             if value in reached:
-                yield Overflow(kernel, self._line(operation.location), operation.text, interval)
+                yield Overflow(kernel, self._line(operation.location), operation.name, interval)
 
     def _stated(self, name: str) -> Interval | None:
         return next((bound for pattern, bound in self._bounds.items() if fnmatchcase(name, pattern)), None)
@@ -147,7 +147,7 @@ class _Analysis:
             found = re.search(r"#loc\d*", location)
             assert found
             location = self._locations[found[0]]
-        found = re.match(r'"([^"]*)":(\d+)', location)
+        found = re.match(r'"(?:[^"]*/)?([^"]*)":(\d+)', location)
         return f"{found[1]}:{found[2]}" if found else location
 
     def _set_argument(self, name: str, kind: str, value: Interval | None = None) -> None:
@@ -229,7 +229,8 @@ class _Analysis:
         first, last = self._values[low], self._values[high]
         values = Interval(first.low, max(last.high - 1, first.low)) if strides.low > 0 else full(bits)
         # Past the end the counter may wrap, and the loop go on.
-        self._set_checked(operation, variable, Interval(values.low, values.high + strides.high), bits)
+        past_end = Interval(values.low, values.high + strides.high)
+        self._set_checked(operation, variable, past_end, bits, (low, high, step))
         self._set(variable, values, bits, ())
         for argument, init in zip(arguments, inits, strict=True):
             self._join(argument, (init,))
@@ -266,7 +267,7 @@ class _Analysis:
             if steps <= {"arith.addi", f"{operation.name}.return"}:
                 count = self._count(operation)
                 exact = Interval(min(value.low * count, value.low), max(value.high * count, value.high))
-                self._set_checked(operation, result, exact, bits)
+                self._set_checked(operation, result, exact, bits, (operand,))
             elif steps <= {"arith.minsi", "arith.maxsi", "arith.minui", "arith.maxui", f"{operation.name}.return"}:
                 self._set(result, value, bits, (operand,))
             else:
@@ -282,14 +283,16 @@ class _Analysis:
             count *= int(size)
         return count
 
-    def _set_checked(self, operation: Operation, result: str, exact: Interval, bits: int) -> None:
+    def _set_checked(
+        self, operation: Operation, result: str, exact: Interval, bits: int, sources: Sequence[str]
+    ) -> None:
         """The result of an operation that wraps."""
         self._overflows.pop(result, None)
         if not exact.within(full(bits)):
             if 1 < bits <= 32:
                 self._overflows[result] = operation, exact
             exact = full(bits)
-        self._set(result, exact, bits, operation.operands)
+        self._set(result, exact, bits, sources)
 
     def _compute(self, operation: Operation) -> None:
         name, result, bits = operation.name, operation.results[0], operation.bits
@@ -301,10 +304,10 @@ class _Analysis:
             self._set(result, full(bits), bits, sources)
             return
         if name in _WRAPPING:
-            self._set_checked(operation, result, _WRAPPING[name](*values), bits)
+            self._set_checked(operation, result, _WRAPPING[name](*values), bits, sources)
             return
         if name == "arith.trunci":
-            self._set_checked(operation, result, values[0], bits)
+            self._set_checked(operation, result, values[0], bits, sources)
             return
         value = self._bounded(operation, values) if name != "arith.constant" else self._constant(operation)
         self._set(result, value if value is not None and value.within(full(bits)) else full(bits), bits, sources)

@@ -18,7 +18,7 @@ _SHOWN_MODEL = "H/14"
 
 def plot(report: Report, path: Path) -> None:
     kernels = sorted({variant.kernel for variant in report.variants})
-    shown = [(c, name, work) for c, name, work in passes(report.cases) if c.name.startswith(_SHOWN_MODEL)]
+    shown = [(c, name, work) for c, name, work in passes(report.cases) if c.model == _SHOWN_MODEL]
     height = 1.6 + 0.24 * max(len(shown), 1.5 * len(kernels))
     figure = plt.figure(figsize=(17, height), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1, 1])
@@ -39,7 +39,7 @@ def _plot_bounds(axes: Any, shown: list[Any]) -> None:
         for limit, face in ((a100, "white"), (h100, "#4477aa")):
             marker = "o" if limit.limiter == "memory" else "s"
             axes.scatter(limit.microseconds, row, marker=marker, facecolor=face, edgecolor="#4477aa", zorder=2, s=28)
-        labels.append(f"{case.op} {case.name.removeprefix(_SHOWN_MODEL + ' ')}, {name}")
+        labels.append(f"{case.op} {case.name.removeprefix(_SHOWN_MODEL).strip()}, {name}")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")

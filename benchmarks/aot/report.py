@@ -50,10 +50,10 @@ class Variant:
     def broken(self) -> list[str]:
         """The limits that it does not keep."""
         try:
-            limits = limits_of(self.kernel, self.compiled.target)
+            limits = limits_of(f"{self.kernel} {self.specialisation}", self.compiled.target)
         except LookupError as error:
             return [str(error)]
-        return broken_limits(self.compiled, limits, half=self.half) + [f"may overflow: {x}" for x in self.overflows]
+        return broken_limits(self.compiled, limits, half=self.half)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ class Report:
     cases: list[Case]
 
     def broken(self) -> list[str]:
-        """Limits not kept, what did not compile, and kernels that no case launches."""
+        """Limits not kept, overflows, what did not compile, and kernels that no case launches."""
         found = [f"{variant.name}: {limit}" for variant in self.variants for limit in variant.broken()]
+        found += sorted({f"{v.kernel} may overflow 32 bits: {x}" for v in self.variants for x in v.overflows})
         found += [f"{failure.case} for {failure.target}: {failure.error}" for failure in self.failures]
         known = {variant.kernel for variant in self.variants}
         kernels = [kernel for op in {case.op for case in self.cases} for kernel in launched_kernels(op)]

@@ -59,9 +59,6 @@ __all__ = [
     "run_ptx",
 ]
 
-LANES_AT_ONCE = 2048
-"""CTAs run side by side up to this many threads: a Python step costs about the same for 100 lanes as for 2,000."""
-
 
 def launch(
     kernel: Any, grid: Sequence[int], arguments: Sequence[Any], *, ctas: Sequence[tuple[int, int, int]] | None = None
@@ -99,9 +96,7 @@ def run_ptx(
     x, y, z = (*grid, 1, 1)[:3]
     if ctas is None:
         ctas = [(i, j, k) for k, j, i in product(range(z), range(y), range(x))]
-    at_once = max(LANES_AT_ONCE // program.threads, 1)
-    for start in range(0, len(ctas), at_once):
-        machine.run(Launch(memory, values, (x, y, z), shared_bytes, counts), ctas[start : start + at_once])
+    machine.run(Launch(memory, values, (x, y, z), shared_bytes, counts), ctas)
     return counts
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,8 +12,8 @@ import numpy.typing as npt
 class Fault(Exception):
     """The kernel did something that a GPU would not forgive, or would forgive only by luck.
 
-    `where` is the index of the first offending access among those that were handed in; whoever knows which lanes they
-    came from replaces it, and the machine turns it into a CTA and a thread.
+    `where` is the index of the first offending access among those that were handed in. On its way up, `blame` makes it
+    a lane, and the machine a CTA and a thread.
     """
 
     def __init__(self, message: str, where: int = 0) -> None:
@@ -45,3 +48,13 @@ class BarrierFault(Fault):
 def first(bad: npt.NDArray[np.bool_]) -> int:
     """The row of the first True."""
     return int(np.argmax(bad.reshape(bad.shape[0], -1).any(axis=1)))
+
+
+@contextmanager
+def blame(lanes: npt.NDArray[np.int64]) -> Iterator[None]:
+    """Around accesses made for these lanes, in order: a fault in one of them is that lane's."""
+    try:
+        yield
+    except Fault as fault:
+        fault.where = int(lanes[fault.where])
+        raise

@@ -21,21 +21,39 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 
 
-def from_bf16(bits: Array) -> Array:
+def from_half(bits: Array, type_: str) -> Array:
+    """f16 or bf16, to f32."""
+    if type_ == "f16":
+        return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def to_bf16(value: Array) -> Array:
-    """The bits of the nearest."""
-    if value.dtype == np.float64:  # through an f32 that is rounded to odd, see `exact_fma`
-        narrow = np.asarray(value.astype(np.float32))
-        error, bits = value - narrow, narrow.view(np.int32)
-        away_from_zero = (error > 0) == (value > 0)
-        odd = np.where(
-            np.isfinite(error) & (error != 0) & (bits & 1 == 0), bits + np.where(away_from_zero, 1, -1), bits
-        )
-        value = odd.astype(np.int32).view(np.float32)
-    return value.astype(_BF16).view(np.uint16)
+def joined(low: Array, high: Array) -> Array:
+    return high.astype(np.uint32) << np.uint32(16) | low
+
+
+def to_half(value: Array, type_: str) -> Array:
+    """The bits of the nearest f16 or bf16."""
+    if type_ == "f16":
+        bits = value.astype(np.float16).view(np.uint16)
+    else:
+        bits = (_to_odd_f32(value) if value.dtype == np.float64 else value).astype(_BF16).view(np.uint16)
+    return np.where(np.isnan(value), np.uint16(0x7FFF), bits)
+
+
+def _to_odd_f32(value: Array) -> Array:
+    """To f32 by rounding to odd (see `exact_fma`): ml_dtypes takes f64 to bf16 through f32."""
+    narrow = np.asarray(value.astype(np.float32))
+    error, bits = value - narrow, narrow.view(np.int32)
+    away_from_zero = (error > 0) == (value > 0)
+    moved = np.where(np.isfinite(error) & (error != 0) & (bits & 1 == 0), np.where(away_from_zero, 1, -1), 0)
+    return (bits + moved).astype(np.int32).view(np.float32)
+
+
+def canonical(value: Array) -> Array:
+    """A NaN that an instruction makes is always the same one: lanes that do the same thing store the same bits."""
+    nan = np.isnan(value)
+    return np.where(nan, np.uint32(0x7FFFFFFF).view(np.float32), value) if nan.any() else value
 
 
 def flushed(value: Array) -> Array:
@@ -46,39 +64,27 @@ def flushed(value: Array) -> Array:
 def floating(machine: Machine, ins: Instruction, fn: Callable[..., Array]) -> Step:
     """`fn` in f32 or f64; half precision is widened and rounded once."""
     type_ = ins.type
-    if type_ in ("f16x2", "bf16x2"):
+    if type_.endswith("x2"):
         half = type_.removesuffix("x2")
+
+        def on_pairs(*pairs: Array) -> Array:
+            halves = [(pair.astype(np.uint16), (pair >> np.uint32(16)).astype(np.uint16)) for pair in pairs]
+            low, high = (fn(*(from_half(x, half) for x in values)) for values in zip(*halves, strict=True))
+            return joined(to_half(low, half), to_half(high, half))
+
+        return elementwise(machine, ins, on_pairs)
+    if type_ in ("f16", "bf16"):
         return elementwise(
             machine,
             ins,
-            lambda *v: _joined(
-                [_rounded(fn(*map(_widened(half), p)), half) for p in zip(*map(_halves, v), strict=True)]
-            ),
+            lambda *v: to_half(fn(*(from_half(x, type_) for x in v)), type_),
+            *["u16"] * (len(ins.operands) - 1),
         )
-    if type_ in ("f16", "bf16"):
-        return elementwise(
-            machine, ins, lambda *v: _rounded(fn(*map(_widened(type_), v)), type_), *["u16"] * (len(ins.operands) - 1)
-        )
+    if type_ == "f64":
+        return elementwise(machine, ins, fn)
     if "ftz" in ins.modifiers:
-        return elementwise(machine, ins, lambda *v: flushed(fn(*map(flushed, v))))
-    return elementwise(machine, ins, fn)
-
-
-def _widened(half: str) -> Callable[[Array], Array]:
-    return from_bf16 if half == "bf16" else lambda bits: bits.view(np.float16).astype(np.float32)
-
-
-def _rounded(value: Array, half: str) -> Array:
-    return to_bf16(value) if half == "bf16" else value.astype(np.float16).view(np.uint16)
-
-
-def _halves(pair: Array) -> tuple[Array, Array]:
-    return pair.astype(np.uint16), (pair >> np.uint32(16)).astype(np.uint16)
-
-
-def _joined(halves: list[Array]) -> Array:
-    low, high = halves
-    return high.astype(np.uint32) << np.uint32(16) | low
+        return elementwise(machine, ins, lambda *v: canonical(flushed(fn(*map(flushed, v)))))
+    return elementwise(machine, ins, lambda *v: canonical(fn(*v)))
 
 
 _ARITHMETIC: dict[str, Callable[..., Array]] = {

@@ -8,8 +8,7 @@ modules of their own, and enter themselves in a table with `instruction`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +38,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "pred": np.dtype("?"),
 }
 
+_SPECIAL = {"%tid.x", "%ntid.x", "%laneid", "%warpid", *(f"%{n}ctaid.{axis}" for n in ("", "n") for axis in "xyz")}
+
 _Builder = Callable[["Machine", Instruction], Step]
 _TABLE: dict[str, tuple[_Builder, frozenset[str]]] = {}
 
@@ -65,9 +66,17 @@ class Launch:
     counts: Counts
 
 
+LANES_AT_ONCE = 2048
+"""CTAs run side by side up to this many threads: a Python step costs about the same for 100 lanes as for 2,000."""
+
+
 class Machine:
     """A program made ready to run, and the state of the CTAs that run together."""
 
+    memory: GlobalMemory
+    arguments: Mapping[str, Array]
+    counts: Counts
+    shared: SharedMemory
     lanes: int
     slot: Index
     """Which of the CTAs a lane belongs to."""
@@ -102,7 +111,10 @@ class Machine:
             m for m in instruction.modifiers if m[:4] not in ("L1::", "L2::")
         ):
             raise NotImplementedError(f"PTX {instruction}")
-        return builder(self, instruction)
+        try:
+            return builder(self, instruction)
+        except (NotImplementedError, ValueError) as error:
+            raise NotImplementedError(f"PTX {instruction}: {error}") from error
 
     def operand(self, text: str, type_: str) -> Operand:
         """The value of a register, a constant, a special register or a shared-memory address, as `type_`."""
@@ -114,21 +126,15 @@ class Machine:
         if register_type is not None:
             return self._register(text, DTYPES[register_type], dtype)
         if text.startswith("%"):
-            if text not in (
-                "%tid.x",
-                "%ntid.x",
-                "%laneid",
-                "%warpid",
-                *(f"%{n}ctaid.{x}" for n in ("", "n") for x in "xyz"),
-            ):
-                raise NotImplementedError(f"PTX special register {text}")
+            if text not in _SPECIAL:
+                raise NotImplementedError(f"special register {text}")
             return lambda: self._special[text].view(dtype)
         constant = _constant(text, dtype)
         return lambda: constant
 
     def _register(self, name: str, stored: np.dtype[Any], dtype: np.dtype[Any]) -> Operand:
         if stored.itemsize < dtype.itemsize:
-            raise NotImplementedError(f"PTX register {name} of {stored} read as {dtype}")
+            raise NotImplementedError(f"register {name} of {stored} read as {dtype}")
         registers, narrow = self.registers, np.dtype(f"u{dtype.itemsize}")
 
         def read() -> Array:
@@ -168,7 +174,7 @@ class Machine:
             return lambda value, mask: None
         register_type = self.program.register_type(name)
         if register_type is None:
-            raise NotImplementedError(f"PTX destination {name}")
+            raise NotImplementedError(f"destination {name}")
         stored, registers, in_flight = DTYPES[register_type], self.registers, self.in_flight
 
         def write(value: Array, mask: Mask) -> None:
@@ -190,7 +196,7 @@ class Machine:
         """`[%rd1+8]`, `[%r1]` or `[global_smem+8]` as int64."""
         match = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if not match:
-            raise NotImplementedError(f"PTX address {text}")
+            raise NotImplementedError(f"address {text}")
         offset = np.int64(int(match[2] or "0", 0))
         wide = self.program.register_type(match[1]) == "b64"
         base = self.operand(match[1], "s64" if wide else "u32")
@@ -229,32 +235,33 @@ class Machine:
             self._stamps = stamp(self._cta_number[self.slot], self._epoch[self.slot], self._warp)
         return self._stamps
 
-    @contextmanager
-    def accesses(self, lanes: Index) -> Iterator[None]:
-        """Around accesses made by these lanes, in order: a fault in one of them becomes that lane's."""
-        try:
-            yield
-        except Fault as fault:
-            fault.where = int(lanes[fault.where])
-            raise
-
     def run(self, launch: Launch, ctas: Sequence[Grid]) -> None:
-        """Run these CTAs to their end, in lockstep as far as their branches go the same way.
+        """Run these CTAs to their end."""
+        self.memory, self.arguments, self.counts = launch.memory, launch.arguments, launch.counts
+        at_once = max(LANES_AT_ONCE // self.program.threads, 1)
+        try:
+            with np.errstate(all="ignore"):
+                for start in range(0, len(ctas), at_once):
+                    self._begin(launch, ctas[start : start + at_once])
+                    self._run()
+        finally:
+            del self.memory, self.arguments, self.counts  # a machine outlives its launches
+
+    def _run(self) -> None:
+        """Run CTAs side by side, in lockstep as far as their branches go the same way.
 
         Of the groups of lanes that have come to different instructions, the one that is furthest behind runs: lanes
         that parted meet again where their ways join.
         """
-        self._begin(launch, ctas)
         waiting = {0: self.group}
-        with np.errstate(all="ignore"):
-            while waiting or self._at_barrier:
-                if not waiting:
-                    self._pass_barrier()
-                    waiting, self._at_barrier = self._at_barrier, {}
-                pc = min(waiting)
-                self.group = waiting.pop(pc)
-                for target, lanes in self._run_group(pc, min(waiting, default=len(self._steps))):
-                    waiting[target] = waiting[target] | lanes if target in waiting else lanes
+        while waiting or self._at_barrier:
+            if not waiting:
+                self._pass_barrier()
+                waiting, self._at_barrier = self._at_barrier, {}
+            pc = min(waiting)
+            self.group = waiting.pop(pc)
+            for target, lanes in self._run_group(pc, min(waiting, default=len(self._steps))):
+                waiting[target] = waiting[target] | lanes if target in waiting else lanes
 
     def _run_group(self, pc: int, stop: int) -> list[tuple[int, Array]]:
         """Run `self.group` from `pc` until it parts, ends, or comes to `stop`, where others wait to join it.
@@ -308,19 +315,17 @@ class Machine:
 
     def _pass_barrier(self) -> None:
         """All lanes that have not ended stand at barriers."""
-        for lanes in self._at_barrier.values():
+        for following, lanes in self._at_barrier.items():
             here, alive = lanes.reshape(-1, 32), self._alive.reshape(-1, 32)
             if (torn := here.any(axis=1) & (here != alive).any(axis=1)).any():
                 slot, warp = divmod(int(np.argmax(torn)), self.program.threads // 32)
-                raise BarrierFault(
-                    f"a part of warp {warp} of CTA {self._ctas[slot]} comes to another barrier, or to none"
-                )
+                message = f"a part of warp {warp} of CTA {self._ctas[slot]} comes to another barrier, or to none"
+                raise BarrierFault(f"{message}: {self.program.instructions[following - 1]}")
         self._epoch += 1
         self._stamps = None
 
     def _begin(self, launch: Launch, ctas: Sequence[Grid]) -> None:
-        self.memory, self.arguments, self.counts, grid = launch.memory, launch.arguments, launch.counts, launch.grid
-        threads = self.program.threads
+        threads, grid = self.program.threads, launch.grid
         self.lanes = threads * len(ctas)
         self.shared = SharedMemory(launch.shared_bytes, len(ctas), self.shared_granule)
         self._all_lanes: Index = np.arange(self.lanes)
@@ -362,9 +367,9 @@ def _constant(text: str, dtype: np.dtype[Any]) -> Array:
     try:
         value = int(match[2], 16) if match else int(text.rstrip("U"), 0)
     except ValueError:
-        raise NotImplementedError(f"PTX operand {text}") from None
+        raise NotImplementedError(f"operand {text}") from None
     if match and dtype.itemsize != {"f": 4, "d": 8}[match[1].lower()]:
-        raise NotImplementedError(f"PTX constant {text} as {dtype}")
+        raise NotImplementedError(f"constant {text} as {dtype}")
     if dtype == np.bool_:
         return np.array(value != 0)
     bits = value & ((1 << 8 * dtype.itemsize) - 1)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.ptxsim.asynchronous import Product
-from benchmarks.ptxsim.floats import from_bf16
+from benchmarks.ptxsim.faults import blame
+from benchmarks.ptxsim.floats import canonical, from_half
 from benchmarks.ptxsim.machine import Machine, Mask, Operand, Step, instruction
 from benchmarks.ptxsim.memory import Array, Index
 from benchmarks.ptxsim.parse import Instruction, elements
@@ -35,7 +36,7 @@ def load_matrices(machine: Machine, ins: Instruction) -> Step:
     def step(mask: Mask) -> None:
         where, lanes = address(), _row_lanes(machine, mask, len(writes))
         flat = lanes.reshape(-1)
-        with machine.accesses(flat):
+        with blame(flat):
             rows = machine.shared.load(machine.slot[flat], where[flat], 16, machine.stamps[flat])
         machine.counts.shared_access(where, _marked(machine, flat), 16)
         blocks = rows.view(np.uint16).reshape(-1, len(writes), 8, 8)
@@ -60,7 +61,7 @@ def store_matrices(machine: Machine, ins: Instruction) -> Step:
         blocks = registers.view(np.uint16).reshape(-1, len(sources), 8, 8)
         if "trans" in ins.modifiers:
             blocks = np.ascontiguousarray(blocks.swapaxes(2, 3))
-        with machine.accesses(flat):
+        with blame(flat):
             rows = blocks.view(np.uint64).reshape(-1, 2)
             machine.shared.store(machine.slot[flat], where[flat], rows, machine.stamps[flat])
         machine.counts.shared_access(where, _marked(machine, flat), 16)
@@ -78,10 +79,8 @@ def _marked(machine: Machine, lanes: Index) -> Mask:
 
 def _decoded(bits: Array, type_: str) -> Array:
     """As f32. tf32 has 10 bits of mantissa; the hardware ignores the others."""
-    if type_ == "bf16":
-        return from_bf16(bits)
-    if type_ == "f16":
-        return bits.view(np.float16).astype(np.float32)
+    if type_ in ("f16", "bf16"):
+        return from_half(bits, type_)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
@@ -107,7 +106,7 @@ def multiply_fragments(machine: Machine, ins: Instruction) -> Step:
         accumulator,
         type_,
     ) != ("f32", "f32", other):
-        raise NotImplementedError(f"PTX {ins}")
+        raise NotImplementedError("shape or types")
     a, b = ([machine.operand(name, "b32") for name in elements(text)] for text in ins.operands[1:3])
     c = [machine.operand(name, "f32") for name in elements(ins.operands[3])]
     writes = [machine.destination(name) for name in elements(ins.operands[0])]
@@ -118,7 +117,7 @@ def multiply_fragments(machine: Machine, ins: Instruction) -> Step:
         right = _registers(machine, b, type_).transpose(1, 0, 3, 2).reshape(warps, -1, 8)  # [warps, K, 8]
         added = np.stack([machine.vector(source()) for source in c]).reshape(2, 2, warps, 8, 4)
         product = (left @ right).reshape(warps, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3) + added
-        for write, value in zip(writes, product.reshape(4, -1), strict=True):
+        for write, value in zip(writes, canonical(product).reshape(4, -1), strict=True):
             write(value, mask)
 
     return step
@@ -155,7 +154,7 @@ def _shared_operand(
     first_lanes = groups * WARPGROUP
     units = _operand_units(descriptor[first_lanes].astype(np.int64), rows, transposed=transposed)
     lanes = np.repeat(first_lanes, units.shape[1])
-    with machine.accesses(lanes):
+    with blame(lanes):
         words, granules = machine.shared.begin_products(machine.slot[lanes], units.reshape(-1), machine.stamps[lanes])
     bits = words.view(np.uint32 if type_ == "tf32" else np.uint16)
     values = _decoded(bits, type_).reshape(len(groups), *((rows // 8, 16, 8) if transposed else (rows, -1)))
@@ -191,7 +190,7 @@ def _multiply_asynchronously(machine: Machine, ins: Instruction) -> Step:
         or (to, type_) != ("f32", other)
         or immediates[:2] != ["1", "1"]
     ):
-        raise NotImplementedError(f"PTX {ins}")
+        raise NotImplementedError("shape, types or signs")
     columns, results = int(match[1]), elements(names)
     in_registers = a_text.startswith("{")
     transposed_a, transposed_b = ([False] * 2 + [text == "1" for text in immediates[2:]])[-2:]
@@ -220,7 +219,7 @@ def _multiply_asynchronously(machine: Machine, ins: Instruction) -> Step:
         for name, value in zip(results, product, strict=True):
             before = machine.accumulator(name)
             after = before.copy()
-            after[lanes] = np.where(kept, before[lanes] + value, value)
+            after[lanes] = canonical(np.where(kept, before[lanes] + value, value))
             machine.in_flight[name] = after.view(np.uint32)
             machine.registers.pop(name, None)
         for i, group in enumerate(groups):
@@ -236,7 +235,7 @@ def _wait(machine: Machine, mask: Mask, pending: int) -> None:
     for product in machine.products:
         committed = machine.product_groups.committed[product.lanes.start] - pending
         if product.group < committed and (mask is None or mask[product.lanes].all()):
-            machine.shared.end_products(product.granules)
+            machine.shared.end_products(product.granules, machine.stamps[product.lanes.start])
         else:
             under_way.append(product)
     machine.products[:] = under_way

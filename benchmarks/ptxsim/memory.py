@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.ptxsim.faults import MisalignedFault, OutOfBoundsFault, PendingFault, RaceFault, first
+from benchmarks.ptxsim.faults import MisalignedFault, OutOfBoundsFault, PendingFault, RaceFault, blame, first
 from benchmarks.ptxsim.races import AccessLog, Stamps, by_all_warps
 
 Array = npt.NDArray[Any]
@@ -107,56 +107,52 @@ class GlobalMemory:
 
     def load(self, address: Index, size: int, stamps: Stamps) -> Array:
         """[accesses, words]; for the words see `word_view`."""
-        pieces = self._locate(address, size, "load")
         loaded = np.empty((address.size, max(size // 8, 1)), f"u{min(size, 8)}")
-        for where, region, row in pieces:
+        for which, region, row in self._locate(address, size, "load"):
             if region.log:
-                granules = self._region_granules(region, row, size)
-                region.log.read(granules, stamps[where, None], initialised=False)
-            loaded[where] = region.rows(size)[1].take(row, axis=0)
+                with blame(which):
+                    granules = self._region_granules(region, row, size)
+                    region.log.read(granules, stamps[which, None], initialised=False)
+            loaded[which] = region.rows(size)[1].take(row, axis=0)
         return loaded
 
     def store(self, address: Index, data: Array, stamps: Stamps) -> None:
         size = data.shape[1] * data.itemsize
-        for where, region, row in self._locate(address, size, "store"):
-            rows = region.rows(size)[1]
-            if region.log:
-                granules = self._region_granules(region, row, size)
-                region.log.check_write(granules, stamps[where, None], (rows[row] == data[where]).all(axis=1))
-                region.log.write(granules, stamps[where, None])
-            rows[row] = data[where]
-            _check_same_value(rows[row], data[where])
+        for which, region, row in self._locate(address, size, "store"):
+            rows, wanted = region.rows(size)[1], data[which]
+            with blame(which):
+                if region.log:
+                    granules = self._region_granules(region, row, size)
+                    region.log.check_write(granules, stamps[which, None], (rows[row] == wanted).all(axis=1))
+                    region.log.write(granules, stamps[which, None])
+                rows[row] = wanted
+                _check_same_value(rows[row], wanted)
 
     def _region_granules(self, region: _Region, row: Index, size: int) -> Index:
-        offset = (region.rows(size)[0] - region.start // self.granule * self.granule) // self.granule
+        offset = region.rows(size)[0] // self.granule - region.start // self.granule
         return _granules(row, size, self.granule) + offset
 
-    def _locate(self, address: Index, size: int, what: str) -> list[tuple[Index | slice, _Region, Index]]:
+    def _locate(self, address: Index, size: int, what: str) -> list[tuple[Index, _Region, Index]]:
         """(which of the accesses, their region, their rows in it), for every region that they touch."""
         _check_alignment(address, size, what)
-        which = np.searchsorted(self._starts, address, "right") - 1
-        lowest, highest = int(which.min()), int(which.max())
-        pieces: list[tuple[Index | slice, _Region, Index]] = []
-        for i in range(lowest, highest + 1):
-            where: Index | slice = slice(None) if lowest == highest else np.flatnonzero(which == i)
-            if i >= 0:
-                region = self.regions[i]
-                first_address, rows = region.rows(size)
-                row = (address[where] - first_address) // size
-                outside = row >= len(rows)
-                if region.allowed is not None and not outside.any():
-                    byte = row[:, None] * size + (first_address - region.start) + np.arange(size)
-                    outside = ~region.allowed[byte].all(axis=1)
-            else:
-                outside = np.ones(address[where].size, np.bool_)
+        if not self.regions:
+            raise OutOfBoundsFault(f"{what} of {size} bytes, and no tensor has elements")
+        regions = np.searchsorted(self._starts, address, "right") - 1
+        pieces = []
+        for i in np.unique(regions):
+            which = np.flatnonzero(regions == i)
+            region = self.regions[max(i, 0)]
+            start, rows = region.rows(size)
+            row = (address[which] - start) // size
+            outside = (row < 0) | (row >= len(rows))
+            if region.allowed is not None and not outside.any():
+                byte = row[:, None] * size + (start - region.start) + np.arange(size)
+                outside = ~region.allowed[byte].all(axis=1)
             if outside.any():
-                lane = first(outside)
-                lane = lane if isinstance(where, slice) else int(where[lane])
-                raise OutOfBoundsFault(
-                    f"{what} of {size} bytes outside the tensors: {self._nearest(address[lane])}", lane
-                )
-            if outside.size:
-                pieces.append((where, region, row))
+                access = int(which[first(outside)])
+                message = f"{what} of {size} bytes outside the tensors: {self._nearest(int(address[access]))}"
+                raise OutOfBoundsFault(message, access)
+            pieces.append((which, region, row))
         return pieces
 
     def _nearest(self, address: int) -> str:
@@ -165,8 +161,6 @@ class GlobalMemory:
         def distance(region: _Region) -> int:
             return max(region.start - address, address - region.start - region.data.size, 0)
 
-        if not self.regions:
-            return "there are none"
         region = min(self.regions, key=distance)
         return f"offset {address - region.start} of the {region.data.size} bytes of {', '.join(region.names)}"
 
@@ -232,9 +226,11 @@ class SharedMemory:
         np.add.at(self.feeding, granules, 1)
         return word_view(self.data, 16).take(row, axis=0), granules
 
-    def end_products(self, granules: list[Index]) -> None:
+    def end_products(self, granules: list[Index], stamp: Stamps) -> None:
+        """A warpgroup has waited. Its warps may have read until now, and see only of their own parts that they are done."""
         for read in granules:
             self.feeding[read] -= 1  # of one operand: all different
+            self.log.reads[read] = by_all_warps(stamp)
 
     def fence(self, slots: Index, stamps: Stamps) -> None:
         """Ordinary stores that these warps can see become visible to matrix products."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.ptxsim.arithmetic import BITS, INTEGERS, elementwise
-from benchmarks.ptxsim.floats import flushed, from_bf16, to_bf16
+from benchmarks.ptxsim.floats import flushed, from_half, joined, to_half
 from benchmarks.ptxsim.machine import DTYPES, Machine, Mask, Step, instruction
 from benchmarks.ptxsim.memory import Array
 from benchmarks.ptxsim.parse import Instruction, elements
@@ -115,28 +115,26 @@ def convert(machine: Machine, ins: Instruction) -> Step:
     to, from_ = ins.modifiers[-2:]
     rounding = next((_ROUNDINGS[m] for m in ins.modifiers if m in _ROUNDINGS), None)
     if to in ("bf16x2", "f16x2"):
-        return elementwise(machine, ins, lambda high, low: _packed(low, high, to), from_, from_)
+        half = to.removesuffix("x2")
+        return elementwise(
+            machine, ins, lambda high, low: joined(to_half(low, half), to_half(high, half)), from_, from_
+        )
 
     def converted(x: Array) -> Array:
-        if from_ == "bf16":
-            x = from_bf16(x)
+        if from_ in ("f16", "bf16"):
+            x = from_half(x, from_)
         if "ftz" in ins.modifiers and from_ == "f32":
             x = flushed(x)
         if rounding:
             x = rounding(x)
-        if to == "bf16":
-            return to_bf16(x)
+        if to in ("f16", "bf16"):
+            return to_half(x, to)
         if x.dtype.kind == "f" and DTYPES[to].kind in "iu":
             return _saturated(x, to)
         result = x.astype(DTYPES[to])
         return flushed(result) if "ftz" in ins.modifiers and to == "f32" else result
 
     return elementwise(machine, ins, converted, from_)
-
-
-def _packed(low: Array, high: Array, to: str) -> Array:
-    bits = to_bf16 if to == "bf16x2" else lambda x: x.astype(np.float16).view(np.uint16)
-    return bits(high).astype(np.uint32) << np.uint32(16) | bits(low)
 
 
 def _saturated(x: Array, to: str) -> Array:

@@ -55,7 +55,9 @@ class AccessLog:
         if initialised and (unwritten := written == _NEVER).any():
             raise UninitialisedFault("read of shared memory that this CTA never wrote", first(unwritten))
         if (unordered := _unordered(written, now)).any():
-            raise RaceFault("read of what another warp writes, with no barrier between", first(unordered))
+            raise RaceFault(
+                "read of what another warp writes, with no barrier between, or another CTA", first(unordered)
+            )
         before = self.reads.take(granules)
         self.reads[granules] = now
         several = _unordered(before, now) | (self.reads.take(granules) != now)  # the latter: in this very instruction
@@ -66,19 +68,26 @@ class AccessLog:
     def check_write(self, granules: Granules, now: Stamps, same_value: Flags | None = None) -> None:
         """Fault if a write would be unordered with an earlier access.
 
-        A write of the value that is there already (`same_value` [accesses]) is let pass: where a tensor has fewer
-        elements than the CTA has threads, Triton lets several warps write the same.
+        A warp may write what another warp of its CTA has just written, if it is the same value (`same_value` [accesses]):
+        where a tensor has fewer elements than the CTA has threads, Triton lets several warps do so.
         """
         if (unordered := _unordered(self.reads.take(granules), now)).any():
-            raise RaceFault("write of what another warp reads, with no barrier between", first(unordered))
-        unordered = _unordered(self.writes.take(granules), now)
+            raise RaceFault(
+                "write of what another warp reads, with no barrier between, or another CTA", first(unordered)
+            )
+        before = self.writes.take(granules)
+        unordered = _unordered(before, now)
         if same_value is not None:
-            unordered &= ~same_value[:, None]
+            unordered &= ~same_value[:, None] | (before ^ now >= 1 << _CTA)
         if unordered.any():
-            raise RaceFault("write of what another warp writes, with no barrier between", first(unordered))
+            raise RaceFault(
+                "write of what another warp writes, with no barrier between, or another CTA", first(unordered)
+            )
 
     def write(self, granules: Granules, now: Stamps) -> None:
         self.writes[granules] = now
+        if (lost := self.writes.take(granules) ^ now >= 1 << _CTA).any():  # in this very instruction
+            raise RaceFault("two CTAs write to one place", first(lost))
 
     def visible(self, granules: Granules, now: Stamps) -> Flags:
         """Whether these were written by the stamp's own warp, or before the last barrier."""

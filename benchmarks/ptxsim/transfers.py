@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.ptxsim.asynchronous import Copy
+from benchmarks.ptxsim.faults import blame
 from benchmarks.ptxsim.machine import DTYPES, Machine, Mask, Step, instruction
 from benchmarks.ptxsim.memory import Array, word_view
 from benchmarks.ptxsim.parse import Instruction, elements
@@ -34,7 +35,7 @@ def load(machine: Machine, ins: Instruction) -> Step:
 
     def step(mask: Mask) -> None:
         lanes, where = machine.active(mask), address()
-        with machine.accesses(lanes):
+        with blame(lanes):
             if from_global:
                 rows = machine.memory.load(where[lanes], size, machine.stamps[lanes])
                 machine.counts.global_access("load", where, mask, size)
@@ -58,7 +59,7 @@ def store(machine: Machine, ins: Instruction) -> Step:
         lanes, where = machine.active(mask), address()
         values = np.stack([machine.vector(source()) for source in sources], axis=1)
         rows = word_view(values.view(np.uint8).reshape(-1), size)[lanes]
-        with machine.accesses(lanes):
+        with blame(lanes):
             if to_global:
                 machine.memory.store(where[lanes], rows, machine.stamps[lanes])
                 machine.counts.global_access("store", where, mask, size)
@@ -94,7 +95,7 @@ def atomic(machine: Machine, ins: Instruction) -> Step:
         lanes, where = machine.active(mask), address()
         values = [machine.vector(source()) for source in sources]
         before = np.zeros(machine.lanes, dtype)
-        with machine.accesses(lanes):
+        with blame(lanes):
             for lane in lanes:
                 one, stamps = slice(lane, lane + 1), machine.stamps[lane : lane + 1]
                 old = machine.memory.load(where[one], dtype.itemsize, stamps)
@@ -139,10 +140,10 @@ def _copy(machine: Machine, ins: Instruction) -> Step:
         readers, slots, stamps = np.flatnonzero(reads), machine.slot[lanes], machine.stamps[lanes]
         words = np.zeros((machine.lanes, max(size // 8, 1)), f"u{min(size, 8)}")
         if readers.size:
-            with machine.accesses(readers):
+            with blame(readers):
                 words[readers] = machine.memory.load(where[readers], size, machine.stamps[readers])
             machine.counts.global_access("load", where, reads, size)
-        with machine.accesses(lanes):
+        with blame(lanes):
             rows = machine.shared.begin_copy(slots, to[lanes], size, stamps)
         machine.counts.shared_access(to, mask, size)
         machine.copies.append(Copy(lanes, machine.copy_groups.committed[lanes], rows, words[lanes]))

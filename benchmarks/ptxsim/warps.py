@@ -90,5 +90,5 @@ def fence(machine: Machine, ins: Instruction) -> Step:
 def synchronise_warp(machine: Machine, ins: Instruction) -> Step:
     """`bar.warp.sync`: lanes of a warp are in step here. (The scheduler does `bar.sync 0`, the only other one known.)"""
     if ins.modifiers != ("warp", "sync"):
-        raise NotImplementedError(f"PTX {ins}")
+        raise NotImplementedError("a named barrier")
     return lambda mask: None

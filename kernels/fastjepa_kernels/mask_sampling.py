@@ -177,8 +177,8 @@ def mask_sampling(rules: MaskRules, *, seed: int, step: int, sample_indices: Ten
             on its device.
 
     Returns:
-        The same masks from every implementation. Triton never waits for the device; PyTorch does, and returns no
-        entries beyond the true sizes.
+        The same masks from every implementation. `triton` never waits for the device; `torch` works on the host, and
+        returns no entries beyond the true sizes.
 
     Raises:
         ValueError: an argument out of range, or sizes that the implementation cannot take.

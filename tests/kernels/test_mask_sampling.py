@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
-from fastjepa_kernels.reference import mask_sampling_reference
-from tests.kernels.mask_rules import MODES, STRATEGIES, assert_same_masks, hard_rules, mask_rules
+from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION
+from fastjepa_kernels.reference import mask_sampling_reference, mask_words_reference
+from tests.kernels.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
 
 cheap = settings(max_examples=100, deadline=None, derandomize=True)
 ids = st.lists(st.integers(0, 2**40), min_size=1, max_size=5)
@@ -116,6 +117,18 @@ def test_hard_rules_make_target_blocks_be_given_up() -> None:
     unions = sequences(masks.union_indices, masks.union_cu_seqlens)
     shared = [not set(context).isdisjoint(union) for context, union in zip(contexts, unions, strict=True)]
     assert 10 < sum(shared) < 120
+
+
+def test_of_equal_words_the_earlier_patch_wins() -> None:
+    word = mask_words_reference(DOMAIN_BLOCK_POSITION, TIED_SAMPLE, 0, 0)
+    words = [word() for _ in range(196)]
+    tied = sorted(words)[48]
+    earlier, later = (patch for patch in range(196) if words[patch] == tied)
+    rules = mask_rules("random", "ragged", 14, 14, target_count=49)
+    numbers: Any = {"seed": 0, "step": 0, "sample_indices": torch.tensor([TIED_SAMPLE])}
+    for masks in (mask_sampling(rules, **numbers), mask_sampling_reference(rules, **numbers)):
+        assert earlier in masks.target_indices
+        assert later in masks.context_indices
 
 
 def test_only_the_lower_half_of_a_sample_index_counts() -> None:

@@ -3,8 +3,8 @@
 For every sequence s and head h, with n_q queries and n_k keys of width D, both known on the device only:
 
     S = q k^T * scale                  [n_q, n_k]
-    lse = log(sum_k exp(S))            [n_q]                  saved, fp32 [H, total queries]
-    P = exp(S - lse)                   [n_q, n_k]             never stored
+    lse = log2(sum_k 2^S')             [n_q]                  saved, fp32 [H, total queries]
+    P = 2^(S' - lse)                   [n_q, n_k]             never stored
     out = P v                          [n_q, D]
     delta = rowsum(out * d_out)        [n_q]
     d_v = P^T d_out
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,14 +51,43 @@ _DELTA_ROWS = 64
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-def _configs(*choices: tuple[dict[str, int], int, int]) -> list[triton.Config]:
-    """From (blocks, num_warps, num_stages), the smallest first: Triton's interpreter takes but one."""
-    configs = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in choices]
-    return configs[:1] if os.environ.get("TRITON_INTERPRET") == "1" else configs
+class _Shape(NamedTuple):
+    """What decides whether a configuration fits into registers."""
+
+    half: bool
+    width: int
+    """Columns of both tiles of a head."""
+    tiles: int
+    keys: int
+    """At a time."""
 
 
-def _prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    return configs
+class _Candidate(NamedTuple):
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    fits: Callable[[_Shape], bool]
+    """Without spills on sm_80 and sm_90, as compiled: `python -m benchmarks.aot`."""
+
+
+def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
+    """The fastest of the candidates that fit, for each head dim, dtype and `key`. The interpreter takes the first."""
+    configs = [triton.Config(c.blocks, num_warps=c.num_warps, num_stages=c.num_stages) for c in candidates]
+    fits = {id(config): candidate.fits for config, candidate in zip(configs, candidates, strict=True)}
+
+    def prune(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+        given = arguments | constants
+        p0, p1 = given["P0"], given["P1"]
+        shapes = (
+            _Shape(given["p_q"].dtype.itemsize == 2, p0 + p1, 1 + (p1 > 0), (given | config.kwargs)["KEYS"])
+            for config in configs
+        )
+        return [config for config, shape in zip(configs, shapes, strict=True) if fits[id(config)](shape)]
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return triton.autotune(
+        configs[:1] if interpreted else configs, ["D", key], prune_configs_by={"early_config_prune": prune}
+    )
 
 
 @triton.jit
@@ -154,14 +183,12 @@ def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: t
         _store(p_rows, stride, start + tl.arange(0, BLOCK) < total, _zeros(BLOCK, P0, P1), D, P0, P1)
 
 
-@triton.autotune(
-    _configs(
-        ({"QUERIES": 32}, 4, 2),
-        ({"QUERIES": 64}, 4, 2),
-        ({"QUERIES": 128}, 8, 2),
-    ),
-    key=["D", "KEYS"],
-    prune_configs_by={"early_config_prune": _prune},
+@_autotune(
+    "KEYS",
+    _Candidate({"QUERIES": 32}, 4, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 64}, 4, 2, lambda s: s.half and s.keys >= 64),
+    _Candidate({"QUERIES": 128}, 8, 2, lambda s: s.half and s.keys == 128),
+    _Candidate({"QUERIES": 16}, 4, 1, lambda s: not s.half),
 )
 @triton.jit(do_not_specialize=["total"])
 def _attend_whole_kernel(
@@ -201,24 +228,22 @@ def _attend_whole_kernel(
         row = first_query + start
         q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
         s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
-        top = tl.where(num_keys > 0, tl.max(s, 1), 0.0)  # [QUERIES]
+        top = tl.where(num_keys > 0, tl.max(s, 1), float("inf"))  # [QUERIES]; without keys: P = 0, here and later
         p = tl.exp2(s - top[:, None])
-        norm = tl.sum(p, 1)
+        norm = tl.where(num_keys > 0, tl.sum(p, 1), 1.0)
         out = _dot_add(p.to(v[0].dtype), v, _zeros(QUERIES, P0, P1))  # [QUERIES, D]
-        out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
+        out = _scale(out, (1 / norm)[:, None])
         _store(p_out + row * (H * D), H * D, m_queries, out, D, P0, P1)
         tl.store(p_lse + o_queries, top + tl.log2(norm), m_queries)
 
 
-@triton.autotune(
-    _configs(
-        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
-        ({"QUERIES": 64, "KEYS": 64}, 4, 2),
-        ({"QUERIES": 64, "KEYS": 64}, 4, 3),
-        ({"QUERIES": 128, "KEYS": 64}, 8, 2),
-    ),
-    key=["D", "longest"],
-    prune_configs_by={"early_config_prune": _prune},
+@_autotune(
+    "longest",
+    _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 2, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 3, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 128, "KEYS": 64}, 8, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
 )
 @triton.jit(do_not_specialize=["total", "longest"])
 def _attend_tiled_kernel(
@@ -270,7 +295,8 @@ def _attend_tiled_kernel(
         top = new_top
         v = _load(p_v + row * v_stride, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
         out = _dot_add(p.to(v[0].dtype), v, _scale(out, shrink[:, None]))
-    out = _scale(out, tl.where(norm == 0, 0.0, 1 / norm)[:, None])
+    norm = tl.where(num_keys > 0, norm, 1.0)
+    out = _scale(out, (1 / norm)[:, None])
     _store(p_out + first_query * (H * D) + head * D, H * D, m_queries, out, D, P0, P1)
     p_lse += head.to(tl.int64) * total + first_query
     tl.store(p_lse + tl.arange(0, QUERIES), top + tl.log2(norm), m_queries)
@@ -358,7 +384,8 @@ def _backward_keys_kernel(
     v = _load(p_v + first_key * v_stride + head * D, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
     d_k = _zeros(KEYS, P0, P1)
     d_v = _zeros(KEYS, P0, P1)
-    for start_query in tl.range(0, num_queries, QUERIES):
+    # Hoisted out of the loop, the operands made of k and v would take more registers than there are.
+    for start_query in tl.range(0, num_queries, QUERIES, disable_licm=True):
         o_queries = start_query + tl.arange(0, QUERIES)
         m_queries = o_queries < num_queries
         row = first_query + start_query
@@ -382,30 +409,29 @@ def _backward_keys_kernel(
     _store(p_d_v + first_key * d_v_stride + head * D, d_v_stride, m_keys, d_v, D, P0, P1)
 
 
-_backward_whole = triton.autotune(
-    _configs(({"QUERIES": 32}, 4, 2), ({"QUERIES": 32}, 8, 2)),
-    key=["D", "KEYS"],
-    prune_configs_by={"early_config_prune": _prune},
+_backward_whole = _autotune(
+    "KEYS",
+    _Candidate({"QUERIES": 32}, 4, 2, lambda s: s.half and s.tiles == 1 and s.keys <= 64),
+    _Candidate({"QUERIES": 32}, 8, 2, lambda s: s.half and s.tiles == 1 and s.keys >= 64),
+    _Candidate({"QUERIES": 16}, 4, 2, lambda s: s.half and s.tiles == 2 and s.keys <= 32),
+    _Candidate({"QUERIES": 16}, 8, 2, lambda s: s.half and s.tiles == 2 and s.keys >= 64),
+    _Candidate({"QUERIES": 16}, 8, 1, lambda s: not s.half),
 )(_backward_keys_kernel)
 
-_backward_tiled_keys = triton.autotune(
-    _configs(
-        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
-        ({"QUERIES": 32, "KEYS": 128}, 8, 2),
-    ),
-    key=["D", "longest"],
-    prune_configs_by={"early_config_prune": _prune},
+_backward_tiled_keys = _autotune(
+    "longest",
+    _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 32, "KEYS": 128}, 8, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
 )(_backward_keys_kernel)
 
 
-@triton.autotune(
-    _configs(
-        ({"QUERIES": 32, "KEYS": 64}, 4, 2),
-        ({"QUERIES": 64, "KEYS": 64}, 4, 2),
-        ({"QUERIES": 128, "KEYS": 64}, 8, 2),
-    ),
-    key=["D", "longest"],
-    prune_configs_by={"early_config_prune": _prune},
+@_autotune(
+    "longest",
+    _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 2, lambda s: s.half),
+    _Candidate({"QUERIES": 128, "KEYS": 64}, 8, 2, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
 )
 @triton.jit(do_not_specialize=["total", "longest"])
 def _backward_queries_kernel(

@@ -44,9 +44,9 @@ def one_if_interpreted(configs: list[triton.Config]) -> list[triton.Config]:
     return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
-# Elements of a tile: at least 8 for each thread, or the accesses would be narrow.
+# Elements of a tile: 16 bytes of uint8 for each thread, or more.
 _TILES = one_if_interpreted(
-    [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in ((2048, 4), (1024, 4), (4096, 4), (4096, 8))]
+    [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in ((2048, 4), (1024, 2), (4096, 4), (4096, 8))]
 )
 
 
@@ -326,15 +326,8 @@ def sum_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
         num_chunks = len(indices) // _CHUNK
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
         chunks = torch.empty(num_chunks, width, dtype=dtype, device=grads.device)  # only some are written, and read
-        # One warp: it spans 256 columns of bf16, so that the sum over its 8 rows stays within each thread.
-        tile = {
-            "S_IN": grads.stride(0),
-            "WIDTH": width,
-            "CHUNK": _CHUNK,
-            "COLS": columns(width),
-            "ROWS": 8,
-            "num_warps": 1,
-        }
+        # A warp spans 256 columns of bf16, so that the sum over its 8 rows stays within each thread.
+        tile = {"S_IN": grads.stride(0), "WIDTH": width, "CHUNK": _CHUNK, "COLS": 256, "ROWS": 8, "num_warps": 1}
         num_cols = triton.cdiv(width, tile["COLS"])
         if num_chunks:
             _sum_chunks_kernel[num_chunks, num_cols](grads, in_order, order, chunks, **tile)

@@ -122,11 +122,12 @@ def test_queries_that_are_not_the_keys(engine: Engine, queries: list[int], keys:
     check(engine, few, many, random_inputs(few, many, 24, heads=1))
 
 
-@pytest.mark.parametrize("longest", [12, 129])
+@pytest.mark.parametrize("longest", [33, 129])
 def test_packed_projection_and_its_single_gradient(engine: Engine, longest: int) -> None:
+    """Bit for bit what the operation on q, k and v gives."""
     lengths = ragged([7, 0, longest])
-    qkv = normal(lengths.total, 3, 2, 24, dtype=torch.bfloat16, seed=0)
-    d_out = normal(lengths.total, 2, 24, dtype=torch.bfloat16, seed=9)
+    qkv = normal(lengths.total, 3, 1, 24, dtype=torch.bfloat16, seed=0)
+    d_out = normal(lengths.total, 1, 24, dtype=torch.bfloat16, seed=9)
 
     def attend(qkv: Tensor) -> Tensor:
         return block_attention_packed(qkv, lengths.to(engine.device))
@@ -140,8 +141,6 @@ def test_packed_projection_and_its_single_gradient(engine: Engine, longest: int)
     apart = differentiated(attend_apart, [q, k, v], d_out, engine.device)
     torch.testing.assert_close(out, apart[0], rtol=0, atol=0)
     torch.testing.assert_close(d_qkv, torch.stack(apart[1:], 1), rtol=0, atol=0)
-    check(engine, lengths, lengths, (q, k, v))
-
 
 def _every_second_column(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, -1)[..., ::2]
@@ -172,7 +171,7 @@ def test_any_strides(engine: Engine, lay_out: Callable[[Tensor], Tensor]) -> Non
 def test_scores_far_below_zero_leave_no_trace_of_missing_keys(engine: Engine, longest: int) -> None:
     """A key past the end scores 0: next to an lse of -300, its exp would be infinite."""
     lengths = ragged([3, longest])
-    q, k, v = random_inputs(lengths, lengths, 16, torch.float32, heads=1)
+    q, k, v = random_inputs(lengths, lengths, 16, heads=1)
     check(engine, lengths, lengths, (q.abs() + 3, -k.abs() - 3, v), scale=2.0)
 
 

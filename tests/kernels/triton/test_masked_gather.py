@@ -269,3 +269,4 @@ def test_only_the_pixels_of_kept_patches_are_read(
     lines = len(kept) * 3 * 16
     assert 0 < loads - lines * sectors_per_line <= 2 * len(kept)  # the indices
     assert stores == out.nbytes // 32
+    assert counts[0]["global_requests"]["store"] == out.nbytes // 512  # 16 bytes for each thread
