@@ -18,6 +18,8 @@ from triton.runtime.jit import JITFunction
 
 from fastjepa_kernels._backend import emulated_triton
 
+_RUN = JITFunction.run  # as it is outside of all catches, which may be nested
+
 
 def parse_target(name: str) -> GPUTarget:
     """ "sm_90" or "gfx942" as Triton's target."""
@@ -72,11 +74,12 @@ def caught(
         all_configs: call it for every configuration of an autotuned kernel; else for one of them.
         config: which one: an index into the (pruned) configurations, modulo their number.
     """
-    run, tune, active = JITFunction.run, Autotuner.run, driver._active
+    outside = JITFunction.run, Autotuner.run
+    active = driver._active
     chosen: list[Config | None] = [None]  # by the autotuner around the launch, innermost last
 
     def run_caught(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernel = _RUN(self, *args, grid=grid, warmup=True, **kwargs)
         binder = self.device_caches[target][-1]
         bound, _, _ = binder(*args, debug=False, **kwargs)
         grid = grid(bound) if callable(grid) else grid
@@ -111,7 +114,7 @@ def caught(
             yield
     finally:
         driver._active = active
-        JITFunction.run, Autotuner.run = run, tune
+        JITFunction.run, Autotuner.run = outside
 
 
 @contextmanager

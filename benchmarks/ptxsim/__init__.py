@@ -9,10 +9,11 @@ Faults (see `faults`):
       shared one outside the CTA's allocation, and one that is not aligned to its size;
     - a read of shared memory that the CTA never wrote;
     - shared memory, or a tensor, written by one warp and read or written by another with no barrier between, and a tensor
-      written by one CTA and read or written by another (not in kernels with atomics, which may order their accesses);
+      written by one CTA and read or written by another (but for tensors above `memory.LARGEST_LOGGED`, and kernels with
+      atomics, which may order their accesses);
     - the destination of cp.async touched before its cp.async.wait_group; the result of wgmma read, or its operands
       overwritten, before its wgmma.wait_group; its operands not fenced by fence.proxy.async;
-    - a barrier that a part of a warp does not reach.
+    - a barrier, or an instruction of whole warps, that a part of a warp does not reach.
 Registers and shared memory start as NaN, so that a masked load without `other` shows in the result.
 
 Not modelled: time, caches, the order in which warps run (one order runs; races are found by the log, not by chance), the
@@ -34,7 +35,7 @@ import torch
 from benchmarks.ptxsim import arithmetic, floats, matrix, moves, transfers, warps  # noqa: F401
 from benchmarks.ptxsim.counts import Counts
 from benchmarks.ptxsim.faults import (
-    BarrierFault,
+    DivergenceFault,
     Fault,
     MisalignedFault,
     OutOfBoundsFault,
@@ -47,8 +48,8 @@ from benchmarks.ptxsim.memory import Array, GlobalMemory
 from benchmarks.ptxsim.parse import Program, parse
 
 __all__ = [
-    "BarrierFault",
     "Counts",
+    "DivergenceFault",
     "Fault",
     "MisalignedFault",
     "OutOfBoundsFault",

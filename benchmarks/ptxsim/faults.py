@@ -41,8 +41,8 @@ class PendingFault(Fault):
     """Data of an asynchronous copy or matrix product used before it was waited for."""
 
 
-class BarrierFault(Fault):
-    """A barrier that only a part of a warp reaches."""
+class DivergenceFault(Fault):
+    """A barrier, or an instruction of whole warps, that only a part of a warp reaches."""
 
 
 def first(bad: npt.NDArray[np.bool_]) -> int:

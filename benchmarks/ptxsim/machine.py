@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.ptxsim.asynchronous import Copy, Groups, Product
 from benchmarks.ptxsim.counts import Counts
-from benchmarks.ptxsim.faults import BarrierFault, Fault, PendingFault
+from benchmarks.ptxsim.faults import DivergenceFault, Fault, PendingFault
 from benchmarks.ptxsim.memory import Array, GlobalMemory, Index, SharedMemory
 from benchmarks.ptxsim.parse import Instruction, Program
 from benchmarks.ptxsim.races import Stamps, stamp
@@ -226,6 +226,14 @@ class Machine:
     def active(self, mask: Mask) -> Index:
         return self._all_lanes if mask is None else np.flatnonzero(mask)
 
+    def whole(self, mask: Mask, lanes: int = 32) -> Index:
+        """[warps, 32]: the active lanes of an instruction that whole warps (or warpgroups) carry out together."""
+        if mask is not None:
+            rows = mask.reshape(-1, lanes)
+            if (torn := rows.any(axis=1) & ~rows.all(axis=1)).any():
+                raise DivergenceFault(f"only a part of {lanes} lanes comes to it", int(np.argmax(torn)) * lanes)
+        return self.active(mask).reshape(-1, lanes)
+
     # Running.
 
     @property
@@ -320,7 +328,7 @@ class Machine:
             if (torn := here.any(axis=1) & (here != alive).any(axis=1)).any():
                 slot, warp = divmod(int(np.argmax(torn)), self.program.threads // 32)
                 message = f"a part of warp {warp} of CTA {self._ctas[slot]} comes to another barrier, or to none"
-                raise BarrierFault(f"{message}: {self.program.instructions[following - 1]}")
+                raise DivergenceFault(f"{message}: {self.program.instructions[following - 1]}")
         self._epoch += 1
         self._stamps = None
 

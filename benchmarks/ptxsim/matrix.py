@@ -23,19 +23,14 @@ WARPGROUP = 128
 """Threads."""
 
 
-def _row_lanes(machine: Machine, mask: Mask, matrices: int) -> Index:
-    """[warps, 8 x matrices]: the lanes whose addresses count."""
-    return machine.active(mask).reshape(-1, 32)[:, : 8 * matrices]
-
-
 @instruction("ldmatrix", f"sync aligned m8n8 {_COUNTS} trans shared shared::cta b16")
 def load_matrices(machine: Machine, ins: Instruction) -> Step:
     writes = [machine.destination(name) for name in elements(ins.operands[0])]
     address = machine.address(ins.operands[1])
 
     def step(mask: Mask) -> None:
-        where, lanes = address(), _row_lanes(machine, mask, len(writes))
-        flat = lanes.reshape(-1)
+        where = address()
+        flat = machine.whole(mask)[:, : 8 * len(writes)].reshape(-1)  # the lanes whose addresses count
         with blame(flat):
             rows = machine.shared.load(machine.slot[flat], where[flat], 16, machine.stamps[flat])
         machine.counts.shared_access(where, _marked(machine, flat), 16)
@@ -55,9 +50,9 @@ def store_matrices(machine: Machine, ins: Instruction) -> Step:
     address = machine.address(ins.operands[0])
 
     def step(mask: Mask) -> None:
-        where, lanes = address(), _row_lanes(machine, mask, len(sources))
-        flat = lanes.reshape(-1)
-        registers = np.stack([machine.vector(s())[machine.active(mask)].reshape(-1, 32) for s in sources], axis=1)
+        where, lanes = address(), machine.whole(mask)
+        flat = lanes[:, : 8 * len(sources)].reshape(-1)
+        registers = np.stack([machine.vector(source())[lanes] for source in sources], axis=1)
         blocks = registers.view(np.uint16).reshape(-1, len(sources), 8, 8)
         if "trans" in ins.modifiers:
             blocks = np.ascontiguousarray(blocks.swapaxes(2, 3))
@@ -100,18 +95,16 @@ def _left_operand(machine: Machine, sources: Sequence[Operand], type_: str) -> A
 @instruction("mma", "sync aligned m16n8k16 m16n8k8 row col f32 f16 bf16 tf32")
 def multiply_fragments(machine: Machine, ins: Instruction) -> Step:
     """D = A B + C for each warp, accumulated in f32."""
-    *_, to, type_, other, accumulator = ins.modifiers
-    if ins.modifiers[2:5] != ("m16n8k8" if type_ == "tf32" else "m16n8k16", "row", "col") or (
-        to,
-        accumulator,
-        type_,
-    ) != ("f32", "f32", other):
+    type_ = ins.modifiers[-2]
+    shape = "m16n8k8" if type_ == "tf32" else "m16n8k16"
+    if ins.modifiers != ("sync", "aligned", shape, "row", "col", "f32", type_, type_, "f32"):
         raise NotImplementedError("shape or types")
     a, b = ([machine.operand(name, "b32") for name in elements(text)] for text in ins.operands[1:3])
     c = [machine.operand(name, "f32") for name in elements(ins.operands[3])]
     writes = [machine.destination(name) for name in elements(ins.operands[0])]
 
     def step(mask: Mask) -> None:
+        machine.whole(mask)
         warps = machine.lanes // 32
         left = _left_operand(machine, a, type_)
         right = _registers(machine, b, type_).transpose(1, 0, 3, 2).reshape(warps, -1, 8)  # [warps, K, 8]
@@ -181,27 +174,21 @@ def multiply_by_warpgroup(machine: Machine, ins: Instruction) -> Step:
 
 
 def _multiply_asynchronously(machine: Machine, ins: Instruction) -> Step:
-    shape, to, type_, other = ins.modifiers[3:]
-    match = re.fullmatch(r"m64n(\d+)k(\d+)", shape)
     names, a_text, b_text, keep_text, *immediates = ins.operands
-    if (
-        not match
-        or match[2] != ("8" if type_ == "tf32" else "16")
-        or (to, type_) != ("f32", other)
-        or immediates[:2] != ["1", "1"]
-    ):
+    type_ = ins.type
+    match = re.fullmatch(r"m64n(\d+)k" + ("8" if type_ == "tf32" else "16"), ins.modifiers[3])
+    if not match or ins.modifiers[4:] != ("f32", type_, type_) or immediates[:2] != ["1", "1"]:
         raise NotImplementedError("shape, types or signs")
     columns, results = int(match[1]), elements(names)
     in_registers = a_text.startswith("{")
-    transposed_a, transposed_b = ([False] * 2 + [text == "1" for text in immediates[2:]])[-2:]
-    if in_registers:
-        transposed_a = False
+    # For 16-bit types, whether each operand that lies in shared memory is transposed.
+    transposed_b, transposed_a = [*(text == "1" for text in immediates[:1:-1]), False, False][:2]
     fragments = [machine.operand(name, "b32") for name in elements(a_text)] if in_registers else []
     a_descriptor = None if in_registers else machine.operand(a_text, "u64")
     b_descriptor, keep = machine.operand(b_text, "u64"), machine.operand(keep_text, "pred")
 
     def step(mask: Mask) -> None:
-        groups: Index = machine.active(mask)[::WARPGROUP] // WARPGROUP
+        groups = machine.whole(mask, WARPGROUP)[:, 0] // WARPGROUP
         granules = []
         if a_descriptor is None:
             left = _left_operand(machine, fragments, type_).reshape(-1, 64, 32 // (4 if type_ == "tf32" else 2))[groups]

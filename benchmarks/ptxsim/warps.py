@@ -21,6 +21,7 @@ def shuffle(machine: Machine, ins: Instruction) -> Step:
     mode = ins.modifiers[1]
 
     def step(mask: Mask) -> None:
+        machine.whole(mask)
         shift, bound = (machine.vector(operand()).astype(np.int64) for operand in (by, bounds))
         lane = np.arange(machine.lanes) % 32
         segment, clamp = bound >> 8 & 31, bound & 31

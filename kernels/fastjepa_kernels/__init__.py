@@ -8,11 +8,14 @@ that runs is chosen by device and dtype (`choose`), or asked for (`request`, or 
 from fastjepa_kernels._backend import choose, implementations, request
 from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
+from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather, patchify
 from fastjepa_kernels.ragged import Ragged, concat_rows
 from fastjepa_kernels.target_loss import target_loss
 
 __all__ = [
+    "MaskRules",
+    "PackedMasks",
     "Ragged",
     "adamw_ema_",
     "block_attention",
@@ -23,6 +26,7 @@ __all__ = [
     "gather_add",
     "gather_patches",
     "implementations",
+    "mask_sampling",
     "masked_gather",
     "patchify",
     "request",

@@ -153,11 +153,11 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         tokens: [T, D], the last dimension contiguous.
-        table: [N, D] of the same dtype, the last dimension contiguous; a constant.
+        table: [N, D], the last dimension contiguous; a constant.
         positions: int64 [T], in [0, N).
 
     Returns:
-        [T, D].
+        [T, D], in the wider dtype of the two: under autocast, bf16 tokens enter an fp32 residual stream here.
 
     Raises:
         ValueError: shapes, strides, dtypes or devices that do not fit; a table that requires a gradient.
@@ -165,10 +165,10 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     check_rows("gather_add", "tokens", tokens)
     check_rows("gather_add", "table", table)
     check_indices("gather_add", "positions", positions, tokens.device)
-    if (table.dtype, table.device, table.shape[1]) != (tokens.dtype, tokens.device, tokens.shape[1]):
+    if (table.device, table.shape[1]) != (tokens.device, tokens.shape[1]):
         raise ValueError(
-            f"gather_add: table is {table.dtype} {tuple(table.shape)} on {table.device}, "
-            f"expected {tokens.dtype} [N, {tokens.shape[1]}] on {tokens.device}, as the tokens"
+            f"gather_add: table is {tuple(table.shape)} on {table.device}, "
+            f"expected [N, {tokens.shape[1]}] on {tokens.device}, as the tokens"
         )
     if len(positions) != len(tokens):
         raise ValueError(f"gather_add: got {len(positions)} positions, expected one for each of {len(tokens)} tokens")
@@ -178,7 +178,8 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
         from fastjepa_kernels._triton import masked_gather as triton_ops
 
         return triton_ops.gather_add(tokens, table, positions)
-    return table.detach().index_select(0, positions).add_(tokens)
+    added = table.detach().index_select(0, positions)
+    return added.to(torch.promote_types(tokens.dtype, table.dtype)).add_(tokens)
 
 
 def check_rows(function: str, name: str, x: Tensor) -> None:

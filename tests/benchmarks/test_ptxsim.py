@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -98,10 +99,10 @@ def edits(ptx: str, pattern: str, replacement: str) -> list[str]:
 BARRIER = r"\tbar\.sync \t0;"
 
 
-def fault_of(action: Callable[[], object]) -> str:
-    """The fault that an edit makes, or "": compilers may set more barriers than needed."""
+def race_of(action: Callable[[str], object], ptx: str) -> str:
+    """The race that an edit makes, or "": compilers may set more barriers than needed."""
     try:
-        action()
+        action(ptx)
     except ptxsim.RaceFault as fault:
         return str(fault)
     return ""
@@ -205,8 +206,19 @@ def test_lanes_that_write_different_values_to_one_place_race() -> None:
 def test_a_barrier_in_a_divergent_branch_is_found() -> None:
     body = "setp.lt.u32 %p1, %r99, {}; @%p1 bra $A; bra $B; $A: bar.sync 0; $B: bar.sync 0;"
     run(body.format(32), threads=64)
-    with pytest.raises(ptxsim.BarrierFault, match="part of warp 0"):
+    with pytest.raises(ptxsim.DivergenceFault, match="part of warp 0"):
         run(body.format(20), threads=64)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["shfl.sync.bfly.b32 %r1, %r99, 1, 31, -1;", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [0];"],
+)
+def test_an_instruction_of_whole_warps_needs_all_lanes(statement: str) -> None:
+    store = "shl.b32 %r3, %r99, 2; st.shared.b32 [%r3], %r99; bar.sync 0; "
+    run(f"{store} setp.lt.u32 %p1, %r99, 32; @%p1 {statement}", threads=64, shared=256)
+    with pytest.raises(ptxsim.DivergenceFault, match="thread 32 "):
+        run(f"{store} setp.lt.u32 %p1, %r99, 48; @%p1 {statement}", threads=64, shared=256)
 
 
 def test_lanes_that_part_meet_again() -> None:
@@ -267,7 +279,7 @@ def test_barriers_left_out_of_a_reduction_are_found(target: str) -> None:
     launch = compiled(target, reduce_kernel, (1,), x, out, ROWS=64, COLUMNS=64)
     simulate(launch)
     torch.testing.assert_close(out, (x * x.sum(1, keepdim=True)).sum(0), rtol=1e-4, atol=1e-3)
-    found = [fault_of(lambda ptx=ptx: simulate(launch, ptx)) for ptx in edits(launch.kernel.asm["ptx"], BARRIER, "")]
+    found = [race_of(partial(simulate, launch), ptx) for ptx in edits(launch.kernel.asm["ptx"], BARRIER, "")]
     assert sum("read of what another warp writes" in fault for fault in found) > 1
     assert any("write of what another warp reads" in fault for fault in found)
 
@@ -356,7 +368,7 @@ def test_warpgroup_products_must_be_waited_for_and_their_operands_fenced(pattern
 @pytest.mark.parametrize("target", TARGETS)
 def test_barriers_left_out_of_a_pipelined_product_are_found(target: str) -> None:
     product = Product(target, torch.bfloat16)
-    found = [fault_of(lambda ptx=ptx: product.error(ptx)) for ptx in edits(product.ptx, BARRIER, "")]
+    found = [race_of(product.error, ptx) for ptx in edits(product.ptx, BARRIER, "")]
     assert any("read of what another warp writes" in fault for fault in found)
     assert any("write of what another warp reads" in fault for fault in found)
 

@@ -138,9 +138,9 @@ def _gather_add_kernel(
     mask = m_token[:, None] & (o_col < WIDTH)[None, :]
     x = tl.load(p_tokens + o_token[:, None] * S_TOKENS + o_col[None, :], mask=mask, other=0)
     y = tl.load(p_table + o_table[:, None] * S_TABLE + o_col[None, :], mask=mask, other=0)
-    wide = _accumulator(x.dtype)
+    wide = _accumulator(p_out.dtype.element_ty)
     total = x.to(wide) + y.to(wide)
-    tl.store(p_out + o_token[:, None] * WIDTH + o_col[None, :], total.to(x.dtype), mask=mask)
+    tl.store(p_out + o_token[:, None] * WIDTH + o_col[None, :], total.to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.constexpr_function
@@ -376,11 +376,15 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 @gather_add.register_fake
 def _empty_sums(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    return tokens.new_empty(tokens.shape)
+    return tokens.new_empty(tokens.shape, dtype=torch.promote_types(tokens.dtype, table.dtype))
+
+
+def _save_dtype(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.dtype = inputs[0].dtype
 
 
 def _gather_add_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return grad, None, None
+    return grad.to(ctx.dtype), None, None
 
 
-gather_add.register_autograd(_gather_add_backward)
+gather_add.register_autograd(_gather_add_backward, setup_context=_save_dtype)

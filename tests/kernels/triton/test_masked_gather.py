@@ -178,6 +178,17 @@ def test_positions_are_added_and_the_gradient_passes_through(
     assert torch.equal(torch.autograd.grad(out, leaf, upstream)[0], upstream)
 
 
+def test_half_tokens_and_a_wide_table_make_a_wide_sum(engine: Engine) -> None:
+    tokens, table = rows_of(5, 96, 96, torch.bfloat16), rows_of(3, 96, 96, torch.float32)
+    positions = torch.tensor([0, 2, 2, 1, 0])
+    leaf = tokens.to(engine.device).requires_grad_()
+    out = gather_add(leaf, table.to(engine.device), positions.to(engine.device))
+    assert torch.equal(out.cpu(), gather_add_reference(tokens, table, positions))
+    upstream = torch.randn(out.shape)
+    grad = torch.autograd.grad(out, leaf, upstream.to(engine.device))[0]
+    assert torch.equal(grad.cpu(), upstream.bfloat16())
+
+
 def test_no_tokens_have_no_positions(engine: Engine) -> None:
     empty = torch.zeros(0, dtype=torch.int64, device=engine.device)
     out = gather_add(torch.zeros(0, 8, device=engine.device), torch.zeros(3, 8, device=engine.device), empty)
