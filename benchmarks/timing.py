@@ -12,7 +12,7 @@ import torch
 _CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
@@ -21,7 +21,7 @@ class Timed:
     """What is timed, and what has to be done before each time, outside of it."""
 
     run: Callable[[], object]
-    prepare: Callable[[], object] = _nothing
+    prepare: Callable[[], object] = nothing
 
 
 @dataclass(frozen=True)

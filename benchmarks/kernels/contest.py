@@ -10,12 +10,20 @@ from torch import Tensor
 
 import fastjepa_kernels
 from benchmarks.kernel_cases import Work
-from benchmarks.timing import Timed
+from benchmarks.timing import Timed, nothing
 
 Outputs = Tensor | tuple[Tensor, ...]
 
 # Relative error (of norms) that a provider may have, by the precision it computes in.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.int64: 0.0}
+
+
+# What a provider raises that cannot do a contest; ValueError for one of ours, the others are PyTorch's and its rivals'.
+FAILURES = (RuntimeError, ValueError, NotImplementedError)
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
 @dataclass
@@ -44,14 +52,25 @@ class Providers:
                 fastjepa_kernels.choose(op, device.type, dtype, head_dim)  # remembered, so that it is not timed
 
             ask()
-            self.present[f"fastjepa {name}"] = Timed(build(), ask)
+            self.add(f"fastjepa {name}", build, prepare=ask)
         fastjepa_kernels.request({})
 
-    def add(self, name: str, build: Callable[[], Callable[[], Outputs]], problem: str | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        build: Callable[[], Callable[[], Outputs]],
+        problem: str | None = None,
+        *,
+        prepare: Callable[[], None] = nothing,
+    ) -> None:
+        """A provider; `problem` is why it is known not to run here. One that fails when it is built is absent too."""
+        if problem is None:
+            try:
+                self.present[name] = Timed(build(), prepare)
+            except FAILURES as error:
+                problem = describe(error)
         if problem:
             self.absent[name] = problem
-        else:
-            self.present[name] = Timed(build())
 
 
 @dataclass(frozen=True)
@@ -74,22 +93,16 @@ class Contest:
         timed.prepare()
         try:
             outputs = timed.run()
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # a provider that cannot do this one
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        except FAILURES as error:
+            return describe(error)
         assert isinstance(outputs, Tensor | tuple)
         for index, (mine, right) in enumerate(zip(_as_tuple(outputs), self.expected, strict=True)):
             difference = (mine.to(right.dtype) - right).double().norm()
-            error = (difference / right.double().norm().clamp_min(1e-30)).item()
-            if not error <= TOLERANCE[self.dtype]:
-                return f"output {index}: relative error {error:.1e} is above {TOLERANCE[self.dtype]:.0e}"
+            relative = (difference / right.double().norm().clamp_min(1e-30)).item()
+            if not relative <= TOLERANCE[self.dtype]:
+                return f"output {index}: relative error {relative:.1e} is above {TOLERANCE[self.dtype]:.0e}"
         return None
 
 
 def _as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def gradients(outputs: Callable[[], Tensor], inputs: tuple[Tensor, ...], upstream: Tensor) -> Callable[[], Outputs]:
-    """The backward pass alone, as a function: the forward pass is run once, here."""
-    out = outputs()
-    return lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True)

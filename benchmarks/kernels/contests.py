@@ -72,7 +72,7 @@ def _attention_providers(
 
     def sdpa_nested() -> Tensor:
         q, k, v = (
-            torch.nested.nested_tensor_from_jagged(x, cu.long(), max_seqlen=longest).transpose(1, 2)
+            torch.nested.nested_tensor_from_jagged(x.contiguous(), cu.long(), max_seqlen=longest).transpose(1, 2)
             for x in qkv.unbind(1)
         )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values()
@@ -123,7 +123,8 @@ def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterato
         upstream = torch.randn(lengths.total, shape.num_heads, head_dim, device=device).to(dtype)
         on_device = Ragged(lengths.cu_seqlens.to(device), lengths.max_seqlen, lengths.total)
         exact = qkv.detach().to(torch.float64 if device.type == "cuda" else torch.float32).requires_grad_()
-        out = block_attention_reference(*exact.unbind(1), lengths, lengths, head_dim**-0.5)
+        q, k, v = exact.unbind(1)
+        out = block_attention_reference(q, k, v, lengths, lengths, head_dim**-0.5)
         (gradient,) = torch.autograd.grad(out, exact, upstream.to(out.dtype))
         name, element = f"{shape.name} {place}", qkv.element_size()
 

@@ -89,7 +89,7 @@ def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragg
     key_rows = [b.num_seqs * b.keys for b in plan.buckets]
     qs = _permute(q, plan.query_order).split([b.num_seqs * b.queries for b in plan.buckets])
     ks, vs = (_permute(x, plan.key_order).split(key_rows) for x in (k, v))
-    outs = [_attend_bucket(bucket, *qkv, scale) for bucket, *qkv in zip(plan.buckets, qs, ks, vs, strict=True)]
+    outs = [_attend_bucket(bucket, q, k, v, scale) for bucket, q, k, v in zip(plan.buckets, qs, ks, vs, strict=True)]
     return _join_buckets(outs, plan)
 
 
@@ -98,7 +98,10 @@ def _attend_buckets_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor
     cu_seqlens = tuple(lengths.cu_seqlens.tolist())
     plan = _plan_buckets(cu_seqlens, cu_seqlens)
     parts = _permute(qkv, plan.query_order).split([b.num_seqs * b.keys for b in plan.buckets])
-    outs = [_attend_bucket(bucket, *part.unbind(1), scale) for bucket, part in zip(plan.buckets, parts, strict=True)]
+    outs = []
+    for bucket, part in zip(plan.buckets, parts, strict=True):
+        q, k, v = part.unbind(1)
+        outs.append(_attend_bucket(bucket, q, k, v, scale))
     return _join_buckets(outs, plan)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa_kernels import Ragged, block_attention
+from fastjepa_kernels import Ragged, block_attention, block_attention_packed
+from fastjepa_kernels._backend import ENVIRONMENT_VARIABLE, choose, implementations
 from fastjepa_kernels.block_attention import _attend_buckets, _attend_padded
 from fastjepa_kernels.reference import block_attention_reference
 
@@ -52,6 +53,32 @@ def test_values_and_gradients_equal_the_reference(case: str, backend: object) ->
         torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [5, 9, 1, 5], [0, 4, 0], [0, 0]])
+@pytest.mark.parametrize("implementation", ["buckets", "padded"])
+def test_packed_projection_gives_what_its_parts_give(
+    lengths: list[int], implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
+    choose.cache_clear()
+    packed = Ragged.from_lengths(torch.tensor(lengths))
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(packed.total, 3, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(packed.total, 2, 8, generator=generator, dtype=torch.float64)
+    q, k, v = qkv.unbind(1)
+    out, apart = block_attention_packed(qkv, packed), block_attention(q, k, v, packed)
+    choose.cache_clear()
+    torch.testing.assert_close(out, apart, rtol=0, atol=1e-12)
+    grads = (torch.autograd.grad(x, qkv, upstream)[0] for x in (out, apart))
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    lengths = Ragged.from_lengths(torch.tensor([3, 0, 5, 3]))
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(lengths.total, 3, 1, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block_attention_packed(x, lengths), qkv)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> None:
     inputs, queries, keys = _inputs("ragged", dtype, head_dim=64)
@@ -88,10 +115,25 @@ def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
         block_attention(q, k, v, queries, keys)
 
 
+def test_a_packed_projection_of_another_shape_is_refused() -> None:
+    lengths = Ragged.from_lengths(torch.tensor([2, 3]))
+    expected = r"qkv has shape \(5, 2, 4, 8\), expected \(tokens, 3, heads, head_dim\) = \(5, 3, ...\)"
+    with pytest.raises(ValueError, match=expected):
+        block_attention_packed(torch.zeros(5, 2, 4, 8), lengths)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["triton", "varlen", "padded", "xformers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
-def test_gpu_backends_equal_the_reference(case: str, dtype: torch.dtype) -> None:
+def test_gpu_implementations_equal_the_reference_without_waiting(
+    case: str, dtype: torch.dtype, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = implementations("block_attention", "cuda", dtype, 64)[implementation]
+    if problem:
+        pytest.skip(problem)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
+    choose.cache_clear()
     inputs, queries, keys = _inputs(case, dtype, head_dim=64)
     exact = block_attention_reference(*_double(inputs), queries, keys, 64**-0.5)
     device = torch.device("cuda")
@@ -101,5 +143,6 @@ def test_gpu_backends_equal_the_reference(case: str, dtype: torch.dtype) -> None
         out = block_attention(q, k, v, queries.to(device), keys.to(device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        choose.cache_clear()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)

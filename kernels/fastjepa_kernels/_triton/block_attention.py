@@ -2,33 +2,36 @@
 
 For every sequence s and head h, with n_q queries and n_k keys of width D, both known on the device only:
 
-    S = q k^T * scale                  [n_q, n_k]
-    lse = log2(sum_k 2^S')             [n_q]                  saved, fp32 [H, total queries]
-    P = 2^(S' - lse)                   [n_q, n_k]             never stored
+    S = q k^T * scale * log2(e)        [n_q, n_k]             base 2: exponentials are 2^x
+    lse = log2(sum_k 2^S)              [n_q]                  saved, fp32 [H, total queries]; without keys: infinity
+    P = 2^(S - lse)                    [n_q, n_k]             never stored
     out = P v                          [n_q, D]
-    delta = rowsum(out * d_out)        [n_q]
-    d_v = P^T d_out
-    d_S = P * (d_out v^T - delta)      [n_q, n_k]
-    d_q = d_S k * scale,  d_k = d_S^T q * scale
+    d_v = P^T d_out                    [n_k, D]
+    d_P = d_out v^T                    [n_q, n_k]
+    delta = rowsum(P * d_P) = rowsum(out * d_out)             [n_q]
+    d_S = P * (d_P - delta)            [n_q, n_k]
+    d_q = d_S k * scale,  d_k = d_S^T q * scale               [n_q, D], [n_k, D]
 
 q [T_q, H, D], k and v [T_k, H, D]: any row stride, so that they may be views into the [T, 3, H, D] of a fused projection;
 their gradients likewise, so that one buffer takes all three. out and d_out are contiguous.
 
-A dimension that is no power of two is held as two tiles, P0 the largest power of two within and P1 what remains rounded
-up: 80 = 64 + 16 costs the tensor cores 80, not 128 columns. Dot products over D add up both, results have both.
+A width that is no power of two is held as two tiles, P0 the largest power of two within and P1 what remains rounded up:
+80 = 64 + 16 costs the tensor cores 80 columns, not 128. Dot products over the width add up both, results have both.
 
-Sequences of at most 128 keys (WHOLE_KEYS) take one program per (sequence, head): keys and values are read once, the softmax
-needs one pass, and the backward writes all three gradients from five matmuls. Longer ones are cut into blocks: the forward
-streams the keys past a block of queries with a running softmax; the backward is one kernel over blocks of keys for d_k and
-d_v and one over blocks of queries for d_q. That is seven matmuls instead of the five of a loop which adds to d_q in memory,
-but it needs no scratch and no order among programs, and few long sequences still fill the device. Nothing is summed across
-programs: results do not vary from run to run.
+Short sequences (`takes_whole`) get one program per (sequence, head): keys and values are read once, the softmax needs one
+pass, and the backward writes all three gradients from five matmuls, with delta of P and d_P in place. Longer ones are cut
+into blocks: the forward streams the keys past a block of queries with a running softmax; the backward is a pass for delta,
+from out, then one kernel over blocks of keys for d_k and d_v and one over blocks of queries for d_q. These are seven matmuls
+instead of the five of a loop that adds to d_q in memory, but there is no scratch to write and read, no kernel holds three
+accumulators, and few long sequences still fill the device. Nothing is summed across programs: results do not vary from run
+to run.
 
-Grids come from bounds that the host knows, programs past the end of a sequence leave at once. Rows past the last sequence
+Grids come from bounds that the host knows; programs past the end of a sequence leave at once. Rows past the last sequence
 (where `total` is an upper bound) are set to 0.
 
-Limited by memory: a sequence of n tokens does n/2 operations (bf16, forward) per byte of q, k, v and out, far below the
-ratio of tensor cores to memory at the lengths of a masked image. What counts is many programs on each multiprocessor.
+Limited by memory: the forward does n/2 operations per byte of q, k, v and out in half precision, the backward not even twice
+that, far below the ratio of tensor cores to memory at the 20 to 260 tokens of a masked image. What counts is how many
+programs a multiprocessor holds, hence the small blocks.
 """
 
 from __future__ import annotations
@@ -370,9 +373,8 @@ def _backward_keys_kernel(
         _zero_rest(p_d_q, d_q_stride, p_cu_queries, total_queries, H, D, P0, P1)
     first_query, num_queries = _sequence(p_cu_queries)
     first_key, num_keys = _sequence(p_cu_keys)
-    if not WHOLE:
-        if start >= num_keys:
-            return
+    if not WHOLE and start >= num_keys:
+        return
     first_key += start
     p_q += head * D
     p_d_out += head * D
@@ -396,10 +398,7 @@ def _backward_keys_kernel(
         p = tl.exp2(s - lse[None, :])
         d_v = _dot_add(p.to(q[0].dtype), d_out, d_v)
         d_p = _dot(v, d_out)  # [KEYS, QUERIES]
-        if WHOLE:
-            delta = tl.sum(p * d_p, 0)
-        else:
-            delta = tl.load(p_delta + o_queries, m_queries, other=0.0)
+        delta = tl.sum(p * d_p, 0) if WHOLE else tl.load(p_delta + o_queries, m_queries, other=0.0)
         d_s = (p * (d_p - delta[None, :])).to(q[0].dtype)
         d_k = _dot_add(d_s, q, d_k)
         if WHOLE:
@@ -606,7 +605,8 @@ def _attention_backward(
 @torch.library.custom_op("fastjepa::block_attention_packed", mutates_args=())
 def _packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     lengths = Ragged(cu_seqlens, max_seqlen, len(qkv))
-    return _forward(*qkv.unbind(1), lengths, lengths, scale)
+    q, k, v = qkv.unbind(1)
+    return _forward(q, k, v, lengths, lengths, scale)
 
 
 @torch.library.custom_op("fastjepa::block_attention_packed_backward", mutates_args=())
@@ -615,7 +615,8 @@ def _packed_attention_backward(
 ) -> Tensor:
     d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     lengths = Ragged(cu_seqlens, max_seqlen, len(qkv))
-    _backward(*qkv.unbind(1), out, lse, d_out, *d_qkv.unbind(1), lengths, lengths, scale)
+    (q, k, v), (d_q, d_k, d_v) = qkv.unbind(1), d_qkv.unbind(1)
+    _backward(q, k, v, out, lse, d_out, d_q, d_k, d_v, lengths, lengths, scale)
     return d_qkv
 
 

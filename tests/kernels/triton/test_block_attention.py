@@ -181,7 +181,8 @@ def test_lse_is_the_base_2_logarithm_of_the_sum(engine: Engine, longest: int) ->
     lengths = ragged([0, longest, 2])
     q, k, v = random_inputs(lengths, lengths, 16, torch.float32)
     on_device = lengths.to(engine.device)
-    lse = triton_attention._forward(*(x.to(engine.device) for x in (q, k, v)), on_device, on_device, 0.2)[1].cpu()
+    q_there, k_there, v_there = (x.to(engine.device) for x in (q, k, v))
+    lse = triton_attention._forward(q_there, k_there, v_there, on_device, on_device, 0.2)[1].cpu()
     for start, end in ((0, longest), (longest, longest + 2)):
         scores = torch.einsum("qhd,khd->hqk", q[start:end].double(), k[start:end].double()) * 0.2
         torch.testing.assert_close(lse[:, start:end].double(), scores.logsumexp(-1) / math.log(2), rtol=1e-6, atol=1e-6)

@@ -54,7 +54,7 @@ def test_a_step_on_triton_equals_a_step_on_pytorch(engine: Engine) -> None:
     config = _config()
     fastjepa_kernels.request(ON_TORCH)
     plain_masks, plain_loss, plain_weights = _step(config, engine.device)
-    fastjepa_kernels.request({op: "triton" for op in ON_TORCH})
+    fastjepa_kernels.request(dict.fromkeys(ON_TORCH, "triton"))
     masks, loss, weights = _step(config, engine.device)
 
     assert torch.equal(masks.predictor_rows, plain_masks.predictor_rows)
