@@ -97,6 +97,7 @@ class Contest:
             return describe(error)
         assert isinstance(outputs, Tensor | tuple)
         for index, (mine, right) in enumerate(zip(_as_tuple(outputs), self.expected, strict=True)):
+            mine = mine.to(right.device)
             difference = (mine.to(right.dtype) - right).double().norm()
             relative = (difference / right.double().norm().clamp_min(1e-30)).item()
             if not relative <= TOLERANCE[self.dtype]:

@@ -13,19 +13,20 @@ from torch import Tensor
 from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Shape
 from benchmarks.kernels.contest import Contest, Outputs, Providers
-from fastjepa.config import MaskConfig
-from fastjepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels import (
+    MaskRules,
+    PackedMasks,
     Ragged,
     adamw_ema_,
     block_attention_packed,
     gather_add,
     gather_patches,
+    mask_sampling,
     masked_gather,
     patchify,
     target_loss,
 )
-from fastjepa_kernels.reference import block_attention_reference
+from fastjepa_kernels.reference import block_attention_reference, mask_sampling_reference
 
 _EMA_PARAMS_ON_CPU = 8_000_000  # enough to leave the caches; a whole model would take gigabytes
 
@@ -331,18 +332,39 @@ def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[C
 
 def masks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     indices = torch.arange(shape.batch_size, device=device)
+    target, context = (round((share * shape.num_patches) ** 0.5) for share in (0.175, 0.925))
+    rules = MaskRules(
+        strategy="multiblock",
+        mode="ragged",
+        grid_h=shape.grid,
+        grid_w=shape.grid,
+        reach_h=shape.grid,
+        reach_w=shape.grid,
+        target_h=target,
+        target_w=target,
+        context_h=context,
+        context_w=context,
+        target_count=0,
+        num_target_blocks=4,
+        min_context=11,
+    )
 
-    def outputs(batch: MaskBatch) -> Outputs:
-        return batch.context_indices, batch.target_indices, batch.union_indices, batch.predictor_rows
+    def numbers(packed: PackedMasks) -> Outputs:
+        """Of a known length wherever they were sampled."""
+        return packed.sizes, packed.context_cu_seqlens, packed.union_cu_seqlens, packed.predictor_cu_seqlens
 
-    def sample() -> Outputs:
-        config = MaskConfig()
-        return outputs(sample_masks(config, shape.grid, shape.grid, seed=0, step=0, sample_indices=indices))
+    def loop() -> Outputs:
+        return numbers(mask_sampling_reference(rules, seed=0, step=0, sample_indices=indices.cpu()))
 
-    expected = outputs(shape.masks.to(device))
-    assert isinstance(expected, tuple)
+    expected = tuple(x.to(device) for x in loop())
     providers = Providers()
-    providers.add_ours("mask_sampling", lambda: sample, device, torch.int64)
+    providers.add_ours(
+        "mask_sampling",
+        lambda: lambda: numbers(mask_sampling(rules, seed=0, step=0, sample_indices=indices)),
+        device,
+        torch.int64,
+    )
+    providers.add("a Python loop over the images (CPU)", lambda: loop)
     work = cases.mask_sampling_work(shape.masks)
     yield Contest("mask_sampling", "batch", shape.name, torch.int64, work, expected, providers)
 

@@ -34,9 +34,10 @@ def plot(records: Sequence[Mapping[str, Any]], environment: Mapping[str, str], p
         axis.barh(names, medians, color=colours, height=0.66)
         axis.hlines(names, *spread, color="black", linewidth=1)
         for index, record in enumerate(group):
-            label = f" {record['p50_ms']:.3g} ms, {100 * record['share_of_bound']:.0f} %"
+            milliseconds = f"{record['p50_ms']:.3g}" if record["p50_ms"] < 100 else f"{record['p50_ms']:,.0f}"
+            label = f" {milliseconds} ms, {100 * record['share_of_bound']:.0f} %"
             axis.text(max(medians[index], spread[1][index]), index, label, va="center", fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(longest - 0.5, -0.5)  # bars of one height in all panels, the fastest on top
         axis.set_xlim(0, max(spread[1]) * 1.45)
         axis.set_title(f"{group[0]['op']}: {group[0]['part']}\n{group[0]['shape']}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
