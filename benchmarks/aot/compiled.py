@@ -212,6 +212,11 @@ def _wide_fraction(loads: dict[int, int], stores: dict[int, int], bulk: int = 0)
     return round(wide / total, 3) if total else 0.0
 
 
+def _limiters(limits: dict[str, int]) -> str:
+    fewest = min(limits.values())
+    return ", ".join(name for name, blocks in limits.items() if blocks == fewest)
+
+
 def _analyse_nvidia(kernel: Any, target: str, facts: Facts) -> Compiled:
     metadata, processor = kernel.metadata, PROCESSORS[target]
     spills, used = _SPILLS.search(facts.log), _REGISTERS.search(facts.log)
@@ -234,7 +239,7 @@ def _analyse_nvidia(kernel: Any, target: str, facts: Facts) -> Compiled:
         tensor_memory_columns=columns,
         fits=fewest > 0 and sum(opcodes.values()) > 8,
         blocks_per_sm=fewest,
-        limited_by=", ".join(name for name, blocks in limits.items() if blocks == fewest),
+        limited_by=_limiters(limits),
         instructions=sum(opcodes.values()),
         mma=sum(families.values()),
         mma_family=", ".join(name for name, count in families.items() if count),
@@ -270,8 +275,12 @@ def _analyse_amd(kernel: Any, target: str, facts: Facts) -> Compiled:
 
     opcodes = facts.opcodes
     loads, stores = _amd_widths(opcodes, "load"), _amd_widths(opcodes, "store")
-    by_waves = 4 * stated(r"; Occupancy:\s*(\d+)") // metadata.num_warps
-    by_shared = GFX942_SHARED_BYTES // max(metadata.shared, 1)
+    waves = 4 * stated(r"; Occupancy:\s*(\d+)")
+    limits = {
+        "warps" if waves == GFX942_WARPS else "registers": waves // metadata.num_warps,
+        "shared memory": GFX942_SHARED_BYTES // max(metadata.shared, 1),
+    }
+    fewest = min(limits.values())
     mma = _count(opcodes, "v_mfma")
     return Compiled(
         kernel=metadata.name,
@@ -283,8 +292,8 @@ def _analyse_amd(kernel: Any, target: str, facts: Facts) -> Compiled:
         shared_bytes=metadata.shared,
         tensor_memory_columns=0,
         fits=metadata.shared <= GFX942_SHARED_BYTES,
-        blocks_per_sm=min(by_waves, by_shared),
-        limited_by="registers" if by_waves <= by_shared else "shared memory",
+        blocks_per_sm=fewest,
+        limited_by=_limiters(limits),
         instructions=sum(opcodes.values()),
         mma=mma,
         mma_family="mfma" if mma else "",

@@ -20,7 +20,8 @@ Made by `python -m benchmarks.aot` with triton {version("triton")}: every kernel
 training launches, compiled for each target. No time below was measured.
 
 **Bounds**: bytes that must cross the memory bus and floating-point operations of matrix products for {BATCH_SIZE} images,
-and the time that an A100 or H100 (SXM) needs for them at its data sheet's rates: nothing can be faster.
+and the time that an A100 or H100 (SXM) needs for them at its data sheet's rates: nothing can be faster. Products of fp32
+are exact, so not on tensor cores.
 
 **Compiled**: for each target registers of a thread, blocks that one multiprocessor holds at a time (and what limits them:
 r registers, s shared memory, w warps, b blocks, t tensor memory), shared memory if any, and spilled bytes if any. *mma*:
@@ -118,10 +119,17 @@ def _cell(variant: Variant) -> str:
     return text + (f", **spills {compiled.spill_bytes} B**" if compiled.spill_bytes else "")
 
 
+def _one_entry_a_line(values: dict[str, Any]) -> str:
+    """JSON in which a changed kernel is a changed line."""
+    lists = {key: ",\n".join(map(json.dumps, value)) for key, value in values.items() if isinstance(value, list)}
+    parts = [f"{json.dumps(k)}: " + (f"[\n{lists[k]}\n]" if k in lists else json.dumps(v)) for k, v in values.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def write(report: Report, folder: Path) -> None:
     from benchmarks.aot.plot import plot
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "aot.json").write_text(json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n")
+    (folder / "aot.json").write_text(_one_entry_a_line(as_json(report)))
     (folder / "aot.md").write_text(as_markdown(report))
     plot(report, folder / "aot.png")

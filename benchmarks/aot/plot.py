@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
+from benchmarks.aot.cases import BATCH_SIZE
 from benchmarks.aot.compiled import resident_fraction
 from benchmarks.aot.output import passes
 from benchmarks.aot.report import TARGETS, Report
@@ -20,13 +21,12 @@ def plot(report: Report, path: Path) -> None:
     kernels = sorted({variant.kernel for variant in report.variants})
     shown = [(c, name, work) for c, name, work in passes(report.cases) if c.model == _SHOWN_MODEL]
     height = 1.6 + 0.24 * max(len(shown), 1.5 * len(kernels))
-    figure = plt.figure(figsize=(17, height), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1.1, 1, 1])
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, height), layout="constrained")
     _plot_bounds(left, shown)
     _plot_variants(middle, report, kernels, "registers per thread", registers=True)
-    _plot_variants(right, report, kernels, "resident warps, share of the most possible", registers=False)
-    right.set_yticklabels([])
-    middle.legend(loc="upper center", bbox_to_anchor=(1.0, -0.06), ncols=4, frameon=False)
+    _plot_variants(right, report, kernels, "resident warps, of the most possible", registers=False)
+    right.tick_params(labelleft=False)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -39,14 +39,14 @@ def _plot_bounds(axes: Any, shown: list[Any]) -> None:
         for limit, face in ((a100, "white"), (h100, "#4477aa")):
             marker = "o" if limit.limiter == "memory" else "s"
             axes.scatter(limit.microseconds, row, marker=marker, facecolor=face, edgecolor="#4477aa", zorder=2, s=28)
-        labels.append(f"{case.op} {case.name.removeprefix(_SHOWN_MODEL).strip()}, {name}")
+        labels.append(", ".join(filter(None, (case.op, case.name.removeprefix(_SHOWN_MODEL).strip(), name))))
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    axes.set_xlabel("µs; filled: H100, hollow: A100; circle: bound by memory, square: by arithmetic")
-    axes.set_title(f"Least time at the data sheet's rates, ViT-{_SHOWN_MODEL}, 128 images")
+    axes.set_xlabel("µs (filled: H100, hollow: A100; circle: memory, square: arithmetic)")
+    axes.set_title(f"least time at the data sheet's rates, ViT-{_SHOWN_MODEL}, {BATCH_SIZE} images")
 
 
 def _plot_variants(axes: Any, report: Report, kernels: list[str], title: str, *, registers: bool) -> None:

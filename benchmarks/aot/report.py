@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from triton.errors import TritonError
-from triton.runtime.jit import KernelInterface
+from triton.runtime.jit import JITFunction, KernelInterface
 
 from benchmarks.aot.cases import Case, all_cases
 from benchmarks.aot.compiled import Compilations, Compiled, analyse
@@ -87,7 +87,11 @@ def launched_kernels(op: str) -> Iterator[str]:
     assert module.__file__
     calls = (node.func for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Call))
     names = {ast.unparse(function.value) for function in calls if isinstance(function, ast.Subscript)}
-    yield from (f"{op}.{name}" for name in sorted(names) if isinstance(getattr(module, name, None), KernelInterface))
+    for kernel in (getattr(module, name, None) for name in sorted(names)):
+        if isinstance(kernel, KernelInterface):
+            while not isinstance(kernel, JITFunction):  # autotuned, perhaps one kernel in several ways
+                kernel = kernel.fn
+            yield f"{op}.{kernel.fn.__name__}"
 
 
 def select(ops: Sequence[str] | None = None) -> list[Case]:

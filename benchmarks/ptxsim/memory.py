@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.ptxsim.faults import MisalignedFault, OutOfBoundsFault, PendingFault, RaceFault, blame, first
+from benchmarks.ptxsim.faults import MisalignedFault, OutOfBoundsFault, PendingFault, blame, first
 from benchmarks.ptxsim.races import AccessLog, Stamps, by_all_warps
 
 Array = npt.NDArray[Any]
@@ -120,13 +120,14 @@ class GlobalMemory:
         size = data.shape[1] * data.itemsize
         for which, region, row in self._locate(address, size, "store"):
             rows, wanted = region.rows(size)[1], data[which]
-            with blame(which):
-                if region.log:
+            if region.log:
+                with blame(which):
                     granules = self._region_granules(region, row, size)
-                    region.log.check_write(granules, stamps[which, None], (rows[row] == wanted).all(axis=1))
-                    region.log.write(granules, stamps[which, None])
+                    region.log.check_write(granules, stamps[which, None], ~_differ(rows[row], wanted))
+                    rows[row] = wanted
+                    region.log.write(granules, stamps[which, None], _differ(rows[row], wanted))
+            else:
                 rows[row] = wanted
-                _check_same_value(rows[row], wanted)
 
     def _region_granules(self, region: _Region, row: Index, size: int) -> Index:
         offset = region.rows(size)[0] // self.granule - region.start // self.granule
@@ -165,9 +166,10 @@ class GlobalMemory:
         return f"offset {address - region.start} of the {region.data.size} bytes of {', '.join(region.names)}"
 
 
-def _check_same_value(there: Array, wanted: Array) -> None:
-    if (lost := (there != wanted).any(axis=1)).any():
-        raise RaceFault("lanes write different values to the same bytes in one instruction", first(lost))
+def _differ(there: Array, wanted: Array) -> npt.NDArray[np.bool_]:
+    """By access."""
+    different: npt.NDArray[np.bool_] = (there != wanted).any(axis=1)
+    return different
 
 
 class SharedMemory:
@@ -195,9 +197,8 @@ class SharedMemory:
     def store(self, slot: Index, address: Index, data: Array, stamps: Stamps) -> None:
         size = data.shape[1] * data.itemsize
         row, rows = self._locate(slot, address, size, "store"), word_view(self.data, size)
-        self._check_write(row, size, stamps, (rows[row] == data).all(axis=1))
+        self._check_write(row, size, stamps, ~_differ(rows[row], data))
         self._write(row, data, stamps)
-        _check_same_value(rows[row], data)
 
     def begin_copy(self, slot: Index, address: Index, size: int, stamps: Stamps) -> Index:
         """An asynchronous copy starts; returns the rows that `end_copy` fills."""
@@ -249,10 +250,10 @@ class SharedMemory:
 
     def _write(self, row: Index, data: Array, stamps: Stamps) -> None:
         size = data.shape[1] * data.itemsize
-        granules = _granules(row, size, self.granule)
-        self.log.write(granules, stamps[:, None])
+        granules, rows = _granules(row, size, self.granule), word_view(self.data, size)
+        rows[row] = data
+        self.log.write(granules, stamps[:, None], _differ(rows[row], data))
         self.unfenced[granules] = True
-        word_view(self.data, size)[row] = data
 
     def _note_read(self, granules: Index, stamps: Stamps) -> None:
         self._check_landed(granules)

@@ -60,10 +60,11 @@ class AccessLog:
             )
         before = self.reads.take(granules)
         self.reads[granules] = now
-        several = _unordered(before, now) | (self.reads.take(granules) != now)  # the latter: in this very instruction
+        after = self.reads.take(granules)  # not `now`: others read in this very instruction
+        several = _unordered(before, now) | (after != now)
         if several.any():
-            everyone = np.where(before ^ now >= 1 << _CTA, _SEVERAL_CTAS, by_all_warps(now))
-            self.reads[granules[several]] = everyone[several]
+            by_ctas = (before ^ now >= 1 << _CTA) | (after ^ now >= 1 << _CTA)
+            self.reads[granules[several]] = np.where(by_ctas, _SEVERAL_CTAS, by_all_warps(now))[several]
 
     def check_write(self, granules: Granules, now: Stamps, same_value: Flags | None = None) -> None:
         """Fault if a write would be unordered with an earlier access.
@@ -84,10 +85,18 @@ class AccessLog:
                 "write of what another warp writes, with no barrier between, or another CTA", first(unordered)
             )
 
-    def write(self, granules: Granules, now: Stamps) -> None:
+    def write(self, granules: Granules, now: Stamps, lost: Flags | None = None) -> None:
+        """Note writes; `lost` [accesses]: another value is there after the instruction, written by another lane.
+
+        Between lanes of one warp that is let pass: hardware keeps one of the values, and Triton lets lanes store partial
+        sums twice that were added in different orders.
+        """
         self.writes[granules] = now
-        if (lost := self.writes.take(granules) ^ now >= 1 << _CTA).any():  # in this very instruction
-            raise RaceFault("two CTAs write to one place", first(lost))
+        by_others = self.writes.take(granules) ^ now
+        if (conflict := by_others >= 1 << _CTA).any():
+            raise RaceFault("two CTAs write to one place", first(conflict))
+        if lost is not None and lost.any() and (conflict := (by_others != 0) & lost[:, None]).any():
+            raise RaceFault("two warps write different values to one place in one instruction", first(conflict))
 
     def visible(self, granules: Granules, now: Stamps) -> Flags:
         """Whether these were written by the stamp's own warp, or before the last barrier."""

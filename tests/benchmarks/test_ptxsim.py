@@ -197,10 +197,39 @@ def test_warps_must_meet_at_a_barrier_between_write_read_and_write() -> None:
         run("setp.lt.u32 %p1, %r99, 32; @%p1 st.shared.b32 [0], 1; @!%p1 st.shared.b32 [0], 2;", threads=64, shared=16)
 
 
-def test_lanes_that_write_different_values_to_one_place_race() -> None:
-    run("st.shared.b32 [0], 7;", shared=16)
+def test_a_write_after_reads_of_two_warps_races_with_either() -> None:
+    body = """@%p2 st.shared.b32 [0], 0; bar.sync 0; ld.shared.b32 %r1, [0]; {barrier} @{p}%p1 st.shared.b32 [0], 1;"""
+    ready = "setp.eq.u32 %p2, %r99, 0; setp.lt.u32 %p1, %r99, 32; "
+    for p in ("", "!"):
+        run(ready + body.format(p=p, barrier="bar.sync 0;"), threads=64, shared=16)
+        with pytest.raises(ptxsim.RaceFault, match="write of what another warp reads"):
+            run(ready + body.format(p=p, barrier=""), threads=64, shared=16)
+
+
+def test_copies_land_group_by_group_and_lane_by_lane() -> None:
+    x = torch.arange(64, dtype=torch.float32)
+    copies = """shl.b32 %r1, %r99, 2; mad.wide.u32 %rd1, %r99, 4, %rd10; mad.wide.u32 %rd2, %r99, 4, %rd11;
+    cp.async.ca.shared.global [%r1], [%rd1], 4; cp.async.commit_group;
+    cp.async.ca.shared.global [%r1+128], [%rd1+128], 4; cp.async.commit_group;"""
+    first = "ld.shared.b32 %r2, [%r1]; st.global.b32 [%rd2], %r2;"
+    second = "ld.shared.b32 %r2, [%r1+128]; st.global.b32 [%rd2], %r2;"
+    for code, expected in ((f"cp.async.wait_group 1; {first}", x[:32]), (f"cp.async.wait_group 0; {second}", x[32:])):
+        out = torch.zeros(32)
+        run(copies + code, x, out, shared=256)
+        assert torch.equal(out, expected)
+    with pytest.raises(ptxsim.PendingFault):
+        run(f"{copies} cp.async.wait_group 1; {second}", x, torch.zeros(32), shared=256)
+    some = "setp.lt.u32 %p1, %r99, 20; @%p1 cp.async.wait_group 0;"
+    run(f"{copies} {some} @%p1 ld.shared.b32 %r2, [%r1];", x, torch.zeros(32), shared=256)
+    with pytest.raises(ptxsim.PendingFault, match="thread 20 "):
+        run(f"{copies} {some} {first}", x, torch.zeros(32), shared=256)
+
+
+def test_warps_that_write_different_values_to_one_place_race() -> None:
+    run("st.shared.b32 [0], 7;", shared=16, threads=64)
+    run("st.shared.b32 [0], %r99;", shared=16, threads=32)  # lanes of one warp: one of them wins
     with pytest.raises(ptxsim.RaceFault, match="different values"):
-        run("st.shared.b32 [0], %r99;", shared=16)
+        run("st.shared.b32 [0], %r99;", shared=16, threads=64)
 
 
 def test_a_barrier_in_a_divergent_branch_is_found() -> None:
@@ -253,6 +282,25 @@ def test_ctas_that_write_one_row_race(target: str) -> None:
     assert (out == 1).all()
     with pytest.raises(ptxsim.RaceFault):  # though both write the same
         simulate(compiled(target, write_row_kernel, (4,), out, divide=2, BLOCK=128))
+
+
+def test_ctas_race_also_in_different_instructions() -> None:
+    body = """mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; mad.wide.u32 %rd1, %r99, 4, %rd10;
+    @%p1 st.global.b32 [%rd1], 7; @!%p1 {} ;"""
+    run(body.format("st.global.b32 [%rd1+128], 7"), torch.zeros(64), ctas=2)
+    for access in ("st.global.b32 [%rd1], 7", "ld.global.b32 %r2, [%rd1]"):
+        with pytest.raises(ptxsim.RaceFault, match=r"CTA \(1, 0, 0\)"):
+            run(body.format(access), torch.zeros(64), ctas=2)
+
+
+@pytest.mark.parametrize("reads", ["ld.global.b32 %r2, [%rd1];", "@%p1 {0} @!%p1 {0}", "@!%p1 {0} @%p1 {0}"])
+@pytest.mark.parametrize("writer", ["@%p1", "@!%p1"])
+def test_a_write_after_reads_of_two_ctas_races_with_either(reads: str, writer: str) -> None:
+    body = f"""mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; mad.wide.u32 %rd1, %r99, 4, %rd10;
+    {reads.format("ld.global.b32 %r2, [%rd1];")} bar.sync 0;"""
+    run(body, torch.zeros(32), ctas=2)
+    with pytest.raises(ptxsim.RaceFault, match="write of what another warp reads"):
+        run(f"{body} {writer} st.global.b32 [%rd1], 7;", torch.zeros(32), ctas=2)
 
 
 def test_reading_what_another_warp_or_cta_writes_is_a_race() -> None:

@@ -189,14 +189,31 @@ def assert_nearest(results: Array, exact: list[Fraction]) -> None:
 def test_fma_rounds_once() -> None:
     rng = np.random.default_rng(0)
     a, b, c = (rng.standard_normal(64).astype(np.float32) for _ in range(3))
-    # Where f64 rounds onto a tie of f32: the sum of a product with 48 bits and a much larger number.
-    a[:16], b[:16] = np.float32(1 + 2**-23), np.float32(2**-24 * (1 + 2**-23))
-    c[:8], c[8:16] = np.float32(1 + 2**-23), np.float32(1)
-    a[4:8], c[12:16] = np.float32(1), -np.float32(1)
+    # A sum that lies beside a tie of f32, by less than f64 can tell: below (c is odd), and above (c is even).
+    a[0], b[0], c[0] = 1 + 2**-23, 2**-24 * (1 - 2**-23), 1 + 2**-23
+    a[1], b[1], c[1] = 1 + 2**-12, 2**-24 * (1 - 2**-12 + 2**-24), 1
+    a[2:4], b[2:4], c[2:4] = a[:2], -b[:2], -c[:2]
     result = by_lane("fma.rn.f32 $d, $0, $1, $2;", [a, b, c], "f4")
-    assert_nearest(
-        result, [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
-    )
+    exact = ([Fraction(float(v)) for v in x] for x in (a, b, c))
+    assert_nearest(result, [x * y + z for x, y, z in zip(*exact, strict=True)])
+    # A product that is a tie of bf16, and an addend that f32 would lose.
+    numbers = np.array([[1 + 2**-4], [2**-40], [1.125 + 2**-7]], np.float32).repeat(32, axis=1)
+    factor, addend, above = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    np.testing.assert_array_equal(by_lane("fma.rn.bf16 $d, $0, $0, $1;", [factor, addend], "u2"), above)
+
+
+def test_a_nan_that_is_computed_is_always_the_same() -> None:
+    """Lanes that compute the same thing must store the same bits."""
+    payloads = np.array([0x7FC00000, 0xFFC00001, 0x7F800001, 0xFFFFFFFF] * 8, np.uint32).view(np.float32)
+    for body in (
+        "add.f32 $d, $0, $1;",
+        "mul.f32 $d, $1, $0;",
+        "fma.rn.f32 $d, $0, $1, $1;",
+        "ex2.approx.ftz.f32 $d, $0;",
+    ):
+        bits = by_lane(body, [payloads, np.ones(32, np.float32)], "u4")
+        np.testing.assert_array_equal(bits, np.full(32, 0x7FFFFFFF))
+    np.testing.assert_array_equal(by_lane("cvt.rn.bf16.f32 $d, $0;", [payloads], "u2"), np.full(32, 0x7FFF))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])

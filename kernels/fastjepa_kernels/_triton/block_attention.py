@@ -3,7 +3,7 @@
 For every sequence s and head h, with n_q queries and n_k keys of width D, both known on the device only:
 
     S = q k^T * scale * log2(e)        [n_q, n_k]             base 2: exponentials are 2^x
-    lse = log2(sum_k 2^S)              [n_q]                  saved, fp32 [H, total queries]; without keys: infinity
+    lse = log2(sum_k 2^S)              [n_q]                  saved, fp32 [H, total queries]
     P = 2^(S - lse)                    [n_q, n_k]             never stored
     out = P v                          [n_q, D]
     d_v = P^T d_out                    [n_k, D]
@@ -47,10 +47,8 @@ from torch import Tensor
 
 from fastjepa_kernels.ragged import Ragged
 
-WHOLE_KEYS = 128
-_WHOLE_BYTES = 24 * 1024
 _MAX_SEQUENCES = 65_535  # of the second axis of a grid
-_DELTA_ROWS = 64
+_DELTA_ROWS = 32
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -231,7 +229,7 @@ def _attend_whole_kernel(
         row = first_query + start
         q = _load(p_q + row * q_stride, q_stride, m_queries, D, P0, P1)  # [QUERIES, D]
         s = tl.where(m_keys[None, :], _dot(q, k) * (scale * _LOG2_E), float("-inf"))  # [QUERIES, KEYS], base 2
-        top = tl.where(num_keys > 0, tl.max(s, 1), float("inf"))  # [QUERIES]; without keys: P = 0, here and later
+        top = tl.where(num_keys > 0, tl.max(s, 1), 0.0)  # [QUERIES]; without keys P is 0, not NaN
         p = tl.exp2(s - top[:, None])
         norm = tl.where(num_keys > 0, tl.sum(p, 1), 1.0)
         out = _dot_add(p.to(v[0].dtype), v, _zeros(QUERIES, P0, P1))  # [QUERIES, D]
@@ -242,8 +240,8 @@ def _attend_whole_kernel(
 
 @_autotune(
     "longest",
-    _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half),
-    _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 2, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half and s.width != 96),
+    _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 2, lambda s: s.half and s.width < 96),
     _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 3, lambda s: s.half and s.width < 128),
     _Candidate({"QUERIES": 128, "KEYS": 64}, 8, 2, lambda s: s.half),
     _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
@@ -420,8 +418,9 @@ _backward_whole = _autotune(
 _backward_tiled_keys = _autotune(
     "longest",
     _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half and s.width < 128),
-    _Candidate({"QUERIES": 32, "KEYS": 128}, 8, 2, lambda s: s.half),
-    _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
+    _Candidate({"QUERIES": 32, "KEYS": 64}, 8, 2, lambda s: s.half and s.width == 128),
+    _Candidate({"QUERIES": 32, "KEYS": 128}, 8, 2, lambda s: s.half and s.width < 128),
+    _Candidate({"QUERIES": 16, "KEYS": 32}, 8, 1, lambda s: not s.half),
 )(_backward_keys_kernel)
 
 
@@ -430,7 +429,7 @@ _backward_tiled_keys = _autotune(
     _Candidate({"QUERIES": 32, "KEYS": 64}, 4, 2, lambda s: s.half),
     _Candidate({"QUERIES": 64, "KEYS": 64}, 4, 2, lambda s: s.half),
     _Candidate({"QUERIES": 128, "KEYS": 64}, 8, 2, lambda s: s.half and s.width < 128),
-    _Candidate({"QUERIES": 16, "KEYS": 32}, 4, 1, lambda s: not s.half),
+    _Candidate({"QUERIES": 16, "KEYS": 32}, 8, 1, lambda s: not s.half),
 )
 @triton.jit(do_not_specialize=["total", "longest"])
 def _backward_queries_kernel(
@@ -503,7 +502,7 @@ def _longest(bound: int) -> int:
 def takes_whole(max_keys: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether one program can hold all keys of a sequence, and in the backward their gradients, in registers."""
     longest = _longest(max_keys)
-    return longest <= WHOLE_KEYS and longest * sum(_split(head_dim)) * dtype.itemsize <= _WHOLE_BYTES
+    return longest <= 128 and longest * sum(_split(head_dim)) <= (12_288 if dtype.itemsize == 2 else 4_096)
 
 
 def _rows(x: Tensor) -> Tensor:
