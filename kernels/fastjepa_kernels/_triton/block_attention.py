@@ -409,7 +409,7 @@ def _backward_keys_kernel(
 _backward_whole = _autotune(
     "KEYS",
     _Candidate({"QUERIES": 32}, 4, 2, lambda s: s.half and s.tiles == 1 and s.keys <= 64),
-    _Candidate({"QUERIES": 32}, 8, 2, lambda s: s.half and s.tiles == 1 and s.keys >= 64),
+    _Candidate({"QUERIES": 32}, 8, 1, lambda s: s.half and s.tiles == 1 and s.keys >= 64),
     _Candidate({"QUERIES": 16}, 4, 2, lambda s: s.half and s.tiles == 2 and s.keys <= 32),
     _Candidate({"QUERIES": 16}, 8, 2, lambda s: s.half and s.tiles == 2 and s.keys >= 64),
     _Candidate({"QUERIES": 16}, 8, 1, lambda s: not s.half),
