@@ -72,6 +72,7 @@ def _time_on_gpu(functions: Mapping[str, Timed], device: torch.device, repeats: 
         for name, function in functions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             function.prepare()
+            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the launches can be queued
             cache.zero_()
             start.record()
             function.run()

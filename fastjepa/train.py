@@ -68,7 +68,8 @@ def train(config: Config, ds_config: str | None) -> None:
 
     device = distributed.init()
     first = distributed.rank() == 0
-    logging.getLogger("fastjepa").setLevel(logging.INFO if first else logging.WARNING)
+    for package in ("fastjepa", "fastjepa_kernels"):
+        logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
     error: FastjepaError | None = None

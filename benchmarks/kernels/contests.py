@@ -28,7 +28,10 @@ from fastjepa_kernels import (
 )
 from fastjepa_kernels.reference import block_attention_reference, mask_sampling_reference
 
-_EMA_PARAMS_ON_CPU = 8_000_000  # enough to leave the caches; a whole model would take gigabytes
+_MOST_PARAMS = {
+    "cpu": 8_000_000,
+    "cuda": 100_000_000,
+}  # enough to leave the caches; all providers' state is held at once
 
 
 def _cuda_only(device: torch.device, *modules: str) -> str | None:
@@ -87,6 +90,7 @@ def _attention_providers(
         mask = create_block_mask(
             lambda b, h, q, k: seq[q] == seq[k], None, None, lengths.total, lengths.total, device=str(device)
         )
+        torch._dynamo.reset()  # it would give up compiling after a few shapes
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def run() -> Tensor:
@@ -158,8 +162,9 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     )
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def plain_patches() -> Tensor:
-        shift, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+    shift, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+
+    def plain_patches(dtype: torch.dtype = dtype) -> Tensor:
         normalised = ((images / 255 - shift) / scale).to(dtype)
         return patchify(normalised, p)[masks.context_indices]
 
@@ -172,7 +177,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     )
     patches.add("torch: normalise, patchify, index", lambda: plain_patches)
     work = cases.gather_patches_work(len(masks.context_indices), 3 * p * p, 1, element)
-    yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches().float(),), patches)
+    yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches(torch.float32),), patches)
 
     width = shape.predictor_width
     sources = masks.context.total + shape.num_patches
@@ -202,13 +207,13 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield Contest("masked_gather", "tokens backward", shape.name, dtype, work, (gradient,), backward)
 
     tokens = torch.randn(masks.context.total, shape.width, device=device).to(dtype)
-    table = torch.randn(shape.num_patches, shape.width, device=device)
+    table = torch.randn(shape.num_patches, shape.width, device=device).to(dtype)
     positions = masks.context_indices % shape.num_patches
     adds = Providers()
     adds.add_ours("masked_gather", lambda: lambda: gather_add(tokens, table, positions), device, dtype)
-    adds.add("torch index_select, add", lambda: lambda: (tokens + table.index_select(0, positions).to(dtype)).to(dtype))
+    adds.add("torch index_select, add", lambda: lambda: tokens + table.index_select(0, positions))
     work = cases.gather_add_work(len(positions), shape.width, element)
-    expected = tokens.float() + table[positions]
+    expected = tokens.float() + table[positions].float()
     yield Contest("masked_gather", "positions", shape.name, dtype, work, (expected,), adds)
 
 
@@ -216,11 +221,11 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
 
 
 def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    numel = shape.encoder_params if device.type == "cuda" else min(shape.encoder_params, _EMA_PARAMS_ON_CPU)
+    numel = min(shape.encoder_params, _MOST_PARAMS[device.type])
     numel = -(-numel // 16) * 16
     half = dtype != torch.float32
-    betas, eps, lr, decay, momentum = (0.9, 0.999), 1e-8, 1e-3, 0.04, 0.996
-    start = torch.randn(numel, device=device)
+    betas, eps, lr, decay, momentum = (0.9, 0.999), 1e-8, 1e-3, 0.04, 0.5
+    start = 1e-3 * torch.randn(numel, device=device)  # as small as the update, so that a wrong one shows
     grad = torch.randn(numel, device=device)
 
     def buffers() -> dict[str, Tensor]:

@@ -90,7 +90,9 @@ class Loader:
         self._reader = _Reader(dataset, config.data, device, micro_batch_size)
         self._order = functools.lru_cache(1)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
         self._todo = ((step, micro) for step in range(start_step, total_steps) for micro in range(grad_accum_steps))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastjepa-loader")
+        # A thread begins on the first GPU, whichever the process uses.
+        start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastjepa-loader", initializer=start)
         self._pending: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
         self._submit(config.data.prefetch)
 

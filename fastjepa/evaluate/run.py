@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastjepa_kernels
 from fastjepa import checkpoint
 from fastjepa.config import Config
 from fastjepa.config_file import load_config
@@ -103,6 +104,7 @@ def _pixels(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@fastjepa_kernels.no_wishes()  # the encoder runs in fp32 here, whatever was asked for in training
 def _features(
     dataset: ImageDataset,
     at_most: int,

@@ -5,7 +5,7 @@ that runs is chosen by device and dtype (`choose`), or asked for (`request`, or 
 `reference` holds the plain twin of each, which tests compare against.
 """
 
-from fastjepa_kernels._backend import choose, implementations, request
+from fastjepa_kernels._backend import choose, implementations, no_wishes, request
 from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
@@ -28,6 +28,7 @@ __all__ = [
     "implementations",
     "mask_sampling",
     "masked_gather",
+    "no_wishes",
     "patchify",
     "request",
     "target_loss",

@@ -32,6 +32,7 @@ class Input(NamedTuple):
 
 
 _requested: dict[str, str] = {}
+_wishes_count = True
 _emulated = False
 
 
@@ -43,12 +44,25 @@ def emulated_triton() -> Iterator[None]:
     """
     global _emulated
     before, _emulated = _emulated, True
-    choose.cache_clear()
+    _choose.cache_clear()
     try:
         yield
     finally:
         _emulated = before
-        choose.cache_clear()
+        _choose.cache_clear()
+
+
+@contextmanager
+def no_wishes() -> Iterator[None]:
+    """Inside, no implementation is asked for: for work beside a run, in a precision that the wishes were not made for."""
+    global _wishes_count
+    before, _wishes_count = _wishes_count, False
+    _choose.cache_clear()
+    try:
+        yield
+    finally:
+        _wishes_count = before
+        _choose.cache_clear()
 
 
 def _triton_problem(given: Input) -> str | None:
@@ -63,12 +77,16 @@ def _triton_problem(given: Input) -> str | None:
     return None
 
 
-def _triton_attention_problem(given: Input) -> str | None:
+def _triton_float_problem(given: Input) -> str | None:
     if given.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it does not take {given.dtype}"
+    return _triton_problem(given)
+
+
+def _triton_attention_problem(given: Input) -> str | None:
     if given.head_dim % 8 or given.head_dim > 128:
         return f"head dim {given.head_dim} is not a multiple of 8 up to 128"
-    return _triton_problem(given)
+    return _triton_float_problem(given)
 
 
 def _flash_problem(given: Input) -> str | None:
@@ -115,7 +133,7 @@ def _always(given: Input) -> None:
 
 # In order of preference. Triton stands first: the fallbacks are PyTorch's own and those of packages a user may have.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
-    "masked_gather": {"triton": _triton_problem, "torch": _always},
+    "masked_gather": {"triton": _triton_float_problem, "torch": _always},
     "block_attention": {
         "triton": _triton_attention_problem,
         "varlen": _flash_problem,
@@ -123,9 +141,9 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
         "padded": _always,
         "xformers": _xformers_problem,
     },
-    "adamw_ema": {"triton": _triton_problem, "torch": _always, "apex": _apex_problem},
+    "adamw_ema": {"triton": _triton_float_problem, "torch": _always, "apex": _apex_problem},
     "mask_sampling": {"triton": _triton_problem, "torch": _always},
-    "target_loss": {"triton": _triton_problem, "torch": _always},
+    "target_loss": {"triton": _triton_float_problem, "torch": _always},
 }
 
 OPERATIONS = tuple(_IMPLEMENTATIONS)
@@ -140,7 +158,7 @@ def request(wishes: Mapping[str, str]) -> None:
     _check("kernels", wishes)
     _requested.clear()
     _requested.update(wishes)
-    choose.cache_clear()
+    _choose.cache_clear()
 
 
 def _check(where: str, wishes: Mapping[str, str]) -> None:
@@ -153,6 +171,8 @@ def _check(where: str, wishes: Mapping[str, str]) -> None:
 
 def _wish(op: str) -> tuple[str, str]:
     """The implementation asked for, or "auto", and who asked."""
+    if not _wishes_count:
+        return "auto", ""
     text = os.environ.get(ENVIRONMENT_VARIABLE, "")
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     if any(entry.count("=") != 1 for entry in entries):
@@ -170,13 +190,18 @@ def implementations(op: str, device_type: str, dtype: torch.dtype, head_dim: int
     return {name: problem(given) for name, problem in _IMPLEMENTATIONS[op].items()}
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else logging would break the graph
 def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     """The name of the implementation of `op` that runs for such inputs.
 
     Raises:
         ValueError: the one that was asked for cannot take them; the message lists those that can.
     """
+    return _choose(op, device_type, dtype, head_dim)
+
+
+@cache
+def _choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     problems = implementations(op, device_type, dtype, head_dim)
     wish, asker = _wish(op)
     kind = f"{dtype} on {device_type}" + (f", head dim {head_dim}" if head_dim else "")

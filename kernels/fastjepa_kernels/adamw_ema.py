@@ -72,10 +72,13 @@ def adamw_ema_(
     copies = {"param_copy": param_copy, "ema_copy": ema_copy}
     scalars = {"step": step, "lr": lr, "weight_decay": weight_decay, "ema_momentum": ema_momentum}
     _check("adamw_ema_", implementation, param, state, {"grad": grad}, copies)
+    for name, flag in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if flag is not None and not isinstance(flag, Tensor):
+            raise ValueError(f"adamw_ema_: {name} is {flag!r}, expected a tensor of no dimensions")
     _check_scalars("adamw_ema_", param.device, {**scalars, "grad_scale": grad_scale, "found_inf": found_inf})
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_ema_: betas are {betas}, expected two numbers in [0, 1)")
-    if isinstance(step, int) and step < 1:
+    if not isinstance(step, Tensor) and step < 1:
         raise ValueError(f"adamw_ema_: step is {step}, expected the number of this update, from 1")
     if ema_copy is not None and ema is None:
         raise ValueError("adamw_ema_: got ema_copy without ema, expected both")

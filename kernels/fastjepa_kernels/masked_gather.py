@@ -38,8 +38,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: p does not divide H or W.
     """
+    if images.ndim != 4:
+        raise ValueError(f"patchify: images have shape {tuple(images.shape)}, expected [B, C, H, W]")
     b, c, h, w = images.shape
-    if h % patch_size or w % patch_size:
+    if patch_size < 1 or h % patch_size or w % patch_size:
         raise ValueError(f"patchify: image size {h}x{w} is not a multiple of patch_size {patch_size}")
     grid = images.view(b, c, h // patch_size, patch_size, w // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(-1, c * patch_size * patch_size)
@@ -76,7 +78,7 @@ def gather_patches(
             f"gather_patches: images are {images.dtype} {tuple(images.shape)}, expected uint8 or floating [B, C, H, W]"
         )
     channels, height, width = images.shape[1:]
-    if height % patch_size or width % patch_size:
+    if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"gather_patches: image size {height}x{width} is not a multiple of patch_size {patch_size}")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("gather_patches: images require a gradient, expected data")
@@ -87,6 +89,8 @@ def gather_patches(
             raise ValueError(
                 f"gather_patches: {name} has {len(values)} values, expected one for each of {channels} channels"
             )
+    if std is not None and not all(s > 0 for s in std):
+        raise ValueError(f"gather_patches: std is {list(std)}, expected positive numbers")
     if dtype is None:
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
 
@@ -172,6 +176,8 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
         )
     if len(positions) != len(tokens):
         raise ValueError(f"gather_add: got {len(positions)} positions, expected one for each of {len(tokens)} tokens")
+    if not (tokens.is_floating_point() and table.is_floating_point()):
+        raise ValueError(f"gather_add: got {tokens.dtype} and {table.dtype}, expected floating tokens and table")
     if table.requires_grad and torch.is_grad_enabled():
         raise ValueError("gather_add: table requires a gradient, expected a constant")
     if _backend.choose("masked_gather", tokens.device.type, tokens.dtype) == "triton":
@@ -198,3 +204,5 @@ def check_indices(function: str, name: str, indices: Tensor, device: torch.devic
             f"{function}: {name} are {indices.dtype} {tuple(indices.shape)} on {indices.device}, "
             f"expected int64 [T] on {device}"
         )
+    if not indices.is_contiguous():
+        raise ValueError(f"{function}: {name} have strides {indices.stride()}, expected contiguous ones")

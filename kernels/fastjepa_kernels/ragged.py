@@ -33,6 +33,14 @@ class Ragged:
     total: int
     """Number of packed tokens, on the host."""
 
+    def __post_init__(self) -> None:
+        cu = self.cu_seqlens
+        if cu.dtype != torch.int32 or cu.ndim != 1 or len(cu) == 0 or not cu.is_contiguous():
+            raise ValueError(
+                f"cu_seqlens are {cu.dtype} {tuple(cu.shape)} with strides {cu.stride()}, "
+                "expected int32 [num_seqs + 1], contiguous"
+            )
+
     @property
     def num_seqs(self) -> int:
         return self.cu_seqlens.numel() - 1

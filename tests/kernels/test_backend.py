@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastjepa.config import KernelsConfig
-from fastjepa_kernels import _backend
+from fastjepa_kernels import _backend, gather_add
 from fastjepa_kernels._backend import choose, request
 
 
@@ -47,6 +47,29 @@ def test_attention_falls_back_where_triton_does_not_reach(dtype: torch.dtype, he
     assert choose("block_attention", "cuda", dtype, head_dim) == expected
 
 
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("op", ["masked_gather", "adamw_ema", "target_loss"])
+def test_fp64_runs_on_pytorch(op: str) -> None:
+    assert choose(op, "cuda", torch.float64) == "torch"
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_wishes_do_not_reach_work_beside_a_run() -> None:
+    request({"block_attention": "varlen"})
+    with pytest.raises(ValueError, match="varlen cannot run"):
+        choose("block_attention", "cuda", torch.float32, 64)
+    with _backend.no_wishes():
+        assert choose("block_attention", "cuda", torch.float32, 64) == "triton"
+    assert choose("block_attention", "cuda", torch.bfloat16, 64) == "varlen"
+
+
+def test_a_choice_does_not_break_a_compiled_graph() -> None:
+    table, positions = torch.randn(4, 8), torch.tensor([1, 3])
+    compiled = torch.compile(lambda x: gather_add(x, table, positions), fullgraph=True, backend="eager")
+    tokens = torch.randn(2, 8)
+    assert torch.equal(compiled(tokens), gather_add(tokens, table, positions))
+
+
 def test_an_old_gpu_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert choose("target_loss", "cuda", torch.float16) == "torch"
@@ -67,7 +90,7 @@ def test_a_wish_is_followed_and_the_environment_goes_before_the_configuration(mo
     request({"block_attention": "padded", "adamw_ema": "torch"})
     assert choose("block_attention", "cuda", torch.bfloat16, 64) == "padded"
     monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "block_attention=varlen, target_loss=auto")
-    choose.cache_clear()
+    _backend._choose.cache_clear()
     assert choose("block_attention", "cuda", torch.bfloat16, 64) == "varlen"
     assert choose("adamw_ema", "cuda", torch.float32) == "torch"
 

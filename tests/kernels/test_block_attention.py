@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastjepa_kernels import Ragged, block_attention, block_attention_packed
-from fastjepa_kernels._backend import ENVIRONMENT_VARIABLE, choose, implementations
+from fastjepa_kernels._backend import ENVIRONMENT_VARIABLE, _choose, implementations
 from fastjepa_kernels.block_attention import _attend_buckets, _attend_padded
 from fastjepa_kernels.reference import block_attention_reference
 
@@ -59,14 +59,14 @@ def test_packed_projection_gives_what_its_parts_give(
     lengths: list[int], implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
-    choose.cache_clear()
+    _choose.cache_clear()
     packed = Ragged.from_lengths(torch.tensor(lengths))
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(packed.total, 3, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(packed.total, 2, 8, generator=generator, dtype=torch.float64)
     q, k, v = qkv.unbind(1)
     out, apart = block_attention_packed(qkv, packed), block_attention(q, k, v, packed)
-    choose.cache_clear()
+    _choose.cache_clear()
     torch.testing.assert_close(out, apart, rtol=0, atol=1e-12)
     grads = (torch.autograd.grad(x, qkv, upstream)[0] for x in (out, apart))
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
@@ -133,7 +133,7 @@ def test_gpu_implementations_equal_the_reference_without_waiting(
     if problem:
         pytest.skip(problem)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
-    choose.cache_clear()
+    _choose.cache_clear()
     inputs, queries, keys = _inputs(case, dtype, head_dim=64)
     exact = block_attention_reference(*_double(inputs), queries, keys, 64**-0.5)
     device = torch.device("cuda")
@@ -143,6 +143,6 @@ def test_gpu_implementations_equal_the_reference_without_waiting(
         out = block_attention(q, k, v, queries.to(device), keys.to(device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        choose.cache_clear()
+        _choose.cache_clear()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)

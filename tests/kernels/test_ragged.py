@@ -44,3 +44,11 @@ def test_concatenation_interleaves_the_sequences(lengths: list[tuple[int, int]])
 def test_different_numbers_of_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 3 sequences"):
         concat_rows(Ragged.uniform(2, 1), Ragged.uniform(3, 1))
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [torch.tensor([0, 2]), torch.zeros(4, dtype=torch.int32)[::2], torch.zeros(0, dtype=torch.int32)]
+)
+def test_lengths_that_a_kernel_cannot_read_are_refused(cu_seqlens: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"expected int32 \[num_seqs \+ 1\], contiguous"):
+        Ragged(cu_seqlens, 2, 2)

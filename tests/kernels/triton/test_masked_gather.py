@@ -209,7 +209,7 @@ def test_any_indices_and_strides_do(engine: Engine, data: st.DataObject) -> None
 def test_float64_images_are_refused(engine: Engine) -> None:
     images = torch.zeros(1, 3, 4, 4, dtype=torch.float64, device=engine.device)
     with pytest.raises(ValueError, match="expected other than float64"):
-        gather_patches(images, None, 4)
+        gather_patches(images, None, 2, dtype=torch.float32)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")

@@ -130,10 +130,10 @@ def test_a_nan_is_not_hidden(engine: Engine, loss: Any) -> None:
     assert torch.equal(grad.isnan(), predictions.isnan())
 
 
-def test_float64_is_refused(engine: Engine) -> None:
-    tokens = torch.zeros(2, 8, dtype=torch.float64, device=engine.device)
+def test_float64_features_are_refused(engine: Engine) -> None:
+    features = torch.zeros(2, 8, dtype=torch.float64, device=engine.device)
     with pytest.raises(ValueError, match="expected no float64"):
-        target_loss(tokens, tokens, None)
+        target_loss(features.float(), features, None)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")

@@ -11,7 +11,7 @@ import fastjepa_kernels
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, MaskConfig, ModelConfig
 from fastjepa.engine import TorchEngine
-from fastjepa.masks import MaskBatch
+from fastjepa.masks import MaskBatch, sample_masks
 from fastjepa.objective import build_model
 from fastjepa.optim import Schedule, set_schedule
 from tests.kernels.triton.conftest import Engine
@@ -38,15 +38,17 @@ def _config() -> Config:
     model = ModelConfig(
         patch_size=4, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2, init="fan_in"
     )
-    return replace(config, model=model, global_batch_size=2)
+    return replace(config, model=model, global_batch_size=2, precision="fp32")
 
 
 def _step(config: Config, device: torch.device) -> tuple[MaskBatch, Tensor, dict[str, Tensor]]:
     """Masks, loss, and the weights (the target encoder's too) after one optimizer step."""
-    images, masks = small_batch(config, config.global_batch_size)
+    images, _ = small_batch(config, config.global_batch_size)
+    indices = torch.arange(config.global_batch_size, device=device)
+    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=0, sample_indices=indices)
     engine = TorchEngine(build_model(config), config, BatchSizes.share(config, 1), device)
     set_schedule(engine.param_groups, Schedule(config.optim, steps_per_epoch=2, total_steps=2).at(0))
-    loss = engine.micro_step(images.to(device), masks.to(device))
+    loss = engine.micro_step(images.to(device), masks)
     return masks, loss, {name: p.detach() for name, p in engine.model.named_parameters()}
 
 
