@@ -195,6 +195,7 @@ def test_a_run_that_has_begun_goes_on_by_itself_whatever_path_is_given(
     source = str(finished / "checkpoints" / "step_00000004")
     assert main(["--config", recipe, f"output_dir={again}", "--resume", source]) == 0
     assert f"going on from {again / 'checkpoints' / 'step_00000008'}" in caplog.text
+    assert "target_loss for torch.float32 on cpu: torch (triton: it needs a CUDA device, not cpu)" in caplog.text
     assert_bit_identical(again, finished)
 
 

@@ -2,6 +2,7 @@
 
 Every operation has several implementations: Triton kernels (`_triton`), PyTorch, and packages that may be installed. The one
 that runs is chosen by device and dtype (`choose`), or asked for (`request`, or the environment variable FASTJEPA_KERNELS).
+As with all Triton kernels, CUDA tensors must lie on the current device.
 `reference` holds the plain twin of each, which tests compare against.
 """
 

@@ -356,3 +356,32 @@ def test_more_sequences_than_a_grid_takes_are_refused(engine: Engine) -> None:
     lengths = Ragged(torch.zeros(65_537, dtype=torch.int32), 1, 1)
     with pytest.raises(ValueError, match="got 65,536 sequences, expected at most 65,535"):
         block_attention_packed(torch.zeros(1, 3, 2, 8), lengths)
+
+
+@compiled_only
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_tensor_crosses_memory_once(target: str) -> None:
+    """A whole sequence of ViT-B's width: what is read and written, in bytes, is the formula, in sectors that are full."""
+    from benchmarks.aot.launches import simulated
+
+    tokens, heads, width = 92, 2, 64
+    lengths = Ragged.uniform(1, tokens)
+    qkv = torch.randn(tokens, 3, heads, width).bfloat16().requires_grad_()
+    tensor, statistics = tokens * heads * width * 2, tokens * heads * 4
+    with simulated(target) as launches:
+        out = block_attention_packed(qkv, lengths)
+        forward = launches.pop()
+        out.backward(torch.randn_like(out))
+        backward = launches.pop()
+        assert not launches
+    scalars = heads * 8 * 6  # sectors of the lengths, which every warp of a program reads
+    for counts, loaded, stored in (
+        (forward, 3 * tensor, tensor + statistics),
+        (backward, 4 * tensor + 32 * statistics, 3 * tensor),  # every warp reads the log-sum-exps again, from L1
+    ):
+        assert counts["useful_bytes"]["store"] == stored
+        # A block of log-sum-exps may begin and end within a sector.
+        assert stored <= 32 * counts["global_sectors"]["store"] <= stored + 32 * heads * 4
+        assert counts["useful_bytes"]["load"] >= loaded - 32 * statistics
+        assert counts["global_sectors"]["load"] <= loaded / 32 + scalars
+        assert counts["smem_wavefronts"] == counts["smem_ideal"], "bank conflicts"
