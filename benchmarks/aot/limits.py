@@ -32,7 +32,7 @@ _STREAMING = Limits(wide_fraction=0.5)
 # By "operation.kernel specialisation" and target; the first that matches counts.
 LIMITS: list[tuple[str, str, Limits]] = [
     ("block_attention._delta_kernel *", "*", Limits()),
-    ("block_attention._backward_*", "sm_80", Limits(tensor_cores=True, spill_bytes=16)),
+    ("block_attention._backward_*", "sm_80", Limits(tensor_cores=True, spill_bytes=24)),
     ("block_attention._backward_*", "gfx*", Limits(tensor_cores=True, spill_bytes=96)),
     ("block_attention.*", "*", Limits(tensor_cores=True)),
     # AMD's waves have 64 lanes: of the same tile, half the bytes fall to each.
