@@ -385,3 +385,23 @@ def test_every_tensor_crosses_memory_once(target: str) -> None:
         assert counts["useful_bytes"]["load"] >= loaded - 32 * statistics
         assert counts["global_sectors"]["load"] <= loaded / 32 + scalars
         assert counts["smem_wavefronts"] == counts["smem_ideal"], "bank conflicts"
+
+
+@compiled_only
+def test_four_thousand_sequences_most_of_them_empty() -> None:
+    from benchmarks.aot.launches import simulated
+
+    lengths = Ragged.from_lengths(torch.tensor([1, 0, 2, 0]).repeat(1024))
+    qkv = torch.randn(lengths.total, 3, 1, 16).bfloat16().requires_grad_()
+    upstream = torch.randn(lengths.total, 1, 16).bfloat16()
+    with simulated("sm_90"):
+        out = block_attention_packed(qkv, lengths)
+        (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        twin = qkv.detach().to(dtype).requires_grad_()
+        q, k, v = twin.unbind(1)
+        plain = block_attention_reference(q, k, v, lengths, lengths, 0.25)
+        results.append((plain.detach(), *torch.autograd.grad(plain, twin, upstream.to(dtype))))
+    for mine, same_dtype, exact in zip((out.detach(), gradient), *results, strict=True):
+        assert_close_to_reference(mine, same_dtype, exact)
