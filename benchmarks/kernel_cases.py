@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastjepa.config import MODEL_SIZES, MaskConfig, ModelSize
 from fastjepa.masks import MaskBatch, sample_masks
-from fastjepa_kernels import Ragged
+from fastjepa_kernels import MaskRules, Ragged
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,26 @@ class Shape:
         """Sampled as a run does, on the CPU: seed 0, step 0."""
         indices = torch.arange(self.batch_size)
         return sample_masks(MaskConfig(), self.grid, self.grid, seed=0, step=0, sample_indices=indices)
+
+    @property
+    def mask_rules(self) -> MaskRules:
+        """As the trainer's defaults draw them: the mean sizes of its blocks, in ragged mode."""
+        target, context = (round((share * self.num_patches) ** 0.5) for share in (0.175, 0.925))
+        return MaskRules(
+            strategy="multiblock",
+            mode="ragged",
+            grid_h=self.grid,
+            grid_w=self.grid,
+            reach_h=self.grid,
+            reach_w=self.grid,
+            target_h=target,
+            target_w=target,
+            context_h=context,
+            context_w=context,
+            target_count=target**2,
+            num_target_blocks=4,
+            min_context=11,
+        )
 
     @property
     def encoder_params(self) -> int:

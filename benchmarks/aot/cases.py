@@ -230,21 +230,7 @@ def _mask_sampling(full: dict[str, Shape]) -> Iterator[Case]:
     def sample(rules: MaskRules) -> None:
         mask_sampling(rules, seed=2**63, step=1, sample_indices=torch.arange(_RECORDED_BATCH_SIZE))
 
-    base = MaskRules(
-        strategy="multiblock",
-        mode="ragged",
-        grid_h=14,
-        grid_w=14,
-        reach_h=14,
-        reach_w=14,
-        target_h=6,
-        target_w=6,
-        context_h=13,
-        context_w=13,
-        target_count=98,
-        num_target_blocks=4,
-        min_context=11,
-    )
+    base = full["B/16"].mask_rules
     kinds = [
         ("B/16", base),
         ("B/16", replace(base, mode="official")),
@@ -252,7 +238,7 @@ def _mask_sampling(full: dict[str, Shape]) -> Iterator[Case]:
         ("B/16", replace(base, strategy="block", num_target_blocks=1)),
         ("B/16", replace(base, strategy="random", num_target_blocks=1)),
         ("B/16", replace(base, strategy="rasterized", num_target_blocks=3)),
-        ("H/14", replace(base, grid_h=16, grid_w=16, reach_h=16, reach_w=16)),
+        ("H/14", full["H/14"].mask_rules),
     ]
     for name, rules in kinds:
         label = f"{name} {rules.strategy}, {rules.mode}"

@@ -14,7 +14,6 @@ from benchmarks import kernel_cases as cases
 from benchmarks.kernel_cases import Shape
 from benchmarks.kernels.contest import Contest, Outputs, Providers
 from fastjepa_kernels import (
-    MaskRules,
     PackedMasks,
     Ragged,
     adamw_ema_,
@@ -337,22 +336,7 @@ def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[C
 
 def masks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     indices = torch.arange(shape.batch_size, device=device)
-    target, context = (round((share * shape.num_patches) ** 0.5) for share in (0.175, 0.925))
-    rules = MaskRules(
-        strategy="multiblock",
-        mode="ragged",
-        grid_h=shape.grid,
-        grid_w=shape.grid,
-        reach_h=shape.grid,
-        reach_w=shape.grid,
-        target_h=target,
-        target_w=target,
-        context_h=context,
-        context_w=context,
-        target_count=0,
-        num_target_blocks=4,
-        min_context=11,
-    )
+    rules = shape.mask_rules
 
     def numbers(packed: PackedMasks) -> Outputs:
         """Of a known length wherever they were sampled."""

@@ -36,7 +36,6 @@ programs a multiprocessor holds, hence the small blocks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa_kernels._triton import one_if_interpreted
 from fastjepa_kernels.ragged import Ragged
 
 _MAX_SEQUENCES = 65_535  # of the second axis of a grid
@@ -85,10 +85,7 @@ def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
         )
         return [config for config, shape in zip(configs, shapes, strict=True) if fits[id(config)](shape)]
 
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return triton.autotune(
-        configs[:1] if interpreted else configs, ["D", key], prune_configs_by={"early_config_prune": prune}
-    )
+    return triton.autotune(one_if_interpreted(configs), ["D", key], prune_configs_by={"early_config_prune": prune})
 
 
 @triton.jit

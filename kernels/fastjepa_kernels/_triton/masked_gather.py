@@ -31,17 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjepa_kernels._triton import one_if_interpreted
+
 _CHUNK = 64
 
 
 def columns(width: int) -> int:
     """The number of columns of a tile: the widest that leaves at most an eighth of the lanes idle."""
     return next((c for c in (256, 128, 64) if triton.cdiv(width, c) * c <= 1.125 * width), 32)
-
-
-def one_if_interpreted(configs: list[triton.Config]) -> list[triton.Config]:
-    """Triton's interpreter cannot time, and refuses to choose."""
-    return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
 # Elements of a tile: 16 bytes of uint8 for each thread, or more.

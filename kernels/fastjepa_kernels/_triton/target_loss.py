@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton.masked_gather import columns, one_if_interpreted
+from fastjepa_kernels._triton import one_if_interpreted
+from fastjepa_kernels._triton.masked_gather import columns
 
 # Elements of a block: 8 for each thread, an access of 16 bytes in half precision, so that a row belongs to one warp.
 _TILES = one_if_interpreted([triton.Config({"TILE": 256 * warps}, num_warps=warps) for warps in (4, 2, 1)])

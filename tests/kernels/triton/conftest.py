@@ -8,9 +8,10 @@ benchmarks.ptxsim, for sm_80 and sm_90; with a GPU (`-m gpu`), it runs there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,20 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         emulation = simulated(name)
     with emulation:
         yield Engine(name, torch.device("cpu"))
+
+
+@pytest.fixture
+def unwritten_memory_shows() -> Iterator[None]:
+    """torch.empty gives NaN, or the largest integer, where it would else give whatever the last tensor left."""
+    torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
+    assert torch.empty(1).isnan().all()
+    assert int(torch.empty(1, dtype=torch.int32)) == 2**31 - 1
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class IdleKernel:
+    """In a kernel's place: does nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None

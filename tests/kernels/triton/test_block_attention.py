@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -16,18 +15,12 @@ from fastjepa_kernels import Ragged
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.reference import block_attention_reference
 from fastjepa_kernels.testing import RAGGED_LENGTHS, assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine
+from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="looks at compiled code")
 interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="does not depend on how the kernels are carried out")
 
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """What torch.empty gives, where it would else be whatever the last tensor left."""
-    torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 
 
 def ragged(lengths: Sequence[int]) -> Ragged:
@@ -226,13 +219,6 @@ def test_a_sequence_does_not_see_its_neighbours(engine: Engine) -> None:
         assert result[8:].isfinite().all()
 
 
-class _Idle:
-    """A kernel that does nothing."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
 @interpreted_only
 def test_rows_that_a_kernel_left_out_would_show(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = ragged([4])
@@ -243,7 +229,7 @@ def test_rows_that_a_kernel_left_out_would_show(engine: Engine, monkeypatch: pyt
         return block_attention(q, k, v, lengths)
 
     for kernel in ("_attend_whole_kernel", "_backward_whole"):
-        monkeypatch.setattr(triton_attention, kernel, _Idle())
+        monkeypatch.setattr(triton_attention, kernel, IdleKernel())
     for result in differentiated(attend, inputs, d_out, engine.device):
         assert result.isnan().all()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -13,20 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.reference import mask_sampling_reference
 from tests.kernels.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
-from tests.kernels.triton.conftest import INTERPRETED, Engine
+from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 SEED, STEP = 2**63 + 12345, 2**32 - 2
 SAMPLES = [3, 2**33 + 1, 2**40 - 1, 0, 2**32 - 1]
 
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """What `torch.empty` returns is full of the largest integer: an entry that no kernel writes is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert int(torch.empty(1, dtype=torch.int32)) == 2**31 - 1
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 
 
 def check(engine: Engine, rules: MaskRules, samples: list[int], seed: int = SEED, step: int = STEP) -> PackedMasks:
@@ -120,12 +111,8 @@ def test_strided_sample_indices(engine: Engine) -> None:
 def leave_out(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
     from fastjepa_kernels._triton import mask_sampling as triton_mask_sampling
 
-    class NoLaunch:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: None
-
     for kernel in kernels:
-        monkeypatch.setattr(triton_mask_sampling, kernel, NoLaunch())
+        monkeypatch.setattr(triton_mask_sampling, kernel, IdleKernel())
 
 
 @pytest.mark.parametrize(

@@ -15,32 +15,23 @@ from torch import Tensor
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather
 from fastjepa_kernels.reference import gather_add_reference, gather_patches_reference, masked_gather_reference
 from fastjepa_kernels.testing import assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine
+from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
+
 
 @pytest.fixture(autouse=True)
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """What torch.empty gives, where it would else be whatever the last tensor left. And the same numbers in every run."""
+def same_numbers_in_every_run() -> None:
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-class _Idle:
-    """A kernel that does nothing."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
 
 
 @pytest.mark.parametrize("op", ["gather_patches", "gather_rows", "sum_rows", "gather_add"])
 def test_rows_that_a_kernel_left_out_would_show(engine: Engine, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("fastjepa_kernels._triton.masked_gather")
     for kernel in ("_gather_patches_kernel", "_copy_rows_kernel", "_sum_runs_kernel", "_gather_add_kernel"):
-        monkeypatch.setattr(module, kernel, _Idle())
+        monkeypatch.setattr(module, kernel, IdleKernel())
     rows, indices = torch.zeros(3, 8, device=engine.device), torch.zeros(2, dtype=torch.int64, device=engine.device)
     calls: dict[str, Callable[[], Tensor]] = {
         "gather_patches": lambda: gather_patches(torch.zeros(1, 3, 4, 4, device=engine.device), None, 4),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastjepa_kernels.reference import target_loss_reference
 from fastjepa_kernels.target_loss import target_loss
 from fastjepa_kernels.testing import assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine
+from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -25,26 +24,17 @@ KINDS: list[dict[str, Any]] = [
     {"eps": 0.5},
 ]
 
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
+
 
 @pytest.fixture(autouse=True)
-def unwritten_memory_is_nan() -> Iterator[None]:
-    """What torch.empty gives, where it would else be whatever the last tensor left. And the same numbers in every run."""
+def same_numbers_in_every_run() -> None:
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-class _Idle:
-    """A kernel that does nothing."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
 
 
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 def test_rows_that_a_kernel_left_out_would_show(engine: Engine, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("fastjepa_kernels._triton.target_loss"), kernel, _Idle())
+    monkeypatch.setattr(import_module("fastjepa_kernels._triton.target_loss"), kernel, IdleKernel())
     predictions = torch.zeros(2, 8, device=engine.device, requires_grad=True)
     loss = target_loss(predictions, torch.ones(2, 8, device=engine.device), None)
     (grad,) = torch.autograd.grad(loss, predictions)
