@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DALI = 'nvidia-dali-cuda120>=2.4; sys_platform == "linux"'
+TABLES = ["pyarrow>=16"]
 EVAL = ["scikit-learn>=1.5"]
 EXPORT = ["timm>=1.0", "transformers>=4.56"]
 
@@ -28,15 +29,18 @@ setup(
         "pillow>=10",
         "pyyaml>=6",
         "safetensors>=0.4",
+        "simplejpeg>=1.8",
         "tqdm>=4.66",
     ],
     extras_require={
         "dali": [DALI],
         "gpu": [DALI, "xformers>=0.0.35"],
+        "tables": TABLES,
         "eval": EVAL,
         "export": EXPORT,
         "dev": [
             DALI,
+            *TABLES,
             *EVAL,
             "hypothesis>=6",
             "import-linter>=2",

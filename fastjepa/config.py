@@ -52,7 +52,10 @@ class DataConfig:
     """Where the images come from and how they are cropped (no other augmentation: paper, section 4)."""
 
     source: str = "fashion_mnist"
-    """A folder of images (nested folders; class folders give labels), or `fashion_mnist`, the set shipped in the package."""
+    """A folder of images, tar shards (WebDataset), Arrow or Parquet files (Hugging Face), a text file that lists images, or
+    `fashion_mnist`, the set shipped in the package; see fastjepa.data.sources."""
+    val_source: str | None = None
+    """Held-out images for the probes; null: the source's own split, if it has one."""
     image_size: int | tuple[int, int] = 224
     """Height and width of a crop in pixels; one number means square."""
     in_channels: int = 3
@@ -61,18 +64,30 @@ class DataConfig:
     """Area of a random crop as a share of the image; null: the whole image is resized."""
     crop_aspect: Pair = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of a random crop, drawn log-uniformly."""
+    flip: float = 0.0
+    """Probability that a crop is mirrored left to right. The official runs do not flip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Per channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Per channel, of pixels in [0, 1]."""
-    loader: Literal["auto", "dali", "pillow"] = "auto"
-    """auto: DALI where it is installed, else Pillow."""
+    loader: Literal["auto", "dali", "turbo"] = "auto"
+    """dali: NVIDIA DALI, on the GPU if there is one. turbo: libjpeg-turbo and Pillow on the CPU. auto: dali with a GPU where
+    it is installed, else turbo, which is the faster one on a CPU."""
+    pixels: Literal["uint8", "normalised"] = "uint8"
+    """What a batch holds. uint8: a quarter of the bytes; the model normalises the patches that it takes. normalised: fp32,
+    (x / 255 - mean) / std."""
+    dct_scaling: bool = True
+    """turbo: decode a JPEG file at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels of the result."""
+    hw_decoder_load: float = 0.65
+    """dali on a GPU: share of the JPEG files for its hardware decoder (A100, H100 and newer); 0 turns it off."""
     num_threads: int = 4
-    """Decoding threads per rank."""
+    """Threads per rank that read and decode."""
     prefetch: int = 2
-    """Batches prepared ahead of the step."""
+    """Micro batches prepared ahead of the step."""
     max_pixels: int = 100_000_000
     """An image with more pixels is refused by its header, before it is decoded."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the data set's images have turned out bad."""
 
     def __post_init__(self) -> None:
         _require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
@@ -90,6 +105,8 @@ class DataConfig:
         _require_range("data.crop_aspect", self.crop_aspect, 0, math.inf)
         for key in ("num_threads", "prefetch", "max_pixels"):
             _require(getattr(self, key) > 0, f"data.{key}", getattr(self, key), "a positive number")
+        for key in ("flip", "hw_decoder_load", "max_bad_share"):
+            _require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a number from 0 to 1")
 
     @property
     def image_hw(self) -> tuple[int, int]:

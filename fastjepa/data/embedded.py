@@ -7,7 +7,6 @@ any user's images.
 from __future__ import annotations
 
 import lzma
-import os
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
@@ -16,19 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastjepa.data.index import cache_folder
 from fastjepa.errors import DataError
 
 _NAME = "fashion_mnist_10k"
 _CLASSES = ("T-shirt-top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle-boot")
 _COUNTS = {"train": 8000, "val": 2000}
 _SIZE = 28
-
-
-def cache_folder() -> Path:
-    """Where data sets are unpacked: $FASTJEPA_CACHE, else $XDG_CACHE_HOME/fastjepa, else ~/.cache/fastjepa."""
-    if given := os.environ.get("FASTJEPA_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastjepa"
 
 
 def fashion_mnist() -> Path:

@@ -1,16 +1,17 @@
-"""What the decoders share: the size of an image by its header, and what is a bad image."""
+"""Encoded images: what their headers say, which are refused, and what every decoder makes of them."""
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from fastjepa.errors import DataError
 # Pillow's own limit on pixels warns, or raises, by a figure of its own. Ours is data.max_pixels.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Pillow's readers raise on a file that is missing, damaged or not what its header says.
+# What Pillow's readers raise on a file that is damaged or not what its header says.
 PILLOW_ERRORS = (
     OSError,
     EOFError,
@@ -33,99 +34,126 @@ PILLOW_ERRORS = (
     zlib.error,
 )
 
+# All that is read: others of Pillow's many readers are old, or run programs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+_JPEG, _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+
 
 class BadImage(DataError):
-    """An image file that cannot be used, and why."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        # A name that is not UTF-8 carries surrogates, which no log or terminal accepts.
-        super().__init__(f"{path.encode('utf-8', 'backslashreplace').decode()}: {reason}")
-        self.path = path
-        self.reason = reason
+    """An image that cannot be used; the message is the reason."""
 
 
 class BadImages(DataError):
     """Some images of a batch cannot be used."""
 
-    def __init__(self, bad: Mapping[int, BadImage]) -> None:
-        super().__init__("; ".join(str(error) for error in bad.values()))
+    def __init__(self, bad: Mapping[int, str]) -> None:
+        super().__init__("; ".join(f"image {position} of the batch: {reason}" for position, reason in bad.items()))
         self.bad = bad
-        """Position in the batch -> error."""
+        """Position in the batch -> reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A file's bytes, and what its header says."""
+
+    data: bytes
+    height: int
+    width: int
+    format: str
+    """One of FORMATS."""
+    plain_jpeg: bool = False
+    """A JPEG file in grey or YCbCr, which libjpeg-turbo decodes by itself."""
+    animated: bool = False
+    """It has several frames, of which the first one counts."""
+    opened: Image.Image | None = None
+    """By Pillow, which read the header: the pixels are not decoded yet."""
 
 
 class Decoder(Protocol):
-    """Image files to a batch of tensors.
+    """Encoded images to a batch of pixels.
 
-    Decoders agree on this: the stored pixels, without EXIF rotation (as torchvision's ImageFolder); alpha dropped,
-    palettes expanded, CMYK converted, 16 bits scaled to 8; RGB or grey; the box cut out; resized to data.image_size,
-    bilinear with antialiasing; (x / 255 - mean) / std. Their pixels differ by rounding.
+    Decoders agree on this: the stored pixels, without EXIF rotation (as torchvision's ImageFolder); the first frame; alpha
+    dropped, palettes expanded, CMYK converted, 16 bits scaled to 8; RGB or grey; the box cut out; resized to
+    data.image_size, bilinear with antialiasing, in 8 bits (as torchvision's RandomResizedCrop on a PIL image); mirrored
+    left to right where asked for. Their pixels differ by rounding; tests/data/test_decoders.py holds the bounds.
     """
 
-    def decode(self, paths: Sequence[str], boxes: npt.NDArray[np.int32]) -> Tensor:
+    def decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
         """Decode one batch.
 
         Args:
-            paths: B files, at most the largest batch that the decoder was made for.
+            images: B images, at most the largest batch that the decoder was made for.
             boxes: int32 [B, 4]: top, left, height, width in pixels, inside the images.
+            flips: bool [B]: True to mirror.
 
         Returns:
-            float32 [B, C, H, W], on the device where they were decoded.
+            uint8 [B, C, H, W], contiguous, on the device where they were decoded.
 
         Raises:
-            BadImages: some files cannot be decoded; the others can.
+            BadImages: some cannot be decoded; the others can.
         """
         ...
 
 
-def read_size(path: str, max_pixels: int) -> tuple[int, int]:
-    """Height and width of an image, from its header: the pixels are not decoded.
+def read_header(data: bytes, max_pixels: int) -> EncodedImage:
+    """What an image's header says: the pixels are not decoded.
 
     Raises:
-        BadImage: missing, unreadable, empty, not an image, or more than `max_pixels` pixels.
+        BadImage: not an image of FORMATS, or one that is cut short, has more than `max_pixels` pixels, or pixels that are no
+            integers.
     """
+    if data.startswith(_JPEG):
+        image = _jpeg_header(data)
+    else:
+        image = _other_header(data)
+    if image.height * image.width > max_pixels:
+        raise BadImage(f"{image.width} x {image.height} pixels, expected at most data.max_pixels = {max_pixels}")
+    if image.format == "JPEG" and _is_cut_short(data):
+        raise BadImage("truncated: the JPEG file has no end")
+    return image
+
+
+def _jpeg_header(data: bytes) -> EncodedImage:
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            mode = image.mode
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError as error:
+        raise BadImage(f"damaged in its header: {error}") from error
+    if colour in ("YCbCr", "Gray"):
+        return EncodedImage(data, height, width, "JPEG", plain_jpeg=True)
+    return _other_header(data)
+
+
+def _other_header(data: bytes) -> EncodedImage:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        animated = bool(getattr(image, "is_animated", False)) and image.format in ("AVIF", "GIF", "PNG", "WEBP")
     except UnidentifiedImageError:
-        empty = Path(path).stat().st_size == 0
-        raise BadImage(path, "empty file" if empty else "not an image, or damaged in its header") from None
+        raise BadImage("not an image, or damaged in its header") from None
     except PILLOW_ERRORS as error:
-        raise BadImage(path, describe(error)) from error
-    if height * width > max_pixels:
-        raise BadImage(path, f"{width} x {height} pixels, expected at most data.max_pixels = {max_pixels}")
-    if mode == "F":
-        raise BadImage(path, "floating-point pixels, whose range is unknown; expected integers")
-    return height, width
+        raise BadImage(f"damaged in its header: {describe(error)}") from error
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range is unknown; expected integers")
+    assert image.format is not None
+    return EncodedImage(data, image.height, image.width, image.format, animated=animated, opened=image)
+
+
+def _is_cut_short(jpeg: bytes) -> bool:
+    """Whether there is no end marker behind the start of the scan (a thumbnail before it has one of its own). Nothing need
+    be decoded: the marker cannot occur within a scan. Cameras and phones put other data behind it."""
+    if jpeg.endswith(_END_OF_IMAGE):
+        return False
+    position = 2
+    while (marker := jpeg[position : position + 2]) != _START_OF_SCAN:
+        if marker == b"\xff\xff":  # a fill byte
+            position += 1
+        elif len(marker) < 2 or marker[0] != 0xFF:
+            return True
+        else:
+            position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
+    return jpeg.find(_END_OF_IMAGE, position) < 0
 
 
 def describe(error: BaseException) -> str:
-    """An error in a few words, without the path."""
+    """An error in a few words, without a path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-
-
-def read_sizes(
-    paths: Sequence[str], max_pixels: int, pool: Executor, num_threads: int
-) -> tuple[npt.NDArray[np.int32], dict[int, BadImage]]:
-    """Sizes of many images, int32 [n, 2] (height, width), and the bad ones by position; their size is 0."""
-    sizes = np.zeros((len(paths), 2), np.int32)
-
-    def read(position: int) -> None:
-        sizes[position] = read_size(paths[position], max_pixels)
-
-    return sizes, for_each(read, len(paths), pool, num_threads)
-
-
-def for_each(work: Callable[[int], None], count: int, pool: Executor, num_threads: int) -> dict[int, BadImage]:
-    """Run work(0) to work(count - 1) on the pool's threads; those that raised BadImage are returned, by number."""
-    bad: dict[int, BadImage] = {}
-
-    def share(first: int) -> None:  # one task per thread: a task costs as much as a small image
-        for position in range(first, count, num_threads):
-            try:
-                work(position)
-            except BadImage as error:
-                bad[position] = error
-
-    list(pool.map(share, range(num_threads)))
-    return dict(sorted(bad.items()))

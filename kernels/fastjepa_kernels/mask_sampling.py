@@ -215,11 +215,14 @@ def mask_sampling(rules: MaskRules, *, seed: int, step: int, sample_indices: Ten
 
 
 class _Words(NamedTuple):
-    """The random words of a batch."""
+    """The random words of some images."""
 
     seed: int
     step: int
     sample_indices: _Ints
+
+    def of(self, images: _Ints) -> _Words:
+        return self._replace(sample_indices=self.sample_indices[images])
 
     def draw(self, domain: int, start: int, count: int) -> _Ints:
         """Words `start` to `start + count` - 1 of a stream: [B, count], uniform in [0, 2^32)."""
@@ -229,59 +232,40 @@ class _Words(NamedTuple):
         words = np.stack(philox4x32(counter, domain, sample, self.step, seed=self.seed), 2)
         return words.reshape(len(sample), -1)[:, start - 4 * first :][:, :count]
 
-    def corners(self, rules: MaskRules, start: int, count: int, h: int, w: int) -> tuple[_Ints, _Ints]:
-        """Top and left, [B, count] each, of draws `start` to `start + count` - 1 of an h x w block."""
-        words = self.draw(DOMAIN_BLOCK_POSITION, 2 * start, 2 * count)
-        return uniform_int(words[:, ::2], rules.reach_h - h + 1), uniform_int(words[:, 1::2], rules.reach_w - w + 1)
 
-
-def _blocks(rules: MaskRules, top: _Ints, left: _Ints, h: int, w: int) -> _Bools:
-    """[B, n, H, W] from top and left, [B, n]: True inside the h x w block."""
-    row = np.arange(rules.grid_h) - top[..., None]  # [B, n, H]
-    col = np.arange(rules.grid_w) - left[..., None]  # [B, n, W]
-    inside_rows, inside_cols = (row >= 0) & (row < h), (col >= 0) & (col < w)
-    return inside_rows[..., :, None] & inside_cols[..., None, :]
-
-
-def _count_inside(mask: _Bools, top: _Ints, left: _Ints, h: int, w: int) -> _Ints:
-    """How many patches of a mask [B, H, W] lie inside each h x w block: [B, n] from top and left, [B, n].
-
-    From four entries of the mask's summed-area table, whose entry (row, col) counts the patches above that row and left of
-    that column.
-    """
-    table = np.pad(mask, ((0, 0), (1, 0), (1, 0))).cumsum(2, np.int32).cumsum(1, np.int32)  # [B, H + 1, W + 1]
-    image = np.arange(len(mask))[:, None]
-    above, below = (table[image, row, left + w] - table[image, row, left] for row in (top, top + h))
-    return below - above
+def _blocks(rules: MaskRules, words: _Ints, h: int, w: int) -> _Bools:
+    """[B, n, N]: True inside the h x w block of each draw; words: [B, 2 n], top and left of every draw."""
+    row, col = np.divmod(np.arange(rules.num_patches), rules.grid_w)
+    tops, lefts = np.arange(rules.reach_h - h + 1)[:, None], np.arange(rules.reach_w - w + 1)[:, None]
+    # Tables of all that a draw can choose: to copy whole rows of N is faster than to fill a grid row by row.
+    inside_rows = (tops <= row) & (row < tops + h)  # [tops, N]
+    inside_cols = (lefts <= col) & (col < lefts + w)  # [lefts, N]
+    top, left = uniform_int(words[:, ::2], len(tops)), uniform_int(words[:, 1::2], len(lefts))
+    return inside_rows.take(top, 0) & inside_cols.take(left, 0)
 
 
 def _multiblock(rules: MaskRules, words: _Words) -> tuple[_Bools, _Bools]:
     num_blocks, h, w = rules.num_target_blocks, rules.context_h, rules.context_w
-    corners = words.corners(rules, 0, num_blocks, rules.target_h, rules.target_w)
-    targets = _blocks(rules, *corners, rules.target_h, rules.target_w)  # [B, M, H, W]
-    context = np.zeros_like(targets[:, 0])
-    missing = np.ones(len(context), bool)  # True: all attempts failed so far
+    drawn = words.draw(DOMAIN_BLOCK_POSITION, 0, 2 * num_blocks + 2)
+    targets = _blocks(rules, drawn[:, :-2], rules.target_h, rules.target_w)
+    context = _blocks(rules, drawn[:, -2:], h, w)[:, 0] & ~targets.any(1)
+    # Nearly every image keeps its first attempt, so that all of them are drawn for the few others alone.
+    missing = np.flatnonzero(context.sum(1) < rules.min_context)
     for given_up in range(num_blocks + 1):
-        union = np.logical_or.reduce(targets[:, : num_blocks - given_up], axis=1)  # [B, H, W]
-        top, left = words.corners(rules, num_blocks + ATTEMPTS * given_up, ATTEMPTS, h, w)  # [B, A]
-        valid = h * w - _count_inside(union, top, left, h, w) >= rules.min_context  # [B, A]
-        first = valid.argmax(1)[:, None]
-        top, left = np.take_along_axis(top, first, 1), np.take_along_axis(left, first, 1)
-        context[missing] = (_blocks(rules, top, left, h, w)[:, 0] & ~union)[missing]
-        missing &= ~valid.any(1)
-        if not missing.any():
+        if len(missing) == 0:
             break
-    return _flat(targets), _flat(context)
-
-
-def _flat(mask: _Bools) -> _Bools:
-    """[..., H, W] to [..., N]."""
-    return mask.reshape(*mask.shape[:-2], -1)
+        start = num_blocks + ATTEMPTS * given_up
+        drawn = words.of(missing).draw(DOMAIN_BLOCK_POSITION, 2 * start, 2 * ATTEMPTS)
+        union = targets[missing, : num_blocks - given_up].any(1)
+        attempts = _blocks(rules, drawn, h, w) & ~union[:, None]  # [missing, A, N]
+        valid = attempts.sum(2) >= rules.min_context
+        context[missing] = attempts[np.arange(len(missing)), valid.argmax(1)]  # the first valid one
+        missing = missing[~valid.any(1)]
+    return targets, context
 
 
 def _block(rules: MaskRules, words: _Words) -> tuple[_Bools, _Bools]:
-    corners = words.corners(rules, 0, 1, rules.target_h, rules.target_w)
-    target = _flat(_blocks(rules, *corners, rules.target_h, rules.target_w))  # [B, 1, N]
+    target = _blocks(rules, words.draw(DOMAIN_BLOCK_POSITION, 0, 2), rules.target_h, rules.target_w)  # [B, 1, N]
     return target, ~target[:, 0]
 
 
@@ -312,52 +296,43 @@ def _random_subset(mask: _Bools, count: int, words: _Ints) -> _Bools:
     return mask & (rank <= np.partition(rank, count - 1, axis=1)[:, count - 1 : count])
 
 
-class _Lengths(NamedTuple):
-    """`Ragged` on the host."""
-
-    lengths: _Ints
-    starts: _Ints
-    """[num_seqs + 1]: cu_seqlens."""
-
-    @staticmethod
-    def of(lengths: _Ints) -> _Lengths:
-        return _Lengths(lengths, np.concatenate([[0], lengths.cumsum()]))
-
-    def rows(self, first: _Ints) -> _Ints:
-        """Every sequence counts up from its own `first`: [num_seqs] to [total]."""
-        return np.arange(self.starts[-1]) + np.repeat(first - self.starts[:-1], self.lengths)
-
-    def cu_seqlens(self) -> Tensor:
-        return torch.from_numpy(self.starts.astype(np.int32))
+def _sequences(mask: _Bools) -> tuple[_Ints, _Ints]:
+    """Where a mask [..., N] is True when it is flat, and the cu_seqlens of its sequences of N."""
+    indices = np.flatnonzero(mask)
+    return indices, np.searchsorted(indices, np.arange(0, mask.size + 1, mask.shape[-1]))
 
 
 def _pack(target_mask: _Bools, context_mask: _Bools) -> PackedMasks:
     """From [B, M, N] and [B, N]."""
     num_images, num_blocks, num_patches = target_mask.shape
-    union_mask = np.logical_or.reduce(target_mask, axis=1)
-    context, union = _Lengths.of(context_mask.sum(1)), _Lengths.of(union_mask.sum(1))
-    target = _Lengths.of(target_mask.sum(2).flatten())
-    predictor = _Lengths.of(np.repeat(context.lengths, num_blocks) + target.lengths)
-    context_total = context.starts[-1]
-
+    union_mask = target_mask.any(1)
+    context_indices, context = _sequences(context_mask)
+    target_flat, target = _sequences(target_mask)
+    union_indices, union = _sequences(union_mask)
+    target_lengths = np.diff(target)
     seq = np.arange(num_images * num_blocks)
-    position = np.flatnonzero(target_mask) - np.repeat(seq * num_patches, target.lengths)
-    target_indices = position + np.repeat(seq // num_blocks * num_patches, target.lengths)
+    image = seq // num_blocks
     # A predictor sequence is the rows of its image's context, and behind them its target tokens.
-    predictor_target_rows = target.rows(predictor.starts[1:] - target.lengths)
-    predictor_rows = predictor.rows(np.repeat(context.starts[:-1], num_blocks))
-    predictor_rows[predictor_target_rows] = context_total + position
+    contexts = np.diff(context)[image].cumsum()  # [B * M]: context tokens in the sequences up to and including each
+    predictor = target + np.append(0, contexts)
+
+    position = target_flat - np.repeat(seq * num_patches, target_lengths)
+    target_indices = position + np.repeat(image * num_patches, target_lengths)
+    predictor_target_rows = np.arange(target[-1]) + np.repeat(contexts, target_lengths)
+    predictor_rows = np.arange(predictor[-1]) + np.repeat(context[image] - predictor[:-1], np.diff(predictor))
+    predictor_rows[predictor_target_rows] = context[-1] + position
     kinds = (context, target, union, predictor)
+    cu_seqlens = [torch.from_numpy(x.astype(np.int32)) for x in kinds]
     return PackedMasks(
-        context_indices=torch.from_numpy(np.flatnonzero(context_mask)),
-        context_cu_seqlens=context.cu_seqlens(),
+        context_indices=torch.from_numpy(context_indices),
+        context_cu_seqlens=cu_seqlens[0],
         target_indices=torch.from_numpy(target_indices),
-        target_cu_seqlens=target.cu_seqlens(),
-        union_indices=torch.from_numpy(np.flatnonzero(union_mask)),
-        union_cu_seqlens=union.cu_seqlens(),
-        union_rows=torch.from_numpy((union_mask.cumsum() - 1)[target_indices]),
+        target_cu_seqlens=cu_seqlens[1],
+        union_indices=torch.from_numpy(union_indices),
+        union_cu_seqlens=cu_seqlens[2],
+        union_rows=torch.from_numpy((union_mask.cumsum() - 1).take(target_indices)),
         predictor_rows=torch.from_numpy(predictor_rows),
-        predictor_cu_seqlens=predictor.cu_seqlens(),
+        predictor_cu_seqlens=cu_seqlens[3],
         predictor_target_rows=torch.from_numpy(predictor_target_rows),
-        sizes=torch.tensor([[int(x.starts[-1]) for x in kinds], [int(x.lengths.max()) for x in kinds]]),
+        sizes=torch.from_numpy(np.array([[x[-1] for x in kinds], [np.diff(x).max() for x in kinds]])),
     )

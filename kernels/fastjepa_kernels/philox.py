@@ -38,19 +38,17 @@ def philox4x32(
     Returns:
         Four int64 arrays (tensors) of the broadcast shape, uniform in [0, 2^32).
     """
+    constant = np.array if isinstance(c0, np.ndarray) else int  # NumPy is twice as fast with arrays as with numbers
+    m0, m1, half, mask = (constant(x) for x in (_M0, _M1, 32, _MASK32))
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    zero = c0 * 0
-    x0, x1, x2, x3 = c0, zero + c1, zero + c2, zero + c3
+    x0, x1, x2, x3 = c0, c1, c0 * 0 + c2, c3
     for _ in range(10):
-        p0, p1 = x0 * _M0, x2 * _M1
-        x0, x1, x2, x3 = (
-            ((p1 >> 32) & _MASK32) ^ x1 ^ k0,
-            p1 & _MASK32,
-            ((p0 >> 32) & _MASK32) ^ x3 ^ k1,
-            p0 & _MASK32,
-        )
+        p0, p1 = x0 * m0, x2 * m1
+        x0 = ((p1 >> half) ^ x1 ^ constant(k0)) & mask
+        x2 = ((p0 >> half) ^ x3 ^ constant(k1)) & mask
+        x1, x3 = p1, p0  # the upper halves vanish with the masks
         k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
-    return x0, x1, x2, x3
+    return x0, x1 & mask, x2, x3 & mask
 
 
 def uniform_int(word: Words, bound: Words | int) -> Words:

@@ -1,0 +1,198 @@
+"""Data sets are listed once and the list is cached, with a checksum and with what it was made from.
+
+An index is a folder of plain arrays below the cache folder. It is used again while every folder and file that it was
+made from is as it was (modification time and size), and thrown away otherwise; so a data set of millions of files opens
+in the time that it takes to look at its folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastjepa.data.dataset import ImageDataset, Spans, Strings
+from fastjepa.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_SETTLED_AFTER = 2.0  # seconds; a folder changed later than this before it was listed may change again unnoticed
+
+
+@dataclass
+class Listing:
+    """What a source found."""
+
+    dataset: ImageDataset
+    watched: list[bytes]
+    """Folders and files that the list was made from: if one of them changes, the list is made anew."""
+    warnings: list[str] = field(default_factory=list)
+    """What the user should know each time the data set is opened, such as a broken shard."""
+
+
+def cache_folder() -> Path:
+    """Where indices and unpacked data sets lie: $FASTJEPA_CACHE, else $XDG_CACHE_HOME/fastjepa, else ~/.cache/fastjepa."""
+    if given := os.environ.get("FASTJEPA_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastjepa"
+
+
+def indexed(key: str, build: Callable[[], Listing]) -> ImageDataset:
+    """The data set that `build` lists, from the cache if nothing has changed since.
+
+    A cache that cannot be written is no error: the list is made each time, which is logged.
+
+    Args:
+        key: all that the list depends on besides the files' contents, such as the kind of source and its path.
+        build: lists the source; may raise DataError.
+    """
+    folder = cache_folder() / "index" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    listing = _load(folder)
+    if listing is None:
+        started = time.time()
+        listing = build()
+        logger.info("%s: %d images listed in %.1f s", listing.dataset.root, len(listing.dataset), time.time() - started)
+        try:
+            _save(folder, listing, started)
+        except OSError as error:
+            logger.warning("the list of images is not cached in %s (%s): set FASTJEPA_CACHE", folder, error.strerror)
+    for warning in listing.warnings:
+        logger.warning("%s", warning)
+    return listing.dataset
+
+
+def _arrays(listing: Listing) -> dict[str, np.ndarray[Any, Any]]:
+    dataset = listing.dataset
+    watched = Strings.of(listing.watched)
+    arrays: dict[str, np.ndarray[Any, Any]] = {"names": dataset.names.text, "name_ends": dataset.names.ends}
+    arrays |= {"watched": watched.text, "watched_ends": watched.ends}
+    if dataset.labels is not None:
+        arrays["labels"] = dataset.labels
+    if dataset.spans is not None:
+        files, file, start, size = dataset.spans
+        arrays |= {"files": files.text, "file_ends": files.ends, "file": file, "start": start, "size": size}
+    return arrays
+
+
+def _save(folder: Path, listing: Listing, started: float) -> None:
+    """Atomically: into a folder beside, which then takes the name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        arrays = _arrays(listing) | {"watched_state": _state(listing.watched, started)}
+        for name, array in arrays.items():
+            with (temporary / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        described = {
+            "format": _FORMAT,
+            "root": os.fsencode(listing.dataset.root).hex(),
+            "class_names": listing.dataset.class_names,
+            "warnings": listing.warnings,
+            "arrays": {name: _checksum(array) for name, array in arrays.items()},
+        }
+        with (temporary / "index.json").open("w", encoding="utf-8") as file:
+            json.dump(described, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # The one before is kept: another run may have it mapped. Any of these renames may lose against another rank.
+        previous = folder.with_name(f"{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rename(previous)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _load(folder: Path) -> Listing | None:
+    """The cached listing, if it is whole and nothing that it was made from has changed."""
+    try:
+        described = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if described["format"] != _FORMAT:
+            return None
+        arrays = {
+            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+            for name in described["arrays"]
+        }
+        if damaged := [name for name, array in arrays.items() if _checksum(array) != described["arrays"][name]]:
+            logger.warning("%s: the checksum of %s is wrong: the data set is listed anew", folder, ", ".join(damaged))
+            return None
+        root = os.fsdecode(bytes.fromhex(described["root"]))
+        watched = Strings(arrays["watched"], arrays["watched_ends"])
+        paths = [watched[i] for i in range(len(watched))]
+        if not np.array_equal(_state(paths), arrays["watched_state"]):
+            return None
+        spans = None
+        if "files" in arrays:
+            files = Strings(arrays["files"], arrays["file_ends"])
+            spans = Spans(files, arrays["file"], arrays["start"], arrays["size"])
+        dataset = ImageDataset(
+            root,
+            Strings(arrays["names"], arrays["name_ends"]),
+            arrays.get("labels"),
+            tuple(described["class_names"]),
+            spans,
+        )
+        return Listing(dataset, paths, list(described["warnings"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: cannot be used (%s): the data set is listed anew", folder, error)
+        return None
+
+
+def _state(paths: list[bytes], started: float | None = None) -> np.ndarray[Any, Any]:
+    """Modification time in ns and size of each path, int64 [n, 2]; -1 for one that is not there, and -2 for one that had
+    changed just before `started`, so that it equals no later state."""
+
+    def of(path: bytes) -> tuple[int, int]:
+        try:
+            status = os.stat(path)  # noqa: PTH116 (bytes)
+        except OSError:
+            return -1, -1
+        if started is not None and status.st_mtime > started - _SETTLED_AFTER:
+            return -2, -2
+        # A folder's size says nothing that its time does not.
+        return status.st_mtime_ns, status.st_size if os.path.isfile(path) else 0  # noqa: PTH113 (bytes)
+
+    return np.array([of(path) for path in paths], np.int64).reshape(-1, 2)
+
+
+def _checksum(array: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
+
+
+# Shared by the sources
+
+
+def entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
+    """What is visible in a folder, in no order.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            yield from (entry for entry in found if not entry.name.startswith(b"."))
+    except OSError as error:
+        raise DataError(
+            f"{os.fsdecode(folder)}: cannot be read ({error.strerror}); expected a readable folder of images"
+        ) from error

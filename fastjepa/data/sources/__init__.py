@@ -1,0 +1,153 @@
+"""Where images come from: what `data.source` names, and its splits.
+
+| `data.source` | what it is |
+|---|---|
+| `fashion_mnist` | the set inside the package |
+| a folder of images | nested as one likes; class folders give labels (`folder`) |
+| tar shards: a folder, a file, or a pattern such as `train-{0000..0146}.tar` | WebDataset (`webdataset`) |
+| Arrow or Parquet files: a folder, a file, or a pattern | Hugging Face datasets, on disk (`tables`) |
+| a text file | one image path a line, a label behind a tab (`list_file`) |
+
+A folder that has a sub-folder `train` is split: `train`, and the first of `val`, `validation`, `valid`, `test` that is
+there. So are shards and tables whose names all hold one of these words. Anything else is all `train`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastjepa.config import DataConfig
+from fastjepa.data.dataset import ImageDataset
+from fastjepa.data.index import Listing, indexed
+from fastjepa.data.sources.folder import is_image_name, list_folder
+from fastjepa.data.sources.list_file import list_list_file
+from fastjepa.data.sources.tables import list_tables
+from fastjepa.data.sources.webdataset import list_shards
+from fastjepa.errors import DataError
+
+VAL_NAMES = ("val", "validation", "valid", "test")
+
+_Lister = Callable[[list[str]], Listing]
+_BY_SUFFIX: dict[str, _Lister] = {".tar": list_shards, ".arrow": list_tables, ".parquet": list_tables}
+_SPLIT_WORD = re.compile(rf"(?:^|[^a-z])(train|{'|'.join(VAL_NAMES)})(?:[^a-z]|$)")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The files of one split, or its folder, and who lists them."""
+
+    files: list[str]
+    lister: _Lister
+
+    def open(self) -> ImageDataset:
+        return indexed("\0".join([self.lister.__name__, *self.files]), lambda: self.lister(self.files))
+
+
+def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> ImageDataset | None:
+    """The images of one split of data.source; held-out ones come from data.val_source, if it is given.
+
+    Returns:
+        The data set, or None if the source has no such split.
+
+    Raises:
+        DataError: the source is missing, unreadable or holds no images; the message names the setting.
+    """
+    key = "val_source" if split == "val" and config.val_source else "source"
+    source: str = getattr(config, key)
+    try:
+        parts = _split(source)
+        if key == "val_source":  # held out as a whole, unless it has such a part itself
+            parts = {"val": parts.get("val") or parts["train"]}
+        if split == "train" and "train" not in parts:
+            raise DataError("nothing in it is named train")
+        return parts[split].open() if split in parts else None
+    except DataError as error:
+        raise DataError(f"data.{key} = {source}: {error}") from error
+
+
+def _split(source: str) -> dict[str, _Part]:
+    """The parts of a source, `train` or `val` or both."""
+    if source == "fashion_mnist":
+        from fastjepa.data.embedded import fashion_mnist  # here, not above: nobody else pays for unpacking it
+
+        return _split_folder(fashion_mnist())
+    path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 (links stay as they are)
+    if path.is_dir():
+        return _split_folder(path)
+    if path.is_file():
+        return {"train": _Part([str(path)], _BY_SUFFIX.get(path.suffix, list_list_file))}
+    if any(c in source for c in "{*?["):
+        return _split_files(_matching(str(path)))
+    raise DataError("No such file or folder; expected images, shards, tables or a list of files, or fashion_mnist")
+
+
+def _split_folder(folder: Path) -> dict[str, _Part]:
+    if (folder / "train").is_dir():
+        parts = {"train": _whole(folder / "train")}
+        val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
+        return parts if val is None else parts | {"val": _whole(val)}
+    part = _whole(folder)
+    return {"train": part} if part.lister is list_folder else _split_files(part.files)
+
+
+def _whole(folder: Path) -> _Part:
+    """All of a folder: its shards or tables if it has some, else its images."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a readable folder") from error
+    files = [name for name in names if Path(name).suffix in _BY_SUFFIX]
+    if not files:
+        return _Part([str(folder)], list_folder)
+    if images := [name for name in names if is_image_name(os.fsencode(name)) or (folder / name).is_dir()]:
+        raise DataError(
+            f"{folder} holds {files[0]} and {images[0]}: say which are meant, with a pattern such as "
+            f"{folder}/*{Path(files[0]).suffix}, or move them apart"
+        )
+    return _Part([str(folder / name) for name in files], _lister_of(files))
+
+
+def _lister_of(files: list[str]) -> _Lister:
+    suffixes = sorted({Path(file).suffix for file in files})
+    if len({_BY_SUFFIX.get(suffix) for suffix in suffixes}) > 1 or suffixes[0] not in _BY_SUFFIX:
+        raise DataError(f"files of the kinds {', '.join(suffixes)}: expected one of {', '.join(_BY_SUFFIX)}")
+    return _BY_SUFFIX[suffixes[0]]
+
+
+def _split_files(files: list[str]) -> dict[str, _Part]:
+    """Shards or tables by the split that their names tell; all `train` if they do not tell two apart."""
+    lister = _lister_of(files)
+    by_word: dict[str | None, list[str]] = {}
+    for file in files:
+        word = _SPLIT_WORD.search(Path(file).name.lower())
+        by_word.setdefault(word and word[1], []).append(file)
+    if len(by_word) == 1:
+        return {"train": _Part(files, lister)}
+    if None in by_word:
+        raise DataError(
+            f"{by_word[None][0]}: its name tells no split, but other names do; expected train, or one of "
+            f"{', '.join(VAL_NAMES)}, in all names or in none"
+        )
+    val = next((by_word[name] for name in VAL_NAMES if name in by_word), None)
+    parts = {"train": by_word.get("train"), "val": val}
+    return {split: _Part(found, lister) for split, found in parts.items() if found}
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a pattern means, sorted: {0000..0146} counts, whether a file is there or not; * ? [ ] match."""
+    patterns = [pattern]
+    while braces := _BRACES.search(patterns[0]):
+        first, last = braces.groups()
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
+    files = [file for one in patterns for file in (sorted(glob.glob(one)) if any(c in one for c in "*?[") else [one])]
+    if not any(map(os.path.exists, files)):
+        raise DataError("no file matches the pattern")
+    return files
