@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastjepa import distributed
+from fastjepa.data import Seconds
 from fastjepa.run_folder import writing
 
 
@@ -28,12 +29,17 @@ class Meter:
         self._started = now
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._micro_batches = self._images = self._context_tokens = self._target_tokens = 0
-        self.data_wait = 0.0
-        """Seconds that the step waited for data; the trainer adds to it."""
+        self._data_wait = 0.0
+        self._data_seconds = [0.0] * len(Seconds._fields)
 
     def restart_clock(self) -> None:
         """Leave the time since the last summary out: it went into a checkpoint."""
         self._started = time.perf_counter()
+
+    def update_data(self, waited: float, seconds: Seconds) -> None:
+        """A micro batch arrived: how long the step waited for it, and what preparing it took, beside the step."""
+        self._data_wait += waited
+        self._data_seconds = [total + new for total, new in zip(self._data_seconds, seconds, strict=True)]
 
     def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
         self._loss += loss
@@ -42,12 +48,12 @@ class Meter:
         self._context_tokens += context_tokens
         self._target_tokens += target_tokens
 
-    def summary(self, bad_samples: int) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
         """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew."""
         tokens = (self._context_tokens, self._target_tokens)
-        counts = (self._micro_batches, self._images, *tokens, self.data_wait, 1, bad_samples)
+        counts = (self._micro_batches, self._images, *tokens, 1, self._data_wait, *self._data_seconds)
         sums = torch.cat([self._loss[None], torch.tensor(counts, dtype=torch.float64, device=self._device)])
-        loss, micro_batches, images, context, targets, waited, ranks, bad = distributed.sum_over_ranks(sums)
+        loss, micro_batches, images, context, targets, ranks, waited, *prepared = distributed.sum_over_ranks(sums)
         # Only now: reading the sums back is what waits for a GPU to finish the steps that are being timed.
         now = time.perf_counter()
         seconds = now - self._started
@@ -57,10 +63,10 @@ class Meter:
             "images_per_second": images / seconds,
             "tokens_per_second": (context + targets) / seconds,
             "data_wait": waited / ranks / seconds,
+            **{f"{name}_ms": 1e3 * each / micro_batches for name, each in zip(Seconds._fields, prepared, strict=True)},
             "context_tokens": context / images,
             "target_tokens": targets / images,
             "memory_gib": peak_memory(self._device) / 2**30,
-            "bad_samples": bad,
         }
 
 

@@ -30,7 +30,7 @@ class IJEPA(nn.Module):
         self.target_encoder = copy.deepcopy(self.context_encoder)
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """Images [B, C, H, W] and the masks sampled for them -> loss, a scalar in fp32."""
+        """Images [B, C, H, W], uint8 or normalised floats, and the masks sampled for them -> loss, a scalar in fp32."""
         features, rows = self.target_features(images, masks)
         predictions = self.predictor(self.context(images, masks), masks)
         return self.loss(predictions, features, rows)

@@ -20,12 +20,13 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, evaluation.json and checkpoints/ below one path."""
+    """config.yaml, metrics.jsonl, bad_samples.jsonl, evaluation.json and checkpoints/ below one path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.bad_samples = self.path / "bad_samples.jsonl"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 

@@ -68,6 +68,7 @@ def train(config: Config, ds_config: str | None) -> None:
 
     device = distributed.init()
     first = distributed.rank() == 0
+    first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
     for package in ("fastjepa", "fastjepa_kernels"):
         logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
@@ -76,12 +77,13 @@ def train(config: Config, ds_config: str | None) -> None:
     try:
         if first:
             folder.create()
-            open_dataset(config.data.source, "train")  # unpacks the embedded data set before the others look for it
+        if first_here:
+            open_dataset(config.data, "train")  # lists it, for the other ranks of this machine to find the list
     except FastjepaError as problem:
         error = problem
     distributed.raise_together(error)
     folder.check_shared()
-    dataset = open_dataset(config.data.source, "train")
+    dataset = open_dataset(config.data, "train")
     assert dataset is not None
     model = build_model(config)
     if first:

@@ -101,18 +101,19 @@ class Trainer:
             start_step=self.start_step,
             total_steps=self.total_steps,
             device=self.engine.device,
+            bad_samples_file=self.folder.bad_samples,
         )
 
     @staticmethod
     def _next(batches: Iterator[Batch], meter: Meter) -> Batch:
         asked = time.perf_counter()
         batch = next(batches)
-        meter.data_wait += time.perf_counter() - asked
+        meter.update_data(time.perf_counter() - asked, batch.seconds)
         return batch
 
     def _line(self, done: int, values: dict[str, float], meter: Meter, loader: Loader) -> dict[str, Any]:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
-        summary = meter.summary(loader.bad_samples)
+        summary = meter.summary()
         if not math.isfinite(summary["loss"]):
             raise self._not_finite(f"the loss is {summary['loss']} at step {done}")
         return {
@@ -121,6 +122,7 @@ class Trainer:
             **values,
             "grad_norm": self.engine.grad_norm(),
             **summary,
+            "bad_samples": len(loader.bad_samples),
         }
 
     def _not_finite(self, what: str) -> TrainingError:
@@ -204,6 +206,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "evaluate",
         "data.num_threads",
         "data.prefetch",
+        "data.max_bad_share",
+        "data.val_source",
         "kernels",
     }
     changes = []

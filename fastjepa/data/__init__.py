@@ -1,13 +1,15 @@
-"""Images in: where they lie (sources), which and how they are cropped (order), decoding (pillow, dali), batches (loader).
+"""Images in: where they lie (sources, dataset, index), which and how they are cropped (order), decoding (turbo, dali), what
+is done about bad ones (reader, bad_samples), batches (loader).
 
 The samples, crops and masks of a run are functions of (seed, step) alone, so a run is resumed from its step number and
 sees the same images on any number of ranks.
 """
 
+from fastjepa.data.dataset import ImageDataset
 from fastjepa.data.images import BadImage, BadImages
-from fastjepa.data.loader import Batch, Loader, choose_decoder, load_images
+from fastjepa.data.loader import Batch, Loader, Seconds, load_images, normalise
 from fastjepa.data.order import steps_per_epoch
-from fastjepa.data.sources import ImageDataset, open_dataset
+from fastjepa.data.sources import open_dataset
 from fastjepa.errors import DataError
 
 __all__ = [
@@ -17,8 +19,9 @@ __all__ = [
     "DataError",
     "ImageDataset",
     "Loader",
-    "choose_decoder",
+    "Seconds",
     "load_images",
+    "normalise",
     "open_dataset",
     "steps_per_epoch",
 ]

@@ -1,26 +1,31 @@
 """Decoding with NVIDIA DALI: on the CPU, or on the GPU where there is one. The only file that imports nvidia.dali.
 
-DALI reads, decodes, cuts, resizes and normalises; which files and which boxes come from us, batch by batch. Its
-pipelines run synchronously: the loader's thread is what keeps them ahead of the step.
+DALI decodes, cuts, resizes and mirrors; which images, which boxes and the files' bytes come from us, batch by batch. Its
+pipelines run synchronously: the loader's threads are what keeps them ahead of the step.
+
+The bytes are handed to DALI instead of paths: their header is read from the same bytes, so that each file is opened once
+and cannot change in between, tar shards and tables go the same way as files, and a file that cannot be read never
+reaches DALI, whose pipelines do not survive one.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastjepa.config import DataConfig
-from fastjepa.data.images import BadImage, BadImages
+from fastjepa.data.images import Decoder, EncodedImage, read_header
+
+logger = logging.getLogger(__name__)
 
 
 def dali_problem() -> str | None:
@@ -36,70 +41,74 @@ def dali_problem() -> str | None:
 class DaliDecoder:
     """`Decoder` on a CPU or a CUDA device.
 
-    The CPU decodes JPEG files down to the box only: one that is truncated below the box passes unnoticed. All other
-    damage that Pillow reports is reported here.
+    What DALI cannot decode (GIF, AVIF, animated WebP, and whatever else fails in it) is decoded by another decoder, which
+    also says which images are bad: so the same images are bad with any decoder.
     """
 
-    def __init__(self, config: DataConfig, device: torch.device, max_batch: int) -> None:
+    def __init__(self, config: DataConfig, device: torch.device, max_batch: int, other: Decoder) -> None:
         """
         Args:
             config: the data settings; num_threads is the number of DALI's CPU threads.
             device: where to decode, and where the batches lie.
             max_batch: the largest batch that will be asked for.
+            other: decodes the rest.
         """
-        self._config = config
-        self._device = device
-        self._max_batch = max_batch
+        self._config, self._device, self._max_batch, self._other = config, device, max_batch, other
         self._pipeline: Any = None  # built on use, and again after an error, which leaves it unusable
+        self._told: set[str] = set()
 
-    def decode(self, paths: Sequence[str], boxes: npt.NDArray[np.int32]) -> Tensor:
-        """See `Decoder`."""
-        if self._pipeline is None:
-            self._pipeline = self._build()  # outside the try: what goes wrong here is no image's fault
+    def decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+        """See `Decoder`.
+
+        Raises:
+            RuntimeError: DALI fails on images that are known to be good.
+        """
+        mine = np.array([_dali_reads(image) for image in images])
+        if mine.all():
+            return self._decode(images, boxes, flips)
+        batch = torch.empty(
+            (len(images), self._config.in_channels, *self._config.image_hw), dtype=torch.uint8, device=self._device
+        )
+        for decode, those in ((self._decode, mine), (self._other.decode, ~mine)):
+            if those.any():
+                some = np.flatnonzero(those)
+                pixels = decode([images[i] for i in some], boxes[some], flips[some])
+                batch[torch.from_numpy(some).to(self._device)] = pixels.to(self._device)
+        return batch
+
+    def _decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
         try:
-            return self._run(paths, boxes)
+            return self._run(images, boxes, flips)
         except RuntimeError as error:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # raises if the device itself failed: no image is to blame
-            # DALI seldom says which of the images it was.
-            bad: dict[int, BadImage] = {}
-            for position, path in enumerate(paths):
-                try:
-                    self._run([path], boxes[position : position + 1])
-                except RuntimeError as single:
-                    bad[position] = BadImage(path, f"DALI cannot decode it ({_reason(single)})")
-            if not bad or (len(bad) == len(paths) and not self._works()):
-                raise  # the machine is to blame, not the images
-            raise BadImages(bad) from error
+            self._check_that_it_works()
+            pixels = self._other.decode(images, boxes, flips)  # raises BadImages if it is the images' fault
+            if (reason := _reason(error)) not in self._told:
+                self._told.add(reason)
+                logger.warning("DALI fails on a batch whose images are good (%s): such batches are decoded on the CPU", reason)
+            return pixels.to(self._device)
 
-    def _works(self) -> bool:
-        """Whether an image that is known to be good can be decoded."""
-        with tempfile.NamedTemporaryFile(suffix=".png") as file:
-            Image.new("RGB", (8, 8)).save(file, "png")
-            file.flush()
-            try:
-                self._run([file.name], np.array([[0, 0, 8, 8]], np.int32))
-            except RuntimeError:
-                return False
-        return True
+    def _check_that_it_works(self) -> None:
+        """Raises what DALI raises on a good image: then the machine is to blame."""
+        good = read_header(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), 1000)
+        self._run([good], np.array([[0, 0, 16, 16]], np.int32), np.array([False]))
 
-    def _run(self, paths: Sequence[str], boxes: npt.NDArray[np.int32]) -> Tensor:
+    def _run(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
         pipeline = self._pipeline or self._build()
         self._pipeline = None
-        (batch,) = pipeline.run(
-            path=[np.frombuffer(os.fsencode(path), np.uint8) for path in paths],
-            start=np.ascontiguousarray(boxes[:, :2]),
-            shape=np.ascontiguousarray(boxes[:, 2:]),
-        )
+        inputs: dict[str, Any] = {
+            "file": [np.frombuffer(image.data, np.uint8) for image in images],
+            "start": np.ascontiguousarray(boxes[:, :2]),
+            "shape": np.ascontiguousarray(boxes[:, 2:]),
+        }
+        if self._config.flip:
+            inputs["flip"] = flips.astype(np.int32)
+        (batch,) = pipeline.run(**inputs)
         self._pipeline = pipeline
-        # On the CPU this tensor keeps DALI's buffer alive (dynamic executor) and nothing is copied.
-        images = from_dlpack(batch.as_tensor())
-        if images.is_cuda:
-            # Into torch's allocator, which knows the streams that use it; DALI reuses its own buffer once it is let go,
-            # so the copy must be over. Only the calling thread waits.
-            images = images.clone()
-            torch.cuda.current_stream(images.device).synchronize()
-        return images
+        # Nothing is copied: the tensor keeps DALI's buffer alive (dynamic executor). On a GPU, torch's current stream waits
+        # for DALI's, and the loader holds the batch until the step that used it is over (Loader).
+        return from_dlpack(batch.as_tensor())
 
     def _build(self) -> Any:
         from nvidia.dali import Pipeline, fn, types
@@ -117,34 +126,36 @@ class DaliDecoder:
             "output_type": types.RGB if self._config.in_channels == 3 else types.GRAY,
             "adjust_orientation": False,
             "jpeg_fancy_upsampling": True,  # on the GPU: chroma as the CPU's decoder has it
+            "hw_decoder_load": self._config.hw_decoder_load,  # these two: ignored on the CPU
         }
         with pipeline:
-            path = fn.external_source(name="path", dtype=types.UINT8, ndim=1)
+            file = fn.external_source(name="file", dtype=types.UINT8, ndim=1)
             box = {
                 "start": fn.external_source(name="start", dtype=types.INT32, ndim=1),
                 "shape": fn.external_source(name="shape", dtype=types.INT32, ndim=1),
                 "axis_names": "HW",
             }
-            file = fn.io.file.read(path, dont_use_mmap=True)  # a file cut short while mapped would kill the process
             if gpu:
                 crop = fn.slice(fn.decoders.image(file, device="mixed", **image), **box)
             else:
                 crop = fn.decoders.image_slice(file, **box, **image)
             resized = fn.resize(crop, size=self._config.image_hw, interp_type=types.INTERP_LINEAR, antialias=True)
+            mirror = {"mirror": fn.external_source(name="flip", dtype=types.INT32, ndim=0)} if self._config.flip else {}
+            channels = self._config.in_channels
             pipeline.set_outputs(
                 fn.crop_mirror_normalize(
-                    resized,
-                    dtype=types.FLOAT,
-                    mean=[255 * mean for mean in self._config.mean],
-                    std=[255 * std for std in self._config.std],
-                    output_layout="CHW",
+                    resized, dtype=types.UINT8, mean=[0.0] * channels, std=[1.0] * channels, output_layout="CHW", **mirror
                 )
             )
         pipeline.build()
         return pipeline
 
 
+def _dali_reads(image: EncodedImage) -> bool:
+    return image.format not in ("AVIF", "GIF") and not (image.format == "WEBP" and image.animated)
+
+
 def _reason(error: RuntimeError) -> str:
     """The one line of DALI's message that is about the image."""
     lines = (str(error).partition("encountered:")[2].strip() or str(error)).splitlines()
-    return lines[0].strip() if lines else "cannot be decoded"
+    return lines[0].strip() if lines else "no reason given"

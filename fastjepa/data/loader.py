@@ -1,4 +1,4 @@
-"""Batches of images and masks, prepared ahead of the step by one background thread.
+"""Batches of images and masks, prepared ahead of the step by background threads.
 
 Step s takes positions s * G to s * G + G - 1 of the run's endless sequence of samples (G: the global batch size). An
 epoch is n // G steps in an order of its own; the up to G - 1 images at its end are left out, others in each epoch.
@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import queue
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +25,33 @@ import torch
 from torch import Tensor
 
 from fastjepa.config import Config, DataConfig
+from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.dali import DaliDecoder, dali_problem
-from fastjepa.data.images import BadImage, BadImages, Decoder, read_sizes
-from fastjepa.data.order import Boxes, Ints, batch_positions, central_boxes, crop_boxes, epoch_order
-from fastjepa.data.pillow import PillowDecoder
-from fastjepa.data.sources import ImageDataset
-from fastjepa.errors import ConfigError, DataError
+from fastjepa.data.dataset import ImageDataset, Ints
+from fastjepa.data.images import BadImages, Decoder
+from fastjepa.data.order import Boxes, batch_positions, epoch_order
+from fastjepa.data.reader import Reader, read_central
+from fastjepa.data.turbo import TurboDecoder
+from fastjepa.errors import ConfigError
 from fastjepa.masks import MaskBatch, sample_masks
-from fastjepa_kernels.ragged import Ragged
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 256
+_MAX_LANES = 2
+
+
+class Seconds(NamedTuple):
+    """What preparing a micro batch took, by the clock, on a thread that runs beside the step."""
+
+    read: float
+    """Files and headers."""
+    decode: float
+    """Decoding and resizing."""
+    to_device: float
+    """Copying to the device what was decoded on the host."""
+    masks: float
+    """Sampling and packing masks."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +59,15 @@ class Batch:
     """One micro batch of one rank, on its device."""
 
     images: Tensor
-    """float32 [B, C, H, W], normalised."""
+    """[B, C, H, W], uint8, or float32 with data.pixels = normalised."""
     masks: MaskBatch
     sample_ids: Ints
     """int64 [B]: indices in the data set, those of the replacements where images were bad."""
+    boxes: Boxes
+    """int32 [B, 4]: top, left, height, width of the crops, in pixels of the images."""
+    flips: npt.NDArray[np.bool_]
+    """[B]: True where the crop is mirrored."""
+    seconds: Seconds
 
 
 class Loader:
@@ -51,8 +75,11 @@ class Loader:
 
     The samples, their crops and masks depend on the seed and the step alone, not on rank or world size, split or resume.
 
-    A bad image never ends a run: it is replaced by the next in the data set that is good, with that one's own crop. It is
-    not tried again, is named once in the log and counted in `bad_samples`.
+    A bad image never ends a run, unless there are too many (`BadSamples`): another one takes its place
+    (`order.replacement`).
+
+    Two threads, the lanes, prepare a batch each, with a decoder each, so that one reads or waits for the GPU while the other
+    decodes. Within a batch data.num_threads threads, which the lanes share, read and decode.
     """
 
     def __init__(
@@ -68,6 +95,7 @@ class Loader:
         start_step: int,
         total_steps: int,
         device: torch.device,
+        bad_samples_file: Path | None = None,
     ) -> None:
         """Start preparing batches.
 
@@ -80,50 +108,64 @@ class Loader:
                 f"steps_per_epoch = {steps_per_epoch} with a global batch of {self._global_batch_size} images: "
                 f"the data set has {len(dataset)}; use a smaller batch or more images"
             )
-        self._config = config
+        self._config, self._device = config, device
         self._steps_per_epoch = steps_per_epoch
         self._positions = functools.partial(
             batch_positions, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, accum=grad_accum_steps
         )
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._reader = _Reader(dataset, config.data, device, micro_batch_size)
-        self._order = functools.lru_cache(1)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
+        # Two epochs, for while one lane is in the old one still.
+        self._order = functools.lru_cache(2)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
+        self.bad_samples = BadSamples(dataset, config.data.max_bad_share, bad_samples_file)
+        """Their number is that of distinct ones so far, over all ranks."""
+        self._pool = ThreadPoolExecutor(config.data.num_threads, thread_name_prefix="fastjepa-images")
+        num_lanes = min(_MAX_LANES, config.data.prefetch)
+        self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        for _ in range(num_lanes):
+            decoder = choose_decoder(config.data, device, micro_batch_size, self._pool)
+            reader = Reader(dataset, config.data, config.seed, decoder, self._pool, self.bad_samples)
+            self._lanes.put(_Lane(reader, torch.cuda.Stream(device) if device.type == "cuda" else None))
         self._todo = ((step, micro) for step in range(start_step, total_steps) for micro in range(grad_accum_steps))
         # A thread begins on the first GPU, whichever the process uses.
         start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastjepa-loader", initializer=start)
-        self._pending: deque[Future[tuple[Batch, torch.cuda.Event | None]]] = deque()
+        self._threads = ThreadPoolExecutor(num_lanes, thread_name_prefix="fastjepa-loader", initializer=start)
+        self._pending: deque[Future[Batch]] = deque()
+        self._delivered: Batch | None = None
+        self._in_use: deque[tuple[Batch, torch.cuda.Event]] = deque()
         self._submit(config.data.prefetch)
-
-    @property
-    def bad_samples(self) -> int:
-        """Bad images met so far by this rank."""
-        return self._reader.bad_samples
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch. An error in the thread is raised here, with its traceback, and closes the loader."""
+        """The next micro batch, complete on its device. An error in a thread is raised here, with its traceback, and closes
+        the loader.
+        """
+        self._hold_what_is_in_use()
         if not self._pending:
             raise StopIteration
         prepared = self._pending.popleft()
         if prepared.exception():
             self.close()
-        batch, ready = prepared.result()
+        batch = prepared.result()
         self._submit(1)
-        if ready is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(ready)
-            for tensor in _tensors(batch):  # they were allocated on the other stream
-                tensor.record_stream(stream)
+        self._delivered = batch if self._device.type == "cuda" else None
         return batch
 
+    def _hold_what_is_in_use(self) -> None:
+        """On a GPU, keep the last batch until the work that was queued on it is done: its memory belongs to other streams,
+        and to DALI, which would write the next images into it."""
+        if self._delivered is not None:
+            done = torch.cuda.current_stream(self._device).record_event()
+            self._in_use.append((self._delivered, done))
+            self._delivered = None
+        while self._in_use and self._in_use[0][1].query():
+            self._in_use.popleft()
+
     def close(self) -> None:
-        """Stop the thread: it ends after the batch in hand. Batches prepared ahead are dropped."""
+        """Stop the threads: they end after the batches in hand. Batches prepared ahead are dropped."""
         self._pending.clear()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Loader:
         return self
@@ -135,21 +177,29 @@ class Loader:
 
     def _submit(self, count: int) -> None:
         for step, micro_step in islice(self._todo, count):
-            self._pending.append(self._thread.submit(self._prepare, step, micro_step))
+            self._pending.append(self._threads.submit(self._prepare, step, micro_step))
 
-    def _prepare(self, step: int, micro_step: int) -> tuple[Batch, torch.cuda.Event | None]:
-        """On the thread: one micro batch, and the event after which its tensors are ready."""
-        if self._stream is None:
-            return self._load(step, micro_step), None
-        with torch.cuda.stream(self._stream):
-            batch = self._load(step, micro_step)
-            return batch, self._stream.record_event()
+    def _prepare(self, step: int, micro_step: int) -> Batch:
+        """On a thread: one micro batch."""
+        lane = self._lanes.get()  # there are as many as threads
+        try:
+            with torch.cuda.stream(lane.stream):  # None: does nothing
+                return self._load(lane, step, micro_step)
+        finally:
+            self._lanes.put(lane)
 
-    def _load(self, step: int, micro_step: int) -> Batch:
+    def _load(self, lane: _Lane, step: int, micro_step: int) -> Batch:
         config = self._config
         positions = self._positions(step, micro_step)
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
         wanted = self._order(epoch)[positions - (step - epoch_step) * self._global_batch_size]
+        images = lane.reader.read(wanted, epoch)
+        decoded = time.perf_counter()
+        pixels = images.pixels.to(self._device, non_blocking=True)
+        if config.data.pixels == "normalised":
+            pixels = normalise(pixels, config.data)
+        lane.wait()
+        copied = time.perf_counter()
         masks = sample_masks(
             config.masks,
             config.grid_h,
@@ -158,112 +208,75 @@ class Loader:
             step=step,
             sample_indices=torch.from_numpy(positions).to(self._device),
         )
-        images, sample_ids = self._reader.read(wanted, functools.partial(self._crops, epoch))
-        if self._stream is not None and not images.is_cuda:
-            images = images.pin_memory().to(self._device, non_blocking=True)
-        return Batch(images, masks, sample_ids)
+        lane.wait()
+        seconds = Seconds(
+            read=images.read_seconds,
+            decode=images.decode_seconds,
+            to_device=copied - decoded,
+            masks=time.perf_counter() - copied,
+        )
+        return Batch(pixels, masks, images.sample_ids, images.boxes, images.flips, seconds)
 
-    def _crops(self, epoch: int, indices: Ints, sizes: npt.NDArray[np.int32]) -> Boxes:
-        return crop_boxes(self._config.data, seed=self._config.seed, epoch=epoch, indices=indices, sizes=sizes)
+
+class _Lane(NamedTuple):
+    """What a thread needs to prepare a batch by itself."""
+
+    reader: Reader
+    stream: torch.cuda.Stream | None
+
+    def wait(self) -> None:
+        """For the GPU to finish this lane's work; nobody else waits."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
-class _Reader:
-    """Reads images by index and replaces bad ones."""
-
-    def __init__(self, dataset: ImageDataset, config: DataConfig, device: torch.device, max_batch: int) -> None:
-        self._dataset = dataset
-        self._config = config
-        self._decoder = choose_decoder(config, device, max_batch)
-        self._pool = ThreadPoolExecutor(config.num_threads, thread_name_prefix="fastjepa-headers")
-        self._sizes = np.zeros((len(dataset), 2), np.int32)  # 0: not read yet
-        self._bad = np.zeros(len(dataset), bool)
-        self.bad_samples = 0
-
-    def read(self, wanted: Ints, boxes: Callable[[Ints, npt.NDArray[np.int32]], Boxes]) -> tuple[Tensor, Ints]:
-        """Images, float32 [B, C, H, W], and the indices that they really have, int64 [B].
-
-        Raises:
-            DataError: all images of the data set are bad.
-        """
-        while True:
-            indices = self._replace_bad(wanted)
-            paths = [self._dataset.path(index) for index in indices]
-            try:
-                return self._decoder.decode(paths, boxes(indices, self._sizes[indices])), indices
-            except BadImages as error:
-                self._mark(indices, error.bad)
-
-    def _replace_bad(self, wanted: Ints) -> Ints:
-        """The indices, with the next good one in place of a bad one; their sizes are known afterwards."""
-        indices = wanted
-        while True:
-            unknown = np.unique(indices[(self._sizes[indices, 0] == 0) & ~self._bad[indices]])
-            if unknown.size:
-                paths = [self._dataset.path(index) for index in unknown]
-                self._sizes[unknown], bad = read_sizes(
-                    paths, self._config.max_pixels, self._pool, self._config.num_threads
-                )
-                self._mark(unknown, bad)
-            if not self._bad[indices].any():
-                return indices
-            if self.bad_samples == len(self._dataset):
-                raise DataError(
-                    f"{self._dataset.root}: none of its {self.bad_samples} images can be used; the log has the reasons"
-                )
-            indices = np.where(self._bad[indices], (indices + 1) % len(self._dataset), indices)
-
-    def _mark(self, indices: Ints, bad: Mapping[int, BadImage]) -> None:
-        for position, error in bad.items():
-            if not self._bad[indices[position]]:  # a replacement can stand in a batch twice
-                self._bad[indices[position]] = True
-                self.bad_samples += 1
-                _log.warning("bad image, replaced by the next one: %s", error)
+def normalise(images: Tensor, config: DataConfig) -> Tensor:
+    """(x / 255 - mean) / std by channel: uint8 [B, C, H, W] -> float32."""
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (config.mean, config.std))
+    return images.float().div_(255).sub_(mean).div_(std)
 
 
 def load_images(dataset: ImageDataset, indices: Ints, config: DataConfig, device: torch.device) -> Tensor:
-    """Images for evaluation, at their largest central box: float32 [B, C, H, W] on `device`.
+    """Images for evaluation, at their largest central box: uint8 [B, C, H, W] on `device`.
 
     Raises:
         BadImages: some of them cannot be used: figures over another set of images would not be comparable.
     """
-    decoder = choose_decoder(config, device, min(len(indices), _EVALUATION_BATCH))
     batches = []
+    bad: dict[int, str] = {}
     with ThreadPoolExecutor(config.num_threads) as pool:
+        decoder = choose_decoder(config, device, min(len(indices), _EVALUATION_BATCH), pool)
         for start in range(0, len(indices), _EVALUATION_BATCH):
-            paths = [dataset.path(index) for index in indices[start : start + _EVALUATION_BATCH]]
-            sizes, bad = read_sizes(paths, config.max_pixels, pool, config.num_threads)
-            if bad:
-                raise BadImages(bad)
-            batches.append(decoder.decode(paths, central_boxes(sizes, config.image_hw)).to(device))
+            part = indices[start : start + _EVALUATION_BATCH]
+            try:
+                batches.append(read_central(dataset, part, config, decoder, pool).to(device))
+            except BadImages as error:
+                bad |= {start + position: reason for position, reason in error.bad.items()}
+    if bad:
+        raise BadImages(bad)
     return torch.cat(batches)
 
 
-def choose_decoder(config: DataConfig, device: torch.device, max_batch: int) -> Decoder:
-    """The decoder that data.loader asks for; `auto` is DALI where it is installed, else Pillow.
+def choose_decoder(config: DataConfig, device: torch.device, max_batch: int, pool: ThreadPoolExecutor) -> Decoder:
+    """The decoder that data.loader asks for.
 
     Raises:
         ConfigError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
     """
     if config.in_channels not in (1, 3):
         raise ConfigError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
-    return DaliDecoder(config, device, max_batch) if _use_dali(config.loader) else PillowDecoder(config)
+    turbo = TurboDecoder(config, pool, pin_memory=device.type == "cuda")
+    return DaliDecoder(config, device, max_batch, turbo) if _use_dali(config.loader, device.type) else turbo
 
 
 @functools.cache  # so that the choice is made, and logged, once
-def _use_dali(loader: str) -> bool:
-    problem = None if loader == "pillow" else dali_problem()
+def _use_dali(loader: str, device_type: str) -> bool:
+    problem = None if loader == "turbo" else dali_problem()
     if loader == "dali" and problem:
-        raise ConfigError(f"data.loader = dali: {problem}; install fastjepa[dali] (Linux), or use data.loader = pillow")
-    use_dali = loader != "pillow" and problem is None
-    reason = f"data.loader = {loader}" + (f": {problem}" if problem else "")
-    _log.info("images are decoded by %s (%s)", "DALI" if use_dali else "Pillow", reason)
+        raise ConfigError(f"data.loader = dali: {problem}; install fastjepa[dali] (Linux), or use data.loader = turbo")
+    use_dali = problem is None and (loader == "dali" or (loader == "auto" and device_type == "cuda"))
+    why = f"data.loader = {loader}"
+    if loader == "auto":
+        why += f": {problem}" if problem else f" on a {device_type} device"
+    logger.info("images are decoded by %s (%s)", "DALI" if use_dali else "libjpeg-turbo and Pillow", why)
     return use_dali
-
-
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    yield batch.images
-    for value in vars(batch.masks).values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Ragged):
-            yield value.cu_seqlens

@@ -14,7 +14,14 @@ import numpy.typing as npt
 
 from fastjepa.config import DataConfig
 from fastjepa.errors import ConfigError
-from fastjepa_kernels.philox import DOMAIN_CROP, DOMAIN_ORDER, philox4x32, uniform_int, unit_interval
+from fastjepa_kernels.philox import (
+    DOMAIN_CROP,
+    DOMAIN_ORDER,
+    DOMAIN_REPLACEMENT,
+    philox4x32,
+    uniform_int,
+    unit_interval,
+)
 
 Ints = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.int32]
@@ -89,6 +96,23 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
     top = np.where(fits[first], uniform_int(words[2][first], height - crop_h + 1), central[:, 0])
     left = np.where(fits[first], uniform_int(words[3][first], width - crop_w + 1), central[:, 1])
     return _boxes(top, left, crop_h, crop_w)
+
+
+def flips(config: DataConfig, *, seed: int, epoch: int, indices: Ints) -> npt.NDArray[np.bool_]:
+    """Which crops are mirrored left to right, bool [B]: each with probability `flip`, by (seed, epoch, its index) alone."""
+    # The words after those of the crop's attempts.
+    word, *_ = philox4x32(indices * 0 + _CROP_ATTEMPTS, DOMAIN_CROP, indices, epoch, seed=seed)
+    return unit_interval(word) < config.flip
+
+
+def replacement(index: int, attempt: int, *, seed: int, epoch: int, num_images: int) -> int:
+    """Which image stands in for a bad one: that of the first attempt, 1, 2, ..., that is not bad itself.
+
+    Uniform over the data set, so that the samples of a lost shard are replaced by as many different ones, and a function of
+    (seed, epoch, index, attempt), so that it is the same on any rank and after a resume.
+    """
+    word, *_ = philox4x32(np.array(attempt), DOMAIN_REPLACEMENT, index, epoch, seed=seed)
+    return int(uniform_int(word, num_images))
 
 
 def central_boxes(sizes: npt.NDArray[np.int32], image_hw: tuple[int, int]) -> Boxes:

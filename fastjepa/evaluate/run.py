@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ from torch import Tensor
 
 import fastjepa_kernels
 from fastjepa import checkpoint
-from fastjepa.config import Config
+from fastjepa.config import Config, DataConfig
 from fastjepa.config_file import load_config
-from fastjepa.data import BadImages, ImageDataset, load_images, open_dataset
+from fastjepa.data import BadImages, ImageDataset, load_images, normalise, open_dataset
 from fastjepa.errors import CheckpointError, DataError
 from fastjepa.evaluate.probes import MIN_SAMPLES, representation_health
 from fastjepa.evaluate.report import Report, Split, evaluate_features, format_report
@@ -65,8 +66,7 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     """
     config = load_config(folder.config)
     encoder = load_target_encoder(folder.path).to(device)
-    train = open_dataset(config.data.source, "train")
-    test = open_dataset(config.data.source, "val")
+    train, test = (open_dataset(config.data, split) for split in ("train", "val"))
     assert train is not None
     if train.labels is None or test is None or test.labels is None:
         rows, (features,) = _features(train, MAX_IMAGES_FOR_HEALTH, config, device, [encoder])
@@ -74,7 +74,7 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
         print(f"no labelled train and val splits in {config.data.source}, so no probes; {verdict}", flush=True)
         return None
     random = build_model(config).target_encoder.to(device)
-    kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, _pixels]
+    kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, functools.partial(_pixels, config.data)]
     train_rows, train_features = _features(train, MAX_TRAIN_IMAGES, config, device, kinds)
     if few := _too_few(train_rows):
         print(f"no probes: {few}", flush=True)
@@ -83,7 +83,9 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
     learned_split, random_split, pixel_split = (
         Split(*both) for both in zip(train_features, test_features, strict=True)
     )
-    labels = Split(torch.from_numpy(train.labels[train_rows]), torch.from_numpy(test.labels[test_rows]))
+    test_labels = test.labels_by(train.class_names)
+    assert test_labels is not None
+    labels = Split(torch.from_numpy(train.labels[train_rows]), torch.from_numpy(test_labels[test_rows]))
     try:
         report = evaluate_features(learned_split, random_split, pixel_split, labels)
     except ValueError as error:
@@ -97,10 +99,11 @@ def _too_few(rows: npt.NDArray[np.int64]) -> str | None:
     return f"{len(rows)} images are too few to judge ({MIN_SAMPLES} are needed)" if len(rows) < MIN_SAMPLES else None
 
 
-def _pixels(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 1, C * h * w], as an encoder of one token."""
+def _pixels(config: DataConfig, images: Tensor) -> Tensor:
+    """uint8 [B, C, H, W] -> normalised [B, 1, C * h * w], as an encoder of one token."""
     height, width = images.shape[2:]
-    return F.adaptive_avg_pool2d(images, (min(height, MAX_PIXEL_GRID), min(width, MAX_PIXEL_GRID))).flatten(1)[:, None]
+    grid = (min(height, MAX_PIXEL_GRID), min(width, MAX_PIXEL_GRID))
+    return F.adaptive_avg_pool2d(normalise(images, config), grid).flatten(1)[:, None]
 
 
 @torch.no_grad()
@@ -129,7 +132,8 @@ def _features(
             try:
                 images = load_images(dataset, indices, config.data, device)
             except BadImages as error:
-                logger.warning("left out of the evaluation: %s", error)
+                for position, reason in error.bad.items():
+                    logger.warning("left out of the evaluation: %s: %s", dataset.name(int(indices[position])), reason)
                 indices = np.delete(indices, list(error.bad))
                 continue
             kept.append(indices)

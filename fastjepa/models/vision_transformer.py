@@ -40,6 +40,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         size = config.model.size
         self.in_channels, self.patch_size = config.data.in_channels, config.model.patch_size
+        self.mean, self.std = config.data.mean, config.data.std
         self.grid_h, self.grid_w = config.grid_h, config.grid_w
         self.patch_embed = PatchEmbed(self.in_channels, size.embed_dim, self.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(size.embed_dim, self.grid_h, self.grid_w))
@@ -49,11 +50,13 @@ class VisionTransformer(nn.Module):
 
     def patches(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] -> rows of their patches [B * N, C * p * p], or of those at `indices`, int64 [T]: as the
-        embedding takes them, in the dtype that it computes in."""
+        embedding takes them, in the dtype that it computes in. Images in uint8 are normalised on the way."""
         kind = images.device.type
         dtype = (
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.patch_embed.proj.weight.dtype
         )
+        if images.dtype == torch.uint8:
+            return gather_patches(images, indices, self.patch_size, mean=self.mean, std=self.std, dtype=dtype)
         return gather_patches(images, indices, self.patch_size, dtype=dtype)
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class VisionTransformer(nn.Module):
         return self.norm(last(tokens, lengths, subset=subset))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> features of all patches [B, N, D].
+        """Images [B, C, H, W], uint8 or normalised floats -> features of all patches [B, N, D].
 
         Raises:
             ValueError: the images' channels or size are not those of the model.

@@ -18,7 +18,7 @@ import torch
 Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
 
 # One counter word names what the numbers are for, so that no two uses ever share a stream.
-DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET = range(1, 6)
+DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET, DOMAIN_REPLACEMENT = range(1, 7)
 
 _MASK32 = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

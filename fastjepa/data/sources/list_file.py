@@ -1,0 +1,1 @@
+def list_list_file(files): raise NotImplementedError
