@@ -256,7 +256,7 @@ def _multiblock(rules: MaskRules, words: _Words) -> tuple[_Bools, _Bools]:
             break
         start = num_blocks + ATTEMPTS * given_up
         drawn = words.of(missing).draw(DOMAIN_BLOCK_POSITION, 2 * start, 2 * ATTEMPTS)
-        union = targets[missing, : num_blocks - given_up].any(1)
+        union = np.logical_or.reduce(targets[missing, : num_blocks - given_up], axis=1)
         attempts = _blocks(rules, drawn, h, w) & ~union[:, None]  # [missing, A, N]
         valid = attempts.sum(2) >= rules.min_context
         context[missing] = attempts[np.arange(len(missing)), valid.argmax(1)]  # the first valid one
@@ -286,7 +286,10 @@ def _rasterized(rules: MaskRules, words: _Words) -> tuple[_Bools, _Bools]:
 
 def _cut_to_minimum(mask: _Bools) -> _Bools:
     """Keep the first patches of every sequence [..., N], as many as the shortest of the batch has."""
-    return mask & (mask.cumsum(-1, np.int32) <= mask.sum(-1).min())
+    lengths = mask.sum(-1)
+    if lengths.min() == lengths.max():  # as of target blocks
+        return mask
+    return mask & (mask.cumsum(-1, np.int32) <= lengths.min())
 
 
 def _random_subset(mask: _Bools, count: int, words: _Ints) -> _Bools:
@@ -296,33 +299,42 @@ def _random_subset(mask: _Bools, count: int, words: _Ints) -> _Bools:
     return mask & (rank <= np.partition(rank, count - 1, axis=1)[:, count - 1 : count])
 
 
-def _sequences(mask: _Bools) -> tuple[_Ints, _Ints]:
-    """Where a mask [..., N] is True when it is flat, and the cu_seqlens of its sequences of N."""
+class _Sequences(NamedTuple):
+    """`Ragged` on the host."""
+
+    cu_seqlens: _Ints
+    lengths: _Ints
+
+
+def _sequences(mask: _Bools) -> tuple[_Ints, _Sequences]:
+    """The patches of a mask [..., N], as indices of the flat mask, and its sequences."""
     indices = np.flatnonzero(mask)
-    return indices, np.searchsorted(indices, np.arange(0, mask.size + 1, mask.shape[-1]))
+    cu_seqlens = np.searchsorted(indices, np.arange(0, mask.size + 1, mask.shape[-1]))
+    return indices, _Sequences(cu_seqlens, cu_seqlens[1:] - cu_seqlens[:-1])
 
 
 def _pack(target_mask: _Bools, context_mask: _Bools) -> PackedMasks:
     """From [B, M, N] and [B, N]."""
     num_images, num_blocks, num_patches = target_mask.shape
-    union_mask = target_mask.any(1)
+    union_mask = np.logical_or.reduce(target_mask, axis=1)
     context_indices, context = _sequences(context_mask)
-    target_flat, target = _sequences(target_mask)
     union_indices, union = _sequences(union_mask)
-    target_lengths = np.diff(target)
-    seq = np.arange(num_images * num_blocks)
-    image = seq // num_blocks
+    flat, target = _sequences(target_mask)  # flat: sequence * N + position
     # A predictor sequence is the rows of its image's context, and behind them its target tokens.
-    contexts = np.diff(context)[image].cumsum()  # [B * M]: context tokens in the sequences up to and including each
-    predictor = target + np.append(0, contexts)
+    context_lengths = np.repeat(context.lengths, num_blocks)  # [B * M]
+    num_context = context_lengths.cumsum()  # [B * M]: context tokens of each predictor sequence and those before it
+    predictor = _Sequences(target.cu_seqlens + np.concatenate([[0], num_context]), context_lengths + target.lengths)
 
-    position = target_flat - np.repeat(seq * num_patches, target_lengths)
-    target_indices = position + np.repeat(image * num_patches, target_lengths)
-    predictor_target_rows = np.arange(target[-1]) + np.repeat(contexts, target_lengths)
-    predictor_rows = np.arange(predictor[-1]) + np.repeat(context[image] - predictor[:-1], np.diff(predictor))
-    predictor_rows[predictor_target_rows] = context[-1] + position
+    seq = np.arange(num_images * num_blocks)
+    position = flat - np.repeat(seq * num_patches, target.lengths)
+    target_indices = position + np.repeat(seq // num_blocks * num_patches, target.lengths)
+    predictor_target_rows = np.arange(len(flat)) + np.repeat(num_context, target.lengths)
+    first = np.repeat(context.cu_seqlens[:-1], num_blocks) - predictor.cu_seqlens[:-1]
+    predictor_rows = np.arange(predictor.cu_seqlens[-1]) + np.repeat(first, predictor.lengths)
+    predictor_rows[predictor_target_rows] = len(context_indices) + position
     kinds = (context, target, union, predictor)
-    cu_seqlens = [torch.from_numpy(x.astype(np.int32)) for x in kinds]
+    cu_seqlens = [torch.from_numpy(x.cu_seqlens.astype(np.int32)) for x in kinds]
+    sizes = np.array([[x.cu_seqlens[-1] for x in kinds], [x.lengths.max() for x in kinds]])
     return PackedMasks(
         context_indices=torch.from_numpy(context_indices),
         context_cu_seqlens=cu_seqlens[0],
@@ -330,9 +342,9 @@ def _pack(target_mask: _Bools, context_mask: _Bools) -> PackedMasks:
         target_cu_seqlens=cu_seqlens[1],
         union_indices=torch.from_numpy(union_indices),
         union_cu_seqlens=cu_seqlens[2],
-        union_rows=torch.from_numpy((union_mask.cumsum() - 1).take(target_indices)),
+        union_rows=torch.from_numpy(union_mask.cumsum().take(target_indices) - 1),
         predictor_rows=torch.from_numpy(predictor_rows),
         predictor_cu_seqlens=cu_seqlens[3],
         predictor_target_rows=torch.from_numpy(predictor_target_rows),
-        sizes=torch.from_numpy(np.array([[x[-1] for x in kinds], [np.diff(x).max() for x in kinds]])),
+        sizes=torch.from_numpy(sizes),
     )

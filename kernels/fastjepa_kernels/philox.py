@@ -38,15 +38,16 @@ def philox4x32(
     Returns:
         Four int64 arrays (tensors) of the broadcast shape, uniform in [0, 2^32).
     """
-    constant = np.array if isinstance(c0, np.ndarray) else int  # NumPy is twice as fast with arrays as with numbers
+    constant = np.array if isinstance(c0, np.ndarray) else int  # with numbers NumPy takes twice as long
     m0, m1, half, mask = (constant(x) for x in (_M0, _M1, 32, _MASK32))
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
-    x0, x1, x2, x3 = c0, c1, c0 * 0 + c2, c3
+    zero = c0 * 0
+    x0, x1, x2, x3 = c0, zero + c1, zero + c2, zero + c3
     for _ in range(10):
         p0, p1 = x0 * m0, x2 * m1
         x0 = ((p1 >> half) ^ x1 ^ constant(k0)) & mask
         x2 = ((p0 >> half) ^ x3 ^ constant(k1)) & mask
-        x1, x3 = p1, p0  # the upper halves vanish with the masks
+        x1, x3 = p1, p0  # the masks of the next round take their upper halves away
         k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
     return x0, x1 & mask, x2, x3 & mask
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import length_hint
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION
-from fastjepa_kernels.reference import mask_sampling_reference, mask_words_reference
+from fastjepa_kernels.reference import image_masks_reference, mask_sampling_reference, mask_words_reference
 from tests.kernels.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
 
 cheap = settings(max_examples=100, deadline=None, derandomize=True)
@@ -117,6 +118,18 @@ def test_hard_rules_make_target_blocks_be_given_up() -> None:
     unions = sequences(masks.union_indices, masks.union_cu_seqlens)
     shared = [not set(context).isdisjoint(union) for context, union in zip(contexts, unions, strict=True)]
     assert 10 < sum(shared) < 120
+
+
+def test_hard_rules_need_from_one_to_many_attempts() -> None:
+    """The host draws the first attempt of all images, then 20 at a time for those that still have no context."""
+    rules = hard_rules("ragged")
+    attempts = set()
+    for sample in range(130):
+        word = mask_words_reference(DOMAIN_BLOCK_POSITION, sample, 7, 2**63 + 5)
+        words = iter([word() for _ in range(1000)])
+        image_masks_reference(rules, words.__next__, word)
+        attempts.add((1000 - length_hint(words)) // 2 - rules.num_target_blocks)
+    assert {1, 2, 3, 21, 41} <= attempts
 
 
 def test_of_equal_words_the_earlier_patch_wins() -> None:
