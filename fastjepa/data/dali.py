@@ -42,7 +42,8 @@ class DaliDecoder:
     """`Decoder` on a CPU or a CUDA device.
 
     What DALI cannot decode (GIF, AVIF, animated WebP, and whatever else fails in it) is decoded by another decoder, which
-    also says which images are bad: so the same images are bad with any decoder.
+    also says which images are bad: so the same images are bad with any decoder. (Therefore TIFF, too: DALI reads it down to
+    the box only, and does not see damage below.)
     """
 
     def __init__(self, config: DataConfig, device: torch.device, max_batch: int, other: Decoder) -> None:
@@ -152,7 +153,7 @@ class DaliDecoder:
 
 
 def _dali_reads(image: EncodedImage) -> bool:
-    return image.format not in ("AVIF", "GIF") and not (image.format == "WEBP" and image.animated)
+    return image.format not in ("AVIF", "GIF", "TIFF") and not (image.format == "WEBP" and image.animated)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -20,8 +20,8 @@ from fastjepa.errors import DataError
 # Pillow's own limit on pixels warns, or raises, by a figure of its own. Ours is data.max_pixels.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Pillow's readers raise on a file that is damaged or not what its header says.
-PILLOW_ERRORS = (
+# What the readers raise on a file that is damaged or not what its header says.
+READ_ERRORS = (
     OSError,
     EOFError,
     SyntaxError,
@@ -30,6 +30,7 @@ PILLOW_ERRORS = (
     KeyError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )
@@ -117,8 +118,8 @@ def read_header(data: bytes, max_pixels: int) -> EncodedImage:
 def _jpeg_header(data: bytes) -> EncodedImage:
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        raise BadImage(f"damaged in its header: {error}") from error
+    except (ValueError, KeyError):  # damaged, or of an unusual subsampling: Pillow will say
+        return _other_header(data)
     if colour in ("YCbCr", "Gray"):
         return EncodedImage(data, height, width, "JPEG", plain_jpeg=True)
     return _other_header(data)
@@ -130,7 +131,7 @@ def _other_header(data: bytes) -> EncodedImage:
         animated = bool(getattr(image, "is_animated", False)) and image.format in ("AVIF", "GIF", "PNG", "WEBP")
     except UnidentifiedImageError:
         raise BadImage("not an image, or damaged in its header") from None
-    except PILLOW_ERRORS as error:
+    except READ_ERRORS as error:
         raise BadImage(f"damaged in its header: {describe(error)}") from error
     if image.mode == "F":
         raise BadImage("floating-point pixels, whose range is unknown; expected integers")

@@ -16,7 +16,7 @@ NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_prob
 Pixels = npt.NDArray[np.uint8]
 
 
-@pytest.fixture(params=["pillow", pytest.param("dali", marks=NEEDS_DALI)])
+@pytest.fixture(params=["turbo", pytest.param("dali", marks=NEEDS_DALI)])
 def loader_name(request: pytest.FixtureRequest) -> str:
     """Both decoders in turn; DALI only where it is installed."""
     return str(request.param)
@@ -28,6 +28,7 @@ def make_config() -> Callable[..., Config]:
 
     def make(**data: object) -> Config:
         settings = {"image_size": 32, "in_channels": 1, "mean": (0.5,), "std": (0.25,), "num_threads": 2, **data}
+        settings.setdefault("max_bad_share", 1.0)
         return Config(
             seed=7,
             data=DataConfig(**settings),  # type: ignore[arg-type]
