@@ -229,7 +229,9 @@ class _Words(NamedTuple):
         first = start // 4
         counter = np.arange(first, -(-(start + count) // 4))
         sample = (self.sample_indices & 0xFFFFFFFF)[:, None]
-        words = np.stack(philox4x32(counter, domain, sample, self.step, seed=self.seed), 2)
+        words = np.empty((len(sample), len(counter), 4), np.int64)
+        for i, word in enumerate(philox4x32(counter, domain, sample, self.step, seed=self.seed)):
+            words[..., i] = word
         return words.reshape(len(sample), -1)[:, start - 4 * first :][:, :count]
 
 
@@ -309,7 +311,7 @@ class _Sequences(NamedTuple):
 def _sequences(mask: _Bools) -> tuple[_Ints, _Sequences]:
     """The patches of a mask [..., N], as indices of the flat mask, and its sequences."""
     indices = np.flatnonzero(mask)
-    cu_seqlens = np.searchsorted(indices, np.arange(0, mask.size + 1, mask.shape[-1]))
+    cu_seqlens = indices.searchsorted(np.arange(0, mask.size + 1, mask.shape[-1]))
     return indices, _Sequences(cu_seqlens, cu_seqlens[1:] - cu_seqlens[:-1])
 
 
@@ -319,19 +321,24 @@ def _pack(target_mask: _Bools, context_mask: _Bools) -> PackedMasks:
     union_mask = np.logical_or.reduce(target_mask, axis=1)
     context_indices, context = _sequences(context_mask)
     union_indices, union = _sequences(union_mask)
-    flat, target = _sequences(target_mask)  # flat: sequence * N + position
+    position, target = _sequences(target_mask)
     # A predictor sequence is the rows of its image's context, and behind them its target tokens.
-    context_lengths = np.repeat(context.lengths, num_blocks)  # [B * M]
+    context_lengths = context.lengths.repeat(num_blocks)  # [B * M]
     num_context = context_lengths.cumsum()  # [B * M]: context tokens of each predictor sequence and those before it
     predictor = _Sequences(target.cu_seqlens + np.concatenate([[0], num_context]), context_lengths + target.lengths)
 
-    seq = np.arange(num_images * num_blocks)
-    position = flat - np.repeat(seq * num_patches, target.lengths)
-    target_indices = position + np.repeat(seq // num_blocks * num_patches, target.lengths)
-    predictor_target_rows = np.arange(len(flat)) + np.repeat(num_context, target.lengths)
-    first = np.repeat(context.cu_seqlens[:-1], num_blocks) - predictor.cu_seqlens[:-1]
-    predictor_rows = np.arange(predictor.cu_seqlens[-1]) + np.repeat(first, predictor.lengths)
-    predictor_rows[predictor_target_rows] = len(context_indices) + position
+    # Sums in place: memory that is new to the process takes longer than they do.
+    seq, count = np.arange(num_images * num_blocks), np.arange(predictor.cu_seqlens[-1])
+    position -= (seq * num_patches).repeat(target.lengths)
+    target_indices = (seq // num_blocks * num_patches).repeat(target.lengths)
+    target_indices += position
+    predictor_target_rows = num_context.repeat(target.lengths)
+    predictor_target_rows += count[: len(position)]
+    first = context.cu_seqlens[:-1].repeat(num_blocks) - predictor.cu_seqlens[:-1]
+    predictor_rows = first.repeat(predictor.lengths)
+    predictor_rows += count
+    position += len(context_indices)
+    predictor_rows[predictor_target_rows] = position
     kinds = (context, target, union, predictor)
     cu_seqlens = [torch.from_numpy(x.cu_seqlens.astype(np.int32)) for x in kinds]
     sizes = np.array([[x.cu_seqlens[-1] for x in kinds], [x.lengths.max() for x in kinds]])
