@@ -47,18 +47,17 @@ class BadSamples:
         return self._reasons.get(index)
 
     def add(self, index: int, reason: str) -> None:
-        """A sample turned out bad.
+        """A sample turned out bad, for the first time or again.
 
         Raises:
             DataError: they are too many now; the message names some of them and where all are.
         """
         with self._lock:
-            if index in self._reasons:
-                return
-            self._reasons[index] = reason
-            name = self._dataset.name(index)
-            self._share({"index": index, "name": name, "reason": reason})
-            logger.warning("bad image, another one takes its place: %s: %s", name, reason)
+            if index not in self._reasons:
+                self._reasons[index] = reason
+                name = self._dataset.name(index)
+                self._share({"index": index, "name": name, "reason": reason})
+                logger.warning("bad image, another one takes its place: %s: %s", name, reason)
             count, total = len(self._names), len(self._dataset)
             if count == total or count > self._max_share * total:
                 latest = ", ".join(list(self._names)[-_NAMED_IN_ERROR:])
@@ -85,7 +84,9 @@ class BadSamples:
                         # A rank that was killed may have left half a line.
                         file.write(b"\n" + line if rest else line)
         except OSError as error:
-            logger.warning("%s cannot be written (%s): bad images are named in this log only", self._path, error.strerror)
+            logger.warning(
+                "%s cannot be written (%s): bad images are named in this log only", self._path, error.strerror
+            )
             self._path = None
         if mine is not None:
             self._names[mine] = None

@@ -58,7 +58,9 @@ class DaliDecoder:
         self._pipeline: Any = None  # built on use, and again after an error, which leaves it unusable
         self._told: set[str] = set()
 
-    def decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+    def decode(
+        self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
+    ) -> Tensor:
         """See `Decoder`.
 
         Raises:
@@ -77,7 +79,9 @@ class DaliDecoder:
                 batch[torch.from_numpy(some).to(self._device)] = pixels.to(self._device)
         return batch
 
-    def _decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+    def _decode(
+        self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
+    ) -> Tensor:
         try:
             return self._run(images, boxes, flips)
         except RuntimeError as error:
@@ -87,7 +91,9 @@ class DaliDecoder:
             pixels = self._other.decode(images, boxes, flips)  # raises BadImages if it is the images' fault
             if (reason := _reason(error)) not in self._told:
                 self._told.add(reason)
-                logger.warning("DALI fails on a batch whose images are good (%s): such batches are decoded on the CPU", reason)
+                logger.warning(
+                    "DALI fails on a batch whose images are good (%s): such batches are decoded on the CPU", reason
+                )
             return pixels.to(self._device)
 
     def _check_that_it_works(self) -> None:
@@ -95,7 +101,9 @@ class DaliDecoder:
         good = read_header(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), 1000)
         self._run([good], np.array([[0, 0, 16, 16]], np.int32), np.array([False]))
 
-    def _run(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+    def _run(
+        self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
+    ) -> Tensor:
         pipeline = self._pipeline or self._build()
         self._pipeline = None
         inputs: dict[str, Any] = {
@@ -145,7 +153,12 @@ class DaliDecoder:
             channels = self._config.in_channels
             pipeline.set_outputs(
                 fn.crop_mirror_normalize(
-                    resized, dtype=types.UINT8, mean=[0.0] * channels, std=[1.0] * channels, output_layout="CHW", **mirror
+                    resized,
+                    dtype=types.UINT8,
+                    mean=[0.0] * channels,
+                    std=[1.0] * channels,
+                    output_layout="CHW",
+                    **mirror,
                 )
             )
         pipeline.build()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from fastjepa.data.images import BadImage, describe
 
 Ints = npt.NDArray[np.int64]
+
+_AT_ONCE = 1 << 16  # strings that are Python objects at a time: millions of them would take gigabytes
 
 
 class Strings:
@@ -38,12 +41,18 @@ class Strings:
         Raises:
             ValueError: a string holds a NUL.
         """
-        strings = list(strings)
-        text = b"\0".join(strings)
-        if text.count(b"\0") != max(len(strings) - 1, 0):
+        text, ends = bytearray(), [np.empty(0, np.int64)]
+        iterator = iter(strings)
+        while some := list(islice(iterator, _AT_ONCE)):
+            lengths = np.fromiter(map(len, some), np.int64, len(some))
+            ends.append(len(text) + np.cumsum(lengths + 1) - 1)
+            text += b"\0".join(some)
+            text += b"\0"
+        joined = np.concatenate(ends)
+        if text.count(b"\0") != len(joined):
             raise ValueError("a string holds a NUL")
-        lengths = np.fromiter(map(len, strings), np.int64, len(strings))
-        return Strings(np.frombuffer(text, np.uint8), np.cumsum(lengths + 1) - 1)
+        del text[-1:]
+        return Strings(np.frombuffer(text, np.uint8), joined)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -51,6 +60,12 @@ class Strings:
     def __getitem__(self, index: int) -> bytes:
         start = int(self.ends[index - 1]) + 1 if index else 0
         return self.text[start : int(self.ends[index])].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for first in range(0, len(self), _AT_ONCE):
+            last = min(first + _AT_ONCE, len(self)) - 1
+            start = int(self.ends[first - 1]) + 1 if first else 0
+            yield from self.text[start : int(self.ends[last])].tobytes().split(b"\0")
 
 
 class Spans(NamedTuple):
@@ -63,17 +78,18 @@ class Spans(NamedTuple):
     start: Ints
     """[n]: the sample's first byte in the file."""
     size: Ints
-    """[n]: its bytes."""
+    """[n]: its bytes; -1: as many as the file has, which is of one image then."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """The images of one split of a source. A sample's identity is its index; the order is that of the sorted names."""
+    """The images of one split of a source. A sample's identity is its index. The order is stable: files by their names, or
+    as a pattern or a list has them; and what one file holds as it stands there."""
 
     root: str
     """The folder that names and files are relative to."""
     names: Strings
-    """Unique. Of files: their path. Of others: file and member, as `shard-000.tar/0001.jpg`."""
+    """Unique. Of files: their path. Of others: file and member or row, as `shard-000.tar/0001.jpg`."""
     labels: Ints | None
     """int64 [n], indices into class_names; None: the source gives no labels."""
     class_names: tuple[str, ...]

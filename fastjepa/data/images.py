@@ -68,7 +68,7 @@ class EncodedImage:
     animated: bool = False
     """It has several frames, of which the first one counts."""
     opened: Image.Image | None = None
-    """By Pillow, which read the header: the pixels are not decoded yet."""
+    """By Pillow, which read the header: the pixels are not decoded yet. For one decoder on one thread."""
 
 
 class Decoder(Protocol):
@@ -80,7 +80,9 @@ class Decoder(Protocol):
     left to right where asked for. Their pixels differ by rounding; tests/data/test_decoders.py holds the bounds.
     """
 
-    def decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+    def decode(
+        self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
+    ) -> Tensor:
         """Decode one batch.
 
         Args:
@@ -104,10 +106,7 @@ def read_header(data: bytes, max_pixels: int) -> EncodedImage:
         BadImage: not an image of FORMATS, or one that is cut short, has more than `max_pixels` pixels, or pixels that are no
             integers.
     """
-    if data.startswith(_JPEG):
-        image = _jpeg_header(data)
-    else:
-        image = _other_header(data)
+    image = _jpeg_header(data) if data.startswith(_JPEG) else _other_header(data)
     if image.height * image.width > max_pixels:
         raise BadImage(f"{image.width} x {image.height} pixels, expected at most data.max_pixels = {max_pixels}")
     if image.format == "JPEG" and _is_cut_short(data):

@@ -101,13 +101,21 @@ def fetch(
 ) -> tuple[list[EncodedImage | None], dict[int, str]]:
     """The files and headers of some images, None for bad ones; and the reasons of these, by position."""
     images: list[EncodedImage | None] = [None] * len(indices)
-    # No format needs more for a pixel than four channels of 16 bits, and some for its header and colour profile.
-    max_bytes = 8 * config.max_pixels + (1 << 20)
 
     def read(position: int) -> None:
-        images[position] = read_header(dataset.read(int(indices[position]), max_bytes), config.max_pixels)
+        images[position] = read_image(dataset, int(indices[position]), config)
 
     return images, for_each(read, len(indices), pool, config.num_threads)
+
+
+def read_image(dataset: ImageDataset, index: int, config: DataConfig) -> EncodedImage:
+    """An image's file, and what its header says.
+
+    Raises:
+        BadImage: it cannot be read, or its header says that it cannot be used.
+    """
+    # No format needs more for a pixel than four channels of 16 bits, and some for its header and colour profile.
+    return read_header(dataset.read(index, 8 * config.max_pixels + (1 << 20)), config.max_pixels)
 
 
 def read_central(dataset: ImageDataset, indices: Ints, config: DataConfig, decoder: Decoder, pool: Executor) -> Tensor:

@@ -41,7 +41,9 @@ class TurboDecoder:
         self._config, self._pool, self._pin_memory = config, pool, pin_memory
         self._mode = "RGB" if config.in_channels == 3 else "L"
 
-    def decode(self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]) -> Tensor:
+    def decode(
+        self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
+    ) -> Tensor:
         """See `Decoder`."""
         shape = (len(images), self._config.in_channels, *self._config.image_hw)
         batch = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
@@ -99,7 +101,9 @@ class TurboDecoder:
             image.data, self._colour, min_height=-(-image.height // k), min_width=-(-image.width // k), strict=False
         )
         first, last = (top // k, left // k), (-(-(top + height) // k), -(-(left + width) // k))
-        part = Image.fromarray(np.ascontiguousarray(pixels[first[0] : last[0], first[1] : last[1]]).squeeze(), self._mode)
+        part = Image.fromarray(
+            np.ascontiguousarray(pixels[first[0] : last[0], first[1] : last[1]]).squeeze(), self._mode
+        )
         within = (left / k - first[1], top / k - first[0], (left + width) / k - first[1], (top + height) / k - first[0])
         out_h, out_w = self._config.image_hw
         return np.asarray(part.resize((out_w, out_h), Image.Resampling.BILINEAR, box=within)).reshape(out_h, out_w, -1)

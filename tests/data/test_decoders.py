@@ -1,4 +1,4 @@
-"""Decoders: the same pixels from libjpeg-turbo, Pillow, DALI and torch, for every kind of file, and clear words for bad ones."""
+"""Decoders: the same pixels from libjpeg-turbo, Pillow, DALI and torch, for every kind of file; clear words for bad ones."""
 
 import os
 import struct
@@ -104,7 +104,7 @@ def test_turbo_gives_the_pixels_of_pillow_within_one_level(
 
 
 def test_turbo_crops_are_antialiased_bilinear(photos: dict[str, Path], photograph: Pixels) -> None:
-    """Against torch's resampling in float: after either axis there is rounding to a level, so within one level and a half."""
+    """Against torch's resampling in float: after either axis there is rounding to a level, so within 1.5 levels."""
     boxes = random_boxes(*photograph.shape[:2], 8)
     images = decode(decoder_for("turbo", (96, 64)), [photos["png"]] * 8, boxes)
     for image, (top, left, height, width) in zip(images, boxes, strict=True):
@@ -214,7 +214,7 @@ def write_formats(folder: Path, photograph: Pixels) -> dict[str, tuple[Path, Pix
 def test_every_kind_of_file_gives_its_pixels(
     tmp_path: Path, photograph: Pixels, loader_name: str, in_channels: int
 ) -> None:
-    """Lossless files within one level of 255; JPEG and AVIF on average within one. Nothing is rotated, blended or clipped."""
+    """Lossless files within one level of 255; JPEG, AVIF on average within one. Nothing is rotated, blended or clipped."""
     formats = write_formats(tmp_path, photograph)
     assert len(formats) == 22
     decoder = decoder_for(loader_name, (64, 96), in_channels)
@@ -317,13 +317,14 @@ def test_truncated_files_are_found_and_the_others_still_decode(
     Image.fromarray(photograph[:200, :300]).save(tmp_path / f"good.{suffix}")
     whole = (tmp_path / f"good.{suffix}").read_bytes()
     decoder = decoder_for(loader_name, (32, 32))
+    seen_by_header = {"jpg": "truncated", "webp": "damaged in its header", "png": "damaged in its header"}
     top = np.tile(np.array([[0, 0, 20, 300]], np.int32), (4, 1))  # the damage is below: it counts all the same
     cut = whole[: len(whole) * 2 // 3]
-    try:
-        mixed = [read_header(data, 10**6) for data in (whole, cut, whole, cut)]
-    except BadImage as error:
-        assert ("truncated" if suffix == "jpg" else "damaged in its header") in str(error)
+    if suffix in seen_by_header:
+        with pytest.raises(BadImage, match=seen_by_header[suffix]):
+            read_header(cut, 10**6)
     else:
+        mixed = [read_header(data, 10**6) for data in (whole, cut, whole, cut)]
         with pytest.raises(BadImages) as caught:
             decoder.decode(mixed, top, np.zeros(4, bool))
         assert list(caught.value.bad) == [1, 3]
