@@ -75,7 +75,7 @@ class DaliDecoder:
         for decode, those in ((self._decode, mine), (self._other.decode, ~mine)):
             if those.any():
                 some = np.flatnonzero(those)
-                pixels = decode([images[i] for i in some], boxes[some], flips[some])
+                pixels = decode([images[int(i)] for i in some], boxes[some], flips[some])
                 batch[torch.from_numpy(some).to(self._device)] = pixels.to(self._device)
         return batch
 

@@ -67,15 +67,17 @@ class EncodedImage:
     """A JPEG file in grey or YCbCr, which libjpeg-turbo decodes by itself."""
     animated: bool = False
     """It has several frames, of which the first one counts."""
-    opened: Image.Image | None = None
-    """By Pillow, which read the header: the pixels are not decoded yet. For one decoder on one thread."""
+
+    def open(self) -> Image.Image:
+        """By Pillow, afresh: an image that was decoded once would keep its pixels."""
+        return Image.open(io.BytesIO(self.data), formats=[self.format])
 
 
 class Decoder(Protocol):
     """Encoded images to a batch of pixels.
 
-    Decoders agree on this: the stored pixels, without EXIF rotation (as torchvision's ImageFolder); the first frame; alpha
-    dropped, palettes expanded, CMYK converted, 16 bits scaled to 8; RGB or grey; the box cut out; resized to
+    Decoders agree on this: the stored pixels, without EXIF rotation (but for TIFF, which Pillow itself rotates; both as
+    torchvision's ImageFolder); the first frame; alpha dropped, palettes expanded, CMYK converted, 16 bits scaled to 8; RGB or grey; the box cut out; resized to
     data.image_size, bilinear with antialiasing, in 8 bits (as torchvision's RandomResizedCrop on a PIL image); mirrored
     left to right where asked for. Their pixels differ by rounding; tests/data/test_decoders.py holds the bounds.
     """
@@ -134,8 +136,9 @@ def _other_header(data: bytes) -> EncodedImage:
         raise BadImage(f"damaged in its header: {describe(error)}") from error
     if image.mode == "F":
         raise BadImage("floating-point pixels, whose range is unknown; expected integers")
-    assert image.format is not None
-    return EncodedImage(data, image.height, image.width, image.format, animated=animated, opened=image)
+    # A JPEG file of several pictures, of which the first one counts.
+    kind = "JPEG" if image.format == "MPO" else str(image.format)
+    return EncodedImage(data, image.height, image.width, kind, animated=animated)
 
 
 def _is_cut_short(jpeg: bytes) -> bool:

@@ -13,8 +13,9 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,26 +89,25 @@ def _arrays(listing: Listing) -> dict[str, np.ndarray[Any, Any]]:
 
 def _save(folder: Path, listing: Listing, started: float) -> None:
     """Atomically: into a folder beside, which then takes the name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with temporary_folder(folder) as temporary:
+        described: dict[str, Any] = {
+            "format": _FORMAT,
+            "root": os.fsencode(listing.dataset.root).hex(),
+            "class_names": listing.dataset.class_names,
+            "warnings": listing.warnings,
+        }
         arrays = _arrays(listing) | {"watched_state": _state(listing.watched, started)}
         for name, array in arrays.items():
             with (temporary / f"{name}.npy").open("wb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        described = {
-            "format": _FORMAT,
-            "root": os.fsencode(listing.dataset.root).hex(),
-            "class_names": listing.dataset.class_names,
-            "warnings": listing.warnings,
-            "arrays": {name: _checksum(array) for name, array in arrays.items()},
-        }
-        with (temporary / "index.json").open("w", encoding="utf-8") as file:
-            json.dump(described, file)
-            file.flush()
-            os.fsync(file.fileno())
+        described["arrays"] = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
+        described["checksum"] = _checksum_of(described)
+        with (temporary / "index.json").open("w", encoding="utf-8") as text:
+            json.dump(described, text)
+            text.flush()
+            os.fsync(text.fileno())
         # The one before is kept: another run may have it mapped. Any of these renames may lose against another rank.
         previous = folder.with_name(f"{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
@@ -118,8 +118,6 @@ def _save(folder: Path, listing: Listing, started: float) -> None:
         except OSError:
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _load(folder: Path) -> Listing | None:
@@ -128,13 +126,13 @@ def _load(folder: Path) -> Listing | None:
         described = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if described["format"] != _FORMAT:
             return None
-        arrays = {
-            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-            for name in described["arrays"]
-        }
-        if damaged := [name for name, array in arrays.items() if _checksum(array) != described["arrays"][name]]:
-            logger.warning("%s: the checksum of %s is wrong: the data set is listed anew", folder, ", ".join(damaged))
-            return None
+        if described.pop("checksum") != _checksum_of(described):
+            raise ValueError("the checksum of index.json is wrong")
+        files = {name: folder / f"{name}.npy" for name in described["arrays"]}
+        # Before they are mapped: numpy trips over damaged headers in ways of its own.
+        if damaged := [name for name, file in files.items() if _checksum(file) != described["arrays"][name]]:
+            raise ValueError(f"the checksum of {', '.join(damaged)} is wrong")
+        arrays = {name: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)) for name, file in files.items()}
         root = os.fsdecode(bytes.fromhex(described["root"]))
         watched = Strings(arrays["watched"], arrays["watched_ends"])
         paths = [watched[i] for i in range(len(watched))]
@@ -142,8 +140,8 @@ def _load(folder: Path) -> Listing | None:
             return None
         spans = None
         if "files" in arrays:
-            files = Strings(arrays["files"], arrays["file_ends"])
-            spans = Spans(files, arrays["file"], arrays["start"], arrays["size"])
+            in_files = Strings(arrays["files"], arrays["file_ends"])
+            spans = Spans(in_files, arrays["file"], arrays["start"], arrays["size"])
         dataset = ImageDataset(
             root,
             Strings(arrays["names"], arrays["name_ends"]),
@@ -171,16 +169,33 @@ def _state(paths: list[bytes], started: float | None = None) -> np.ndarray[Any, 
         if started is not None and status.st_mtime > started - _SETTLED_AFTER:
             return -2, -2
         # A folder's size says nothing that its time does not.
-        return status.st_mtime_ns, status.st_size if os.path.isfile(path) else 0  # noqa: PTH113 (bytes)
+        return status.st_mtime_ns, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
     return np.array([of(path) for path in paths], np.int64).reshape(-1, 2)
 
 
-def _checksum(array: np.ndarray[Any, Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_of(described: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 # Shared by the sources
+
+
+@contextlib.contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """A new hidden folder beside one that is to be, gone afterwards unless it was renamed. Unlike those of tempfile it may
+    be read by others than its owner: a cache may be shared."""
+    folder = beside.with_name(f".{beside.name}-{uuid.uuid4().hex}")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:

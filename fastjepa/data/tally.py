@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +94,7 @@ class Inspector:
         return damage
 
 
-class _SameThread(ThreadPoolExecutor):
+class _SameThread(Executor):
     """Works on the thread that asks, which is one of a pool already."""
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], **_: Any) -> Iterator[Any]:
@@ -102,24 +102,25 @@ class _SameThread(ThreadPoolExecutor):
 
 
 def _kind(image: EncodedImage) -> str:
-    if image.opened is None:
+    if image.plain_jpeg:
         colour = simplejpeg.decode_jpeg_header(image.data, strict=False)[2]
         return f"{image.format} {'grey' if colour == 'Gray' else 'RGB'}"
-    mode = image.opened.mode
+    opened = image.open()
+    mode = opened.mode
     if mode.startswith("I"):
         return f"{image.format} 16-bit grey"
     # Pillow's other modes do not tell 16 bits from 8.
     is_16 = image.format == "PNG" and image.data[24] == 16
-    is_16 |= image.format == "TIFF" and 16 in getattr(image.opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
+    is_16 |= image.format == "TIFF" and 16 in getattr(opened, "tag_v2", {}).get(_BITS_PER_SAMPLE, ())
     return f"{image.format} {'16-bit ' if is_16 else ''}{_COLOURS.get(mode, mode)}"
 
 
 def _is_rotated(image: EncodedImage) -> bool:
-    if image.opened is None:
+    if image.plain_jpeg:
         start = image.data.find(b"Exif\0\0", 0, 1 << 17)
         exif = image.data[start : start + 0xFFFF] if image.data[max(start - 4, 0) : start - 2] == b"\xff\xe1" else b""
     else:
-        exif = image.opened.info.get("exif", b"")  # TIFF files have none here: Pillow turns them when it decodes
+        exif = image.open().info.get("exif", b"")  # TIFF files have none here: Pillow turns them when it decodes
     try:
         tags = Image.Exif()
         tags.load(exif)
@@ -157,7 +158,7 @@ class Tally:
     def scan(
         self,
         inspect: Inspector,
-        pool: ThreadPoolExecutor,
+        pool: Executor,
         num_threads: int,
         stop: threading.Event,
         progress: Callable[[int], None],
@@ -180,7 +181,7 @@ class Tally:
                 return
 
     def _scan(
-        self, indices: range, inspect: Inspector, pool: ThreadPoolExecutor, num_threads: int, stop: threading.Event
+        self, indices: range, inspect: Inspector, pool: Executor, num_threads: int, stop: threading.Event
     ) -> None:
         found: list[Found | None] = [None] * len(indices)
 

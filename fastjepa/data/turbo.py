@@ -7,7 +7,7 @@ but for large JPEG files, which are decoded at a half, a quarter or an eighth of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,7 @@ _PIXELS_LEFT = 2
 class TurboDecoder:
     """`Decoder` on the CPU, with the threads of a pool (decoding and resizing release the interpreter lock)."""
 
-    def __init__(self, config: DataConfig, pool: ThreadPoolExecutor, *, pin_memory: bool = False) -> None:
+    def __init__(self, config: DataConfig, pool: Executor, *, pin_memory: bool = False) -> None:
         """
         Args:
             config: the data settings.
@@ -85,8 +85,7 @@ class TurboDecoder:
         if image.plain_jpeg:
             pixels = simplejpeg.decode_jpeg(image.data, self._colour, strict=False)
             return np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        assert image.opened is not None
-        crop = image.opened.crop((left, top, left + width, top + height))
+        crop = image.open().crop((left, top, left + width, top + height))
         return np.array(_eight_bits(crop, self._mode)).reshape(height, width, -1)
 
     @property

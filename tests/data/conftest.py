@@ -39,6 +39,14 @@ def make_config() -> Callable[..., Config]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FASTJEPA_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes n grey PNG files of different sizes and pixels, `images/000.png`, ...; returns the folder."""

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import fastjepa.data.embedded as embedded
+from fastjepa.config import DataConfig
 from fastjepa.data import DataError, open_dataset
 
 
@@ -39,7 +40,7 @@ def test_a_race_leaves_one_folder_and_nothing_else(cache: Path) -> None:
 def test_all_images_are_there_with_their_labels(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTJEPA_CACHE", str(cache))
     for split, per_class in (("train", 800), ("val", 200)):
-        dataset = open_dataset("fashion_mnist", split)  # type: ignore[arg-type]
+        dataset = open_dataset(DataConfig(source="fashion_mnist"), split)  # type: ignore[arg-type]
         assert dataset is not None
         assert dataset.labels is not None
         assert len(dataset.class_names) == 10
@@ -92,13 +93,3 @@ def test_an_interrupted_unpacking_leaves_nothing_behind(tmp_path: Path, monkeypa
     with pytest.raises(DataError, match=r"No space left on device.*60 MB"):
         embedded.fashion_mnist()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTJEPA_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert embedded.cache_folder() == tmp_path / "fastjepa"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert embedded.cache_folder() == Path.home() / ".cache" / "fastjepa"
-    monkeypatch.setenv("FASTJEPA_CACHE", str(tmp_path / "mine"))
-    assert embedded.cache_folder() == tmp_path / "mine"

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, ks_2samp
 
 from fastjepa.config import DataConfig
-from fastjepa.data.order import Ints, batch_positions, central_boxes, crop_boxes, epoch_order, steps_per_epoch
+from fastjepa.data.order import (
+    Ints,
+    batch_positions,
+    central_boxes,
+    crop_boxes,
+    epoch_order,
+    flips,
+    replacement,
+    steps_per_epoch,
+)
 from fastjepa_kernels.philox import DOMAIN_CROP, philox4x32
 
 Box = tuple[int, int, int, int]
@@ -140,6 +149,37 @@ def test_boxes_lie_inside_the_image(sizes: list[tuple[int, int]], limits: list[f
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, 2:] > 0).all()
         assert (boxes[:, :2] + boxes[:, 2:] <= array).all()
+
+
+def test_flips_have_their_probability_and_depend_on_seed_epoch_and_index_only() -> None:
+    indices = np.arange(10_000)
+
+    def drawn(share: float, seed: int = 0, epoch: int = 0) -> npt.NDArray[np.bool_]:
+        return flips(DataConfig(flip=share), seed=seed, epoch=epoch, indices=indices)
+
+    assert not drawn(0.0).any()
+    assert drawn(1.0).all()
+    assert abs(drawn(0.3).mean() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 10_000)
+    np.testing.assert_array_equal(flips(DataConfig(flip=0.3), seed=0, epoch=0, indices=indices[7:9]), drawn(0.3)[7:9])
+    for other in (drawn(0.5, seed=1), drawn(0.5, epoch=1)):
+        assert 0.45 < (drawn(0.5) == other).mean() < 0.55
+    # Independent of the crop: neither its first area nor its first position tells whether it is mirrored.
+    boxes = crop_boxes(
+        DataConfig(), seed=0, epoch=0, indices=indices, sizes=np.tile(np.array([[375, 500]], np.int32), (10_000, 1))
+    )
+    for column in _statistics(boxes):
+        assert abs(np.corrcoef(column, drawn(0.5))[0, 1]) < 0.04
+
+
+def test_replacements_are_spread_over_the_data_set() -> None:
+    """So that a lost shard is not replaced by one and the same image."""
+    chosen = [replacement(index, 1, seed=3, epoch=2, num_images=50) for index in range(1000, 6000)]
+    counts = np.bincount(chosen, minlength=50)
+    assert 0.001 < chi2.sf(float(((counts - 100) ** 2 / 100).sum()), 49) < 0.999
+    assert replacement(7, 1, seed=3, epoch=2, num_images=50) == replacement(7, 1, seed=3, epoch=2, num_images=50)
+    others = [(8, 1, 3, 2), (7, 2, 3, 2), (7, 1, 4, 2), (7, 1, 3, 3)]
+    values = {replacement(i, k, seed=s, epoch=e, num_images=2**30) for i, k, s, e in [(7, 1, 3, 2), *others]}
+    assert len(values) == 5
 
 
 def test_without_a_crop_scale_the_box_is_the_whole_image() -> None:

@@ -1,0 +1,92 @@
+"""Bad samples are named once, whoever meets them, and a full disk does not stop a run."""
+
+import json
+import logging
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from fastjepa.data import DataError
+from fastjepa.data.bad_samples import BadSamples
+from fastjepa.data.dataset import ImageDataset, Strings
+
+DATASET = ImageDataset("images", Strings.of([f"{i}.jpg".encode() for i in range(1000)]), None, ())
+
+
+def names(path: Path) -> list[str]:
+    return [json.loads(line)["name"] for line in path.read_text().splitlines() if line.strip()]
+
+
+def test_several_ranks_name_a_sample_once_and_count_together(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    first, second = (BadSamples(DATASET, 1.0, path) for _ in range(2))
+    for index in (3, 5, 3):
+        first.add(index, "why")
+    for index in (5, 7):
+        second.add(index, "why")
+    assert names(path) == ["3.jpg", "5.jpg", "7.jpg"]
+    assert len(first) == len(second) == 3
+    assert first.reason(7) is None  # it may be good by now: each process finds out for itself
+    resumed = BadSamples(DATASET, 1.0, path)
+    assert len(resumed) == 3
+    resumed.add(7, "why")
+    assert names(path) == ["3.jpg", "5.jpg", "7.jpg"]
+
+
+def _add_all(path: Path, start: int) -> None:
+    bad = BadSamples(DATASET, 1.0, path)
+    for index in range(start, 200 + start):
+        bad.add(index, "why")
+
+
+def test_processes_that_write_at_the_same_time_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_add_all, args=(path, start)) for start in (0, 100, 50)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert sorted(names(path)) == sorted(f"{i}.jpg" for i in range(300))
+
+
+def test_half_a_line_of_a_killed_process_costs_no_other_line(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"index": 1, "name": "1.jpg", "reason": "x"}\n{"index": 2, "na')
+    bad = BadSamples(DATASET, 1.0, path)
+    bad.add(9, "why")
+    bad.add(8, "why")
+    assert len(BadSamples(DATASET, 1.0, path)) == len(bad) == 3
+    assert path.read_text().endswith('"reason": "why"}\n')
+
+
+def test_more_than_the_share_is_an_error_for_all_that_meet_one(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    first, second = (BadSamples(DATASET, 0.002, path) for _ in range(2))
+    first.add(1, "a")
+    first.add(2, "a")
+    with pytest.raises(DataError, match=r"images: 3 of 1000 images are bad, more than data.max_bad_share = 0.002"):
+        second.add(3, "a")
+    for index in (4, 1):  # also one that it knows
+        with pytest.raises(DataError, match=r"the latest are 1\.jpg, 2\.jpg, 3\.jpg.*bad\.jsonl names them all"):
+            first.add(index, "a")
+
+
+def test_without_a_share_the_first_bad_sample_is_an_error() -> None:
+    with pytest.raises(DataError, match="1 of 1000"):
+        BadSamples(DATASET, 0.0, None).add(1, "a")
+
+
+def test_a_file_that_cannot_be_written_is_told_once_and_the_count_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "no folder").touch()
+    bad = BadSamples(DATASET, 1.0, tmp_path / "no folder" / "bad.jsonl")
+    with caplog.at_level(logging.WARNING):
+        for index in range(3):
+            bad.add(index, "why")
+    assert len(bad) == 3
+    assert sum("cannot be written" in message for message in caplog.messages) == 1
+    assert sum("takes its place" in message for message in caplog.messages) == 3
