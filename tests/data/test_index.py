@@ -208,7 +208,9 @@ def test_a_damaged_index_is_made_anew(
     assert times_listed(caplog) == 2
 
 
-def test_an_index_of_another_format_is_made_anew(images: Path, own_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_index_of_another_format_is_made_anew(
+    images: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names(images)
     (file,) = (own_cache / "index").glob("*/index.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0}))

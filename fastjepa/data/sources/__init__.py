@@ -24,7 +24,7 @@ from typing import Literal
 
 from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.index import Listing, indexed
+from fastjepa.data.index import Listing, entries, indexed
 from fastjepa.data.sources.folder import is_image_name, list_folder
 from fastjepa.data.sources.list_file import list_list_file
 from fastjepa.data.sources.tables import list_tables
@@ -99,16 +99,21 @@ def _split_folder(folder: Path) -> dict[str, _Part]:
 
 def _whole(folder: Path) -> _Part:
     """All of a folder: its shards or tables if it has some, else its images."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror}); expected a readable folder") from error
-    files = [name for name in names if Path(name).suffix in _BY_SUFFIX]
+    files: list[str] = []
+    image = None
+    for entry in entries(os.fsencode(folder)):
+        name = os.fsdecode(entry.name)
+        if Path(name).suffix in _BY_SUFFIX and not entry.is_dir():
+            files.append(name)
+        elif image is None and (is_image_name(entry.name) or entry.is_dir()):
+            image = name
+    # What `datasets` keeps of its own computations, beside the data.
+    files = sorted(name for name in files if not (name.startswith(("cache-", "tmp")) and name.endswith(".arrow")))
     if not files:
         return _Part([str(folder)], list_folder)
-    if images := [name for name in names if is_image_name(os.fsencode(name)) or (folder / name).is_dir()]:
+    if image is not None:
         raise DataError(
-            f"{folder} holds {files[0]} and {images[0]}: say which are meant, with a pattern such as "
+            f"{folder} holds {files[0]} and {image}: say which are meant, with a pattern such as "
             f"{folder}/*{Path(files[0]).suffix}, or move them apart"
         )
     return _Part([str(folder / name) for name in files], _lister_of(files))
@@ -145,9 +150,13 @@ def _matching(pattern: str) -> list[str]:
     patterns = [pattern]
     while braces := _BRACES.search(patterns[0]):
         first, last = braces.groups()
+        if int(first) > int(last):
+            raise DataError(f"{braces[0]} counts nothing; expected the smaller number first")
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
-    files = [file for one in patterns for file in (sorted(glob.glob(one)) if any(c in one for c in "*?[") else [one])]
+    files: dict[str, None] = {}  # {1..10}* finds one twice
+    for one in patterns:
+        files |= dict.fromkeys(sorted(glob.glob(one)) if any(c in one for c in "*?[") else [one])  # noqa: PTH207
     if not any(map(os.path.exists, files)):
-        raise DataError("no file matches the pattern")
-    return files
+        raise DataError("no file matches the pattern ({first..last} counts; * ? [ ] match)")
+    return list(files)

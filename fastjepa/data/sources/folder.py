@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import os
+from collections.abc import Iterator
+from itertools import groupby
 
 import numpy as np
 
-from fastjepa.data.dataset import ImageDataset, Strings
+from fastjepa.data.dataset import ImageDataset, Ints, Strings
 from fastjepa.data.index import Listing, entries
 from fastjepa.errors import DataError
 
@@ -14,10 +17,11 @@ from fastjepa.errors import DataError
 IMAGE_EXTENSIONS = frozenset(
     {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+_EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 
 
 def is_image_name(name: bytes) -> bool:
-    return name[name.rfind(b".") :].lower().decode("latin-1") in IMAGE_EXTENSIONS
+    return name[name.rfind(b".") :].lower() in _EXTENSIONS
 
 
 def list_folder(folders: list[str]) -> Listing:
@@ -31,45 +35,79 @@ def list_folder(folders: list[str]) -> Listing:
         DataError: the folder cannot be read or holds no images.
     """
     (folder,) = folders
-    root = os.fsencode(folder)
-    names: list[bytes] = []
-    watched: list[bytes] = []
-    seen: set[tuple[int, int]] = set()
-    others = 0
-    to_walk, links = [b""], list[bytes]()
-    while to_walk or links:
-        prefix = to_walk.pop() if to_walk else links.pop(0)
-        path = root + b"/" + prefix
+    walk = _Walk(os.fsencode(folder))
+    names = Strings.of(walk.names(b""))
+    behind_links = []
+    while walk.links:
+        walk.links.sort()
+        if found := list(walk.names(walk.links.pop(0))):
+            behind_links.append(found)
+    if behind_links:
+        names = Strings.of(heapq.merge(names, *behind_links))
+    others = f"{walk.others} other files" + (f", such as {os.fsdecode(walk.other)}" if walk.others else "")
+    if not names:
+        raise DataError(
+            f"no images in {folder} ({others}); looked at any depth for {' '.join(sorted(IMAGE_EXTENSIONS))}, in upper or "
+            "lower case, and for shards and tables in the folder itself"
+        )
+    warnings = [f"{folder}: passed over {others}, by their names no images"] if walk.others else []
+    labels, class_names = _first_level(names)
+    return Listing(ImageDataset(folder, names, labels, class_names), walk.watched, warnings)
+
+
+class _Walk:
+    """One look at every folder below a root."""
+
+    def __init__(self, root: bytes) -> None:
+        self._root = root
+        self._seen: set[tuple[int, int]] = set()
+        self.watched: list[bytes] = []
+        self.links: list[bytes] = []
+        """Links to folders that were met, with a slash behind."""
+        self.others = 0
+        """Files that are no images, and one of them."""
+        self.other = b""
+
+    def names(self, prefix: bytes) -> Iterator[bytes]:
+        """The images below a folder, in sorted order, a folder at a time: nothing that holds all names need be sorted."""
+        stack = [prefix]
+        while stack:
+            name = stack.pop()
+            if name and not name.endswith(b"/"):
+                yield name
+            else:  # a slash behind a folder's name sorts it where the names below it belong
+                stack += sorted(self._look(name), reverse=True)
+
+    def _look(self, prefix: bytes) -> Iterator[bytes]:
+        path = self._root + b"/" + prefix
         try:
             status = os.stat(path)  # noqa: PTH116 (bytes)
         except OSError as error:
             raise DataError(f"{os.fsdecode(path)}: cannot be read ({error.strerror})") from error
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        watched.append(path)
+        if (status.st_dev, status.st_ino) in self._seen:
+            return
+        self._seen.add((status.st_dev, status.st_ino))
+        self.watched.append(path)
         for entry in entries(path):
+            name = prefix + entry.name
             if entry.is_dir(follow_symlinks=False):
-                to_walk.append(prefix + entry.name + b"/")
-            elif is_image_name(entry.name) and entry.is_file():
-                names.append(prefix + entry.name)
+                yield name + b"/"
+            elif is_image_name(name) and entry.is_file():
+                yield name
             elif entry.is_dir():
-                links.append(prefix + entry.name + b"/")
+                self.links.append(name + b"/")
             else:
-                others += 1
-        links.sort()
-    if not names:
-        raise DataError(
-            f"no images in {folder} ({others} other files); looked at any depth for "
-            f"{' '.join(sorted(IMAGE_EXTENSIONS))}, in upper or lower case"
-        )
-    names.sort()
-    warnings = [f"{folder}: {others} files that are no images are passed over"] if others else []
-    first_level = [name.partition(b"/") for name in names]
-    class_names = sorted({name for name, slash, _ in first_level if slash})
-    if len(class_names) < 2 or not all(slash for _, slash, _ in first_level):
-        return Listing(ImageDataset(folder, Strings.of(names), None, ()), watched, warnings)
-    number = {name: label for label, name in enumerate(class_names)}
-    labels = np.fromiter((number[name] for name, *_ in first_level), np.int64, len(names))
-    decoded = tuple(name.decode("utf-8", "backslashreplace") for name in class_names)
-    return Listing(ImageDataset(folder, Strings.of(names), labels, decoded), watched, warnings)
+                self.others += 1
+                self.other = self.other or name
+
+
+def _first_level(names: Strings) -> tuple[Ints | None, tuple[str, ...]]:
+    """Labels and class names; none, if an image lies in no folder or all lie in one."""
+    folders, counts = [], []
+    for first, members in groupby(names, lambda name: name[: name.find(b"/") + 1]):  # equal ones stand side by side
+        folders.append(first)
+        counts.append(sum(1 for _ in members))
+    if len(folders) < 2 or b"" in folders:
+        return None, ()
+    class_names = tuple(folder[:-1].decode("utf-8", "backslashreplace") for folder in folders)
+    return np.repeat(np.arange(len(folders)), counts), class_names

@@ -1,1 +1,144 @@
-def list_shards(files): raise NotImplementedError
+"""Tar shards as WebDataset writes them: members that stand side by side and share a key are a sample."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastjepa.data.dataset import Strings
+from fastjepa.data.images import describe
+from fastjepa.data.index import Listing
+from fastjepa.data.sources.folder import IMAGE_EXTENSIONS, is_image_name
+from fastjepa.data.sources.names import unique
+from fastjepa.data.sources.parts import Part, common_folder, join
+from fastjepa.data.sources.tar_members import BrokenTar, Member, TarReader
+from fastjepa.errors import DataError
+
+_AT_ONCE = 16  # shards: on a network file system every header is a wait
+_LONGEST_LABEL = 1024
+_NAMED = 5
+
+
+def list_shards(files: list[str]) -> Listing:
+    """The samples of uncompressed tar files, in the order of the files and of their members.
+
+    A member's key is its path up to the first dot of its base name. The image of a sample is its first member with an image
+    extension, its label the content of its `.cls` member, an integer or a text; labels are used if all samples have one.
+    Members without a dot or with nothing before it (`._x.jpg`), and samples without an image, are passed over. The name is
+    that of shard and member; one that the shard holds already gets `#2`, `#3`, ... behind it.
+
+    An index file of DALI's `wds2idx` (`x.idx` beside `x.tar`, not older) saves reading the headers.
+
+    Of a shard that is damaged or cut short the samples before that place are used, and one that is missing or unreadable is
+    left out, with a warning.
+
+    Raises:
+        DataError: no shard holds an image.
+    """
+    root = common_folder(files)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        shards = list(pool.map(lambda file: _list_shard(root, file), files))
+    warnings = [shard.problem for shard in shards if shard.problem]
+    if missing := [file for file, shard in zip(files, shards, strict=True) if shard.missing]:
+        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        warnings.insert(0, f"{len(missing)} of {len(files)} shards are missing: {named}")
+    if without_image := sum(shard.without_image for shard in shards):
+        warnings.append(f"{root}: passed over {without_image} samples without an image")
+    parts = [shard.part for shard in shards if len(shard.part.names)]
+    if not parts:
+        looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
+        raise DataError("; ".join([f"no images in the shards; looked for members with {looked_for}", *warnings]))
+    watched = [os.fsencode(path) for file in files for path in (file, _index_of(file))]
+    return join(root, parts, watched, warnings)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    part: Part
+    without_image: int = 0
+    missing: bool = False
+    problem: str | None = None
+
+
+def _list_shard(root: str, file: str) -> _Shard:
+    names, labels = list[bytes](), array("q")
+    starts, sizes = array("q"), array("q")
+    values: dict[str, int] = {}
+    without_image, reasons, missing = 0, list[str](), False
+    shard = os.fsencode(os.path.relpath(file, root))
+    try:
+        with TarReader(file) as tar:
+            for image, label in _samples(tar, _members(tar, file, reasons)):
+                if image is None:
+                    without_image += 1
+                    continue
+                names.append(shard + b"/" + image.name)
+                starts.append(image.start)
+                sizes.append(image.size)
+                labels.append(-1 if label is None else values.setdefault(label, len(values)))
+    except FileNotFoundError:
+        missing = True
+    except OSError as error:
+        reasons.append(describe(error))
+    if reasons and values and labels[-1] < 0:  # the label of the last sample was cut off
+        for column in (names, labels, starts, sizes):
+            column.pop()
+    part = Part(
+        names=unique(Strings.of(names))[0],
+        files=[shard],
+        file=np.zeros(len(names), np.int64),
+        start=np.array(starts, np.int64),
+        size=np.array(sizes, np.int64),
+        labels=np.array(labels, np.int64),
+        values=list(values),
+    )
+    problem = f"{file}: {reasons[0]}; {len(names)} samples found before are used" if reasons else None
+    return _Shard(part, without_image, missing, problem)
+
+
+def _members(tar: TarReader, file: str, reasons: list[str]) -> Iterator[Member]:
+    """The members up to where the shard is broken; the reason for that goes to `reasons`."""
+    index = _index_of(file)
+    indexed = tar.members_by_index(index) if _is_up_to_date(index, file) else None
+    try:
+        yield from tar.members() if indexed is None else indexed
+    except (BrokenTar, OSError) as error:
+        reasons.append(describe(error))
+
+
+def _samples(tar: TarReader, members: Iterator[Member]) -> Iterator[tuple[Member | None, str | None]]:
+    """Image and label of each sample."""
+    key: bytes | None = None
+    image: Member | None = None
+    label: str | None = None
+    for member in members:
+        folder, slash, base = member.name.rpartition(b"/")
+        stem, dot, extension = base.partition(b".")
+        if not (stem and dot):
+            continue
+        if folder + slash + stem != key:
+            if key is not None:
+                yield image, label
+            key, image, label = folder + slash + stem, None, None
+        if image is None and is_image_name(base):
+            image = member
+        elif label is None and extension.lower() == b"cls" and member.size <= _LONGEST_LABEL:
+            label = tar.read(member.start, member.size).decode("utf-8", "backslashreplace").strip() or None
+    if key is not None:
+        yield image, label
+
+
+def _index_of(file: str) -> str:
+    return file.removesuffix(".tar") + ".idx"
+
+
+def _is_up_to_date(index: str, file: str) -> bool:
+    try:
+        return os.stat(index).st_mtime_ns >= os.stat(file).st_mtime_ns  # noqa: PTH116 (as fast as it gets)
+    except OSError:
+        return False
