@@ -77,9 +77,10 @@ class Decoder(Protocol):
     """Encoded images to a batch of pixels.
 
     Decoders agree on this: the stored pixels, without EXIF rotation (but for TIFF, which Pillow itself rotates; both as
-    torchvision's ImageFolder); the first frame; alpha dropped, palettes expanded, CMYK converted, 16 bits scaled to 8; RGB or grey; the box cut out; resized to
-    data.image_size, bilinear with antialiasing, in 8 bits (as torchvision's RandomResizedCrop on a PIL image); mirrored
-    left to right where asked for. Their pixels differ by rounding; tests/data/test_decoders.py holds the bounds.
+    torchvision's ImageFolder); the first frame; alpha dropped, palettes expanded, CMYK converted, 16 bits scaled to 8; RGB
+    or grey; the box cut out; resized to data.image_size, bilinear with antialiasing, in 8 bits (as torchvision's
+    RandomResizedCrop on a PIL image); mirrored left to right where asked for. Their pixels differ by rounding;
+    tests/data/test_decoders.py holds the bounds.
     """
 
     def decode(

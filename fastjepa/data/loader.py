@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -114,7 +115,8 @@ class Loader:
             batch_positions, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, accum=grad_accum_steps
         )
         # Two epochs, for while one lane is in the old one still.
-        self._order = functools.lru_cache(2)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
+        self._orders = functools.lru_cache(2)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
+        self._orders_lock = threading.Lock()  # so that both lanes do not work one out
         self.bad_samples = BadSamples(dataset, config.data.max_bad_share, bad_samples_file)
         """Their number is that of distinct ones so far, over all ranks."""
         self._pool = ThreadPoolExecutor(config.data.num_threads, thread_name_prefix="fastjepa-images")
@@ -192,7 +194,9 @@ class Loader:
         config = self._config
         positions = self._positions(step, micro_step)
         epoch, epoch_step = divmod(step, self._steps_per_epoch)
-        wanted = self._order(epoch)[positions - (step - epoch_step) * self._global_batch_size]
+        with self._orders_lock:
+            order = self._orders(epoch)
+        wanted = order[positions - (step - epoch_step) * self._global_batch_size]
         images = lane.reader.read(wanted, epoch)
         decoded = time.perf_counter()
         pixels = images.pixels.to(self._device, non_blocking=True)
