@@ -18,7 +18,7 @@ from fastjepa.errors import DataError
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label", "target", "category")
 
-_ROWS = 64  # at a time, from Parquet: with images of 100 kB, a few MB
+_ROWS = 64  # at a time, from Parquet
 _BUFFER = 1 << 20
 
 
@@ -166,7 +166,8 @@ def _batches(file: str, columns: list[str]) -> Iterator[Any]:
 
     with _reading():
         if file.endswith(".parquet"):
-            with parquet.ParquetFile(file, buffer_size=_BUFFER) as table:  # a buffer: no whole column at once
+            # Page by page (of 1024 rows, as pyarrow writes them), not a row group's whole column at once.
+            with parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
                 yield from table.iter_batches(_ROWS, columns=columns)
         else:
             for batch, *_ in _arrow_batches(file, columns):

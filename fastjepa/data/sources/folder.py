@@ -104,10 +104,12 @@ class _Walk:
 def _first_level(names: Strings) -> tuple[Ints | None, tuple[str, ...]]:
     """Labels and class names; none, if an image lies in no folder or all lie in one."""
     folders, counts = [], []
-    for first, members in groupby(names, lambda name: name[: name.find(b"/") + 1]):  # equal ones stand side by side
+    for first, members in groupby(names, lambda name: name[: max(name.find(b"/"), 0)]):  # equal ones stand side by side
         folders.append(first)
         counts.append(sum(1 for _ in members))
     if len(folders) < 2 or b"" in folders:
         return None, ()
-    class_names = tuple(folder[:-1].decode("utf-8", "backslashreplace") for folder in folders)
-    return np.repeat(np.arange(len(folders)), counts), class_names
+    ordered = sorted(folders)  # as torchvision numbers them: `a` before `a.b`, whose images come first
+    number = {folder: label for label, folder in enumerate(ordered)}
+    labels = np.repeat(np.array([number[folder] for folder in folders], np.int64), counts)
+    return labels, tuple(folder.decode("utf-8", "backslashreplace") for folder in ordered)

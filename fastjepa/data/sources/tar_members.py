@@ -1,6 +1,6 @@
 """Where the members of a tar file lie: by its headers, or by the index file that DALI's `wds2idx` writes beside it.
 
-The standard library's `tarfile` takes five times as long for a header, holds threads up, and ends silently at a damaged one.
+The standard library's `tarfile` takes three times as long for a header, and ends silently at a damaged one.
 Formats: POSIX.1-1988 (ustar) and 2001 (pax), GNU long names, old and new sparse files.
 """
 

@@ -51,10 +51,10 @@ def test_images_are_read_from_their_files(tmp_path: Path) -> None:
 
 def test_first_level_folders_give_labels(tmp_path: Path) -> None:
     dataset = listed(touch(tmp_path, "dog/1.png", "cat/a/2.png", "cat/3.png", "cat.dog/4.png"))
-    assert dataset.class_names == ("cat.dog", "cat", "dog")
+    assert dataset.class_names == ("cat", "cat.dog", "dog")
     assert names(dataset) == ["cat.dog/4.png", "cat/3.png", "cat/a/2.png", "dog/1.png"]
     assert dataset.labels is not None
-    assert dataset.labels.tolist() == [0, 1, 1, 2]
+    assert dataset.labels.tolist() == [1, 0, 0, 2]
 
 
 @pytest.mark.parametrize("images", [("dog/1.png", "cat/2.png", "3.png"), ("all/1.png", "all/2.png"), ("1.png",)])

@@ -350,7 +350,6 @@ def test_a_changed_parquet_file_is_unpacked_anew(tmp_path: Path, own_cache: Path
 
 def test_processes_that_unpack_at_the_same_time_leave_one_result(tmp_path: Path, own_cache: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", table({"image": images()}))
-    leftover = own_cache / "tables"  # of a process that was killed: gone afterwards, if its key is this one
     code = (
         "import sys; from fastjepa.data.sources.tables import list_tables; d = list_tables(sys.argv[1:]).dataset; "
         "print(sum(len(d.read(i, 9999)) for i in range(len(d))))"
@@ -359,7 +358,7 @@ def test_processes_that_unpack_at_the_same_time_leave_one_result(tmp_path: Path,
     command = [sys.executable, "-c", code, str(file)]
     racers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [int(racer.communicate(timeout=300)[0]) for racer in racers] == [sum(map(len, IMAGES))] * 2
-    assert len(list(leftover.iterdir())) == 2  # the folder and its lock
+    assert len(list((own_cache / "tables").iterdir())) == 2  # the folder and its lock
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, own_cache: Path) -> None:
