@@ -1,6 +1,7 @@
 """Shared by all tests: GPU tests are skipped, with the reason, where there is no GPU."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +9,14 @@ import torch
 # Tests run side by side and start processes of their own: threads beyond the cores make steps ten times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Lists of images and unpacked data sets go there, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

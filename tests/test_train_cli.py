@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ global_batch_size: 8
 log_interval: 1
 checkpoint_interval: 4
 evaluate: false
-data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: pillow, num_threads: 1}
+data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
 model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
 masks: {min_keep: 3}
 optim: {warmup_epochs: 0.25}
@@ -257,7 +258,7 @@ def test_print_config_can_be_trained_from(recipe: str, tmp_path: Path, capsys: p
     [
         (["optim.lrr=1"], "did you mean optim.lr?"),
         (["epochs=many"], "epochs = many: expected"),
-        (["data.source=/nowhere/images"], "data.source = /nowhere/images: No such file or directory"),
+        (["data.source=/nowhere/images"], "data.source = /nowhere/images: No such file or folder"),
         (["data.source=EMPTY"], "no images in"),
         (["data.source=TEXT"], "no images in"),
         (["global_batch_size=128"], "global_batch_size = 128: the data set has 70 images"),
@@ -313,6 +314,52 @@ def test_a_folder_without_labels_trains_and_says_that_there_are_no_probes(
 ) -> None:
     assert main(["--config", recipe, f"output_dir={again}", "evaluate=true"]) == 0
     assert f"no labelled train and val splits in {images}, so no probes; " in capsys.readouterr().out
+
+
+@pytest.fixture
+def spoiled(images: Path, tmp_path: Path) -> Path:
+    """The images, and eight that are bad, each in a way of its own."""
+    folder = Path(shutil.copytree(images, tmp_path / "spoiled"))
+    good = (folder / "000.png").read_bytes()
+    bomb = good[:16] + (50_000).to_bytes(4) + (50_000).to_bytes(4) + good[24:]
+    for name, content in {
+        "truncated.png": good[: len(good) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"a text that somebody renamed",
+        "bomb.png": bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4) + bomb[33:],
+        "cut.tif": b"II*\0\x08\0\0\0",
+        "no_jpeg.jpg": b"\xff\xd8\xff\xe0" + b"\0" * 30,
+    }.items():
+        (folder / name).write_bytes(content)
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(folder / "float.tif")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    return folder
+
+
+def test_a_run_over_bad_files_goes_on_and_names_each_once(recipe: str, spoiled: Path, tmp_path: Path) -> None:
+    run, arguments = tmp_path / "run", ["--config", recipe, f"data.source={spoiled}", "epochs=4"]
+    assert main([*arguments, f"output_dir={run}", "data.max_bad_share=0.5"]) == 0
+    named = {}
+    for line in (run / "bad_samples.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry["name"] not in named
+        named[entry["name"]] = entry["reason"]
+    # A link that leads nowhere is no file, so it was not listed.
+    assert set(named) == {"truncated.png", "empty.jpg", "text.jpg", "bomb.png", "cut.tif", "no_jpeg.jpg", "float.tif"}
+    assert named["bomb.png"].startswith("50000 x 50000 pixels")
+    assert metrics(run, "bad_samples")[-1] == [7]
+    rewind(run)
+    assert main([*arguments, f"output_dir={run}", "data.max_bad_share=0.5"]) == 0
+    assert len((run / "bad_samples.jsonl").read_text().splitlines()) == 7
+
+
+def test_too_many_bad_files_end_the_run_in_one_plain_line(
+    recipe: str, spoiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", recipe, f"data.source={spoiled}", "data.max_bad_share=0.02", "epochs=4"]
+    assert main([*arguments, f"output_dir={tmp_path / 'run'}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: .*2 of 77 images are bad, more than data.max_bad_share = 0.02; .*bad_samples.jsonl names", last)
 
 
 IMPORTED = """

@@ -7,6 +7,7 @@ of a large set is memory-mapped (`fastjepa.data.index`): 14 million names are 0.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -103,7 +104,7 @@ class ImageDataset:
         """A sample's name for people: bytes that are not UTF-8 are written as escapes."""
         return self.names[index].decode("utf-8", "backslashreplace")
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of the names: a run may only be resumed on the same list of samples."""
         return hashlib.sha256(self.names.text.data).hexdigest()

@@ -105,7 +105,7 @@ def _whole(folder: Path) -> _Part:
         name = os.fsdecode(entry.name)
         if Path(name).suffix in _BY_SUFFIX and not entry.is_dir():
             files.append(name)
-        elif image is None and (is_image_name(entry.name) or entry.is_dir()):
+        elif image is None and (is_image_name(entry.name) or entry.is_dir(follow_symlinks=False)):
             image = name
     # What `datasets` keeps of its own computations, beside the data.
     files = sorted(name for name in files if not (name.startswith(("cache-", "tmp")) and name.endswith(".arrow")))

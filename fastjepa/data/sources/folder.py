@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import numpy as np
@@ -92,13 +92,20 @@ class _Walk:
             name = prefix + entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield name + b"/"
-            elif is_image_name(name) and entry.is_file():
+            elif is_image_name(name) and _leads_to(entry.is_file):
                 yield name
-            elif entry.is_dir():
+            elif _leads_to(entry.is_dir):
                 self.links.append(name + b"/")
             else:
                 self.others += 1
                 self.other = self.other or name
+
+
+def _leads_to(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself, or into a folder that cannot be read
+        return False
 
 
 def _first_level(names: Strings) -> tuple[Ints | None, tuple[str, ...]]:
