@@ -46,10 +46,10 @@ def time_in_turns(
             function.prepare()
             function.run()
     samples = clock(functions, device, repeats)
-    return {name: _summary(times) for name, times in samples.items()}
+    return {name: summary(times) for name, times in samples.items()}
 
 
-def _summary(times: list[float]) -> Timing:
+def summary(times: list[float]) -> Timing:
     p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
     return Timing(p20, p50, p80)
 

@@ -25,6 +25,11 @@ Ints = npt.NDArray[np.int64]
 _AT_ONCE = 1 << 16  # strings that are Python objects at a time: millions of them would take gigabytes
 
 
+def printable(path: str | bytes) -> str:
+    """A path as text that any terminal, log and file takes: bytes that are not UTF-8 are written as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 class Strings:
     """An immutable sequence of byte strings without NUL: two arrays, which can be memory-mapped."""
 
@@ -102,7 +107,7 @@ class ImageDataset:
 
     def name(self, index: int) -> str:
         """A sample's name for people: bytes that are not UTF-8 are written as escapes."""
-        return self.names[index].decode("utf-8", "backslashreplace")
+        return printable(self.names[index])
 
     @functools.cached_property
     def fingerprint(self) -> str:

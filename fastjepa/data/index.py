@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fastjepa.data.dataset import ImageDataset, Spans, Strings
+from fastjepa.data.dataset import ImageDataset, Spans, Strings, printable
 from fastjepa.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def indexed(key: str, build: Callable[[], Listing]) -> ImageDataset:
     if listing is None:
         started = time.time()
         listing = build()
-        logger.info("%s: %d images listed in %.1f s", listing.dataset.root, len(listing.dataset), time.time() - started)
+        root, took = printable(listing.dataset.root), time.time() - started
+        logger.info("%s: %d images listed in %.1f s", root, len(listing.dataset), took)
         try:
             _save(folder, listing, started)
         except OSError as error:
