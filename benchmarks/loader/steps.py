@@ -1,0 +1,75 @@
+"""--step: training on the Loader's batches against training on images that lie ready, in alternating blocks of steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from benchmarks.loader.contestants import open_loader
+from benchmarks.loader.photographs import make_photographs
+from benchmarks.timing import summary
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config, DataConfig, ModelConfig
+from fastjepa.data import Batch
+from fastjepa.engine import build_engine
+from fastjepa.objective import build_model
+
+
+def compare_steps(folder: Path, model: str, batch_size: int, threads: int, rounds: int, device: torch.device) -> None:
+    """Print the milliseconds of a step, and what of them the data cost.
+
+    A block begins with as many steps as the Loader prefetches batches: in the others, which are timed, it prepares as many
+    as are taken. The two blocks of a round have the same masks, that is, the same work.
+    """
+    make_photographs(folder, (500, 375), 8 * batch_size)
+    config = Config(
+        data=DataConfig(source=str(folder), num_threads=threads),
+        model=ModelConfig(name=model),  # type: ignore[arg-type]
+        global_batch_size=batch_size,
+    )
+    untimed, timed = config.data.prefetch, 20 if device.type == "cuda" else 4
+    engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), device, None)
+    shape = (batch_size, 3, *config.data.image_hw)
+    ready = [torch.randint(256, shape, dtype=torch.uint8, device=device) for _ in range(untimed + timed)]
+    real_ms, ready_ms, waits_ms, masks_ms = [], [], [], []
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    with closing(open_loader(config, device)) as loader:
+        for turn in range(rounds + 1):
+            batches: list[Batch] = []
+            waits: list[float] = []
+            for number in range(untimed + timed):
+                if number == untimed:
+                    started = now()
+                asked = time.perf_counter()
+                batches.append(next(loader))
+                waits.append(1e3 * (time.perf_counter() - asked))
+                engine.micro_step(batches[-1].images, batches[-1].masks)
+            on_real = 1e3 * (now() - started) / timed
+            for number, (images, batch) in enumerate(zip(ready, batches, strict=True)):
+                if number == untimed:
+                    started = now()
+                engine.micro_step(images, batch.masks)
+            on_ready = 1e3 * (now() - started) / timed
+            if turn > 0:  # the first is the warm-up
+                real_ms.append(on_real)
+                ready_ms.append(on_ready)
+                waits_ms += waits[untimed:]
+                masks_ms += [1e3 * batch.seconds.masks for batch in batches[untimed:]]
+    real, synthetic = summary(real_ms), summary(ready_ms)
+    wait, masks = statistics.mean(waits_ms), statistics.median(masks_ms)
+    print(
+        f"{model}, batch {batch_size}, JPEG files of 500x375, {rounds} x {timed} steps of each kind in turns, ms a step:"
+    )
+    print(f"  real images       {real.p50:>9.1f} ({real.p20:.1f}-{real.p80:.1f}), of which waiting for data {wait:.2f}")
+    print(f"  synthetic images  {synthetic.p50:>9.1f} ({synthetic.p20:.1f}-{synthetic.p80:.1f})")
+    print(f"  real / synthetic  {real.p50 / synthetic.p50:>9.3f}")
+    print(f"  sampling masks    {masks:>9.2f}, beside the step: {100 * masks / real.p50:.2f} % of its time")
