@@ -30,7 +30,7 @@ from tqdm import tqdm
 from fastjepa.config import DataConfig
 from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.check_report import format_report
-from fastjepa.data.dataset import Ints
+from fastjepa.data.dataset import Ints, printable
 from fastjepa.data.reader import Reader
 from fastjepa.data.sources import open_dataset
 from fastjepa.data.tally import Inspector, Tally, same_bytes
@@ -80,7 +80,7 @@ def check(
         cost = None if headers_only else _training_seconds(first, config, pool, stop)
     seen = sum(tally.seen for tally in tallies.values())
     return {
-        "source": _printable(source),
+        "source": printable(source),
         "headers_only": headers_only,
         "complete": seen == sum(len(tally.dataset) for tally in tallies.values()),
         "images": seen,
@@ -155,7 +155,7 @@ def _describe(tally: Tally, train_classes: tuple[str, ...], crop: int) -> dict[s
     dataset, labels = tally.dataset, tally.dataset.labels
     num_bytes, largest = tally.largest_file
     return {
-        "root": _printable(dataset.root),
+        "root": printable(dataset.root),
         "images": len(dataset),
         "seen": tally.seen,
         "usable": len(tally.usable),
@@ -241,10 +241,6 @@ def _names(tally: Tally, indices: Ints) -> list[str]:
 
 def _named(tally: Tally, reasons: dict[int, str]) -> list[dict[str, Any]]:
     return [{"index": i, "name": tally.dataset.name(i), "reason": reason} for i, reason in sorted(reasons.items())]
-
-
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
