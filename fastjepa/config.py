@@ -77,7 +77,8 @@ class DataConfig:
     """What a batch holds. uint8: a quarter of the bytes; the model normalises the patches that it takes. normalised: fp32,
     (x / 255 - mean) / std."""
     dct_scaling: bool = True
-    """turbo: decode a JPEG file at 1/2, 1/4 or 1/8 of its size where its crop still has twice the pixels of the result."""
+    """Where a crop has four times the pixels of the result a side, or more, it begins and ends at multiples of 2, 4 or 8
+    pixels, and turbo decodes a JPEG file at 1/2, 1/4 or 1/8 of its size. false: all crops as torchvision's, to the pixel."""
     hw_decoder_load: float = 0.65
     """dali on a GPU: share of the JPEG files for its hardware decoder (A100, H100 and newer); 0 turns it off."""
     num_threads: int = 4

@@ -46,15 +46,19 @@ class DaliDecoder:
     the box only, and does not see damage below.)
     """
 
-    def __init__(self, config: DataConfig, device: torch.device, max_batch: int, other: Decoder) -> None:
+    def __init__(
+        self, config: DataConfig, device: torch.device, max_batch: int, other: Decoder, *, num_threads: int
+    ) -> None:
         """
         Args:
-            config: the data settings; num_threads is the number of DALI's CPU threads.
+            config: the data settings.
             device: where to decode, and where the batches lie.
             max_batch: the largest batch that will be asked for.
             other: decodes the rest.
+            num_threads: of DALI's own, on the CPU.
         """
         self._config, self._device, self._max_batch, self._other = config, device, max_batch, other
+        self._num_threads = num_threads
         self._pipeline: Any = None  # built on use, and again after an error, which leaves it unusable
         self._told: set[str] = set()
 
@@ -126,7 +130,7 @@ class DaliDecoder:
         gpu_index = torch.cuda.current_device() if gpu and self._device.index is None else self._device.index
         pipeline = Pipeline(
             batch_size=self._max_batch,
-            num_threads=self._config.num_threads,
+            num_threads=self._num_threads,
             device_id=gpu_index if gpu else None,
             prefetch_queue_depth=1,
             exec_dynamic=True,

@@ -123,7 +123,7 @@ class Loader:
         num_lanes = min(_MAX_LANES, config.data.prefetch)
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         for _ in range(num_lanes):
-            decoder = choose_decoder(config.data, device, micro_batch_size, self._pool)
+            decoder = choose_decoder(config.data, device, micro_batch_size, self._pool, num_lanes)
             reader = Reader(dataset, config.data, config.seed, decoder, self._pool, self.bad_samples)
             self._lanes.put(_Lane(reader, torch.cuda.Stream(device) if device.type == "cuda" else None))
         self._todo = ((step, micro) for step in range(start_step, total_steps) for micro in range(grad_accum_steps))
@@ -261,8 +261,10 @@ def load_images(dataset: ImageDataset, indices: Ints, config: DataConfig, device
     return torch.cat(batches)
 
 
-def choose_decoder(config: DataConfig, device: torch.device, max_batch: int, pool: ThreadPoolExecutor) -> Decoder:
-    """The decoder that data.loader asks for.
+def choose_decoder(
+    config: DataConfig, device: torch.device, max_batch: int, pool: ThreadPoolExecutor, num_lanes: int = 1
+) -> Decoder:
+    """The decoder that data.loader asks for; `num_lanes` of them share data.num_threads threads.
 
     Raises:
         ConfigError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
@@ -270,7 +272,9 @@ def choose_decoder(config: DataConfig, device: torch.device, max_batch: int, poo
     if config.in_channels not in (1, 3):
         raise ConfigError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
     turbo = TurboDecoder(config, pool, pin_memory=device.type == "cuda")
-    return DaliDecoder(config, device, max_batch, turbo) if _use_dali(config.loader, device.type) else turbo
+    if not _use_dali(config.loader, device.type):
+        return turbo
+    return DaliDecoder(config, device, max_batch, turbo, num_threads=max(1, config.num_threads // num_lanes))
 
 
 @functools.cache  # so that the choice is made, and logged, once

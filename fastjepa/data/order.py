@@ -72,7 +72,8 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
 
     Ten attempts at: an area uniform in `crop_scale` of the image's, an aspect ratio log-uniform in `crop_aspect`, width
     and height rounded from them; the first that fits is put at a uniform position. If none fits, the crop is central and
-    as large as `crop_aspect` allows. With `crop_scale` None it is the whole image.
+    as large as `crop_aspect` allows. With `crop_scale` None it is the whole image. With `dct_scaling`, crops that are large
+    enough for a scale of 1/k (`dct_scale`) begin and end at multiples of k pixels, so that they do so in the scaled image.
 
     Args:
         config: the crop settings.
@@ -100,7 +101,18 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
     crop_w = np.where(fits[first], crop_w[first], central[:, 3])
     top = np.where(fits[first], uniform_int(words[2][first], height - crop_h + 1), central[:, 0])
     left = np.where(fits[first], uniform_int(words[3][first], width - crop_w + 1), central[:, 1])
-    return _boxes(top, left, crop_h, crop_w)
+    k = dct_scale(config, crop_h, crop_w)
+    return _boxes(top // k * k, left // k * k, crop_h // k * k, crop_w // k * k)
+
+
+def dct_scale(config: DataConfig, crop_h: Ints, crop_w: Ints) -> Ints:
+    """The k of 1, 2, 4, 8 for which a crop may be taken from its image at 1/k of its size (`data.dct_scaling`), where it
+    still has twice the pixels of the result, or more, a side."""
+    out_h, out_w = config.image_hw
+    k = np.ones_like(crop_h)
+    for scale in (2, 4, 8) if config.dct_scaling else ():
+        k[(crop_h >= 2 * scale * out_h) & (crop_w >= 2 * scale * out_w)] = scale
+    return k
 
 
 def flips(config: DataConfig, *, seed: int, epoch: int, indices: Ints) -> npt.NDArray[np.bool_]:

@@ -1,7 +1,8 @@
 """Decoding on the CPU: JPEG by libjpeg-turbo, all other formats by Pillow, resizing by PyTorch's SIMD kernel.
 
-Works wherever Python does, and is the reference for the other decoder. Pixels equal those of Pillow within one level of 255,
-but for large JPEG files, which are decoded at a half, a quarter or an eighth of their size (`data.dct_scaling`).
+Works wherever Python does, and is the reference for the other decoder. Pixels equal those of Pillow within one level of 255
+(two in one pixel of 20 million), but for large JPEG files, which are decoded at 1/2, 1/4 or 1/8 of their size
+(`data.dct_scaling`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,10 @@ from torch import Tensor
 
 from fastjepa.config import DataConfig
 from fastjepa.data.images import READ_ERRORS, BadImage, BadImages, EncodedImage, describe
+from fastjepa.data.order import dct_scale
 from fastjepa.data.threads import for_each
 
 Pixels = npt.NDArray[np.uint8]
-
-# A JPEG file is decoded at 1/k of its size if the box then still has this many pixels for each one of the result. The
-# inverse transform's own low-pass filter comes before ours; with 2 it changes an image by 0.25 levels of 255 on average at
-# 1/2, by 0.5 below (the tests hold 0.5 and 0.65).
-_PIXELS_LEFT = 2
 
 
 class TurboDecoder:
@@ -39,7 +36,7 @@ class TurboDecoder:
             pin_memory: put the batches into page-locked memory, from which they are copied to a GPU in the background.
         """
         self._config, self._pool, self._pin_memory = config, pool, pin_memory
-        self._mode = "RGB" if config.in_channels == 3 else "L"
+        self._colour = "RGB" if config.in_channels == 3 else "GRAY"
 
     def decode(
         self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
@@ -58,54 +55,33 @@ class TurboDecoder:
 
     def _decode(self, image: EncodedImage, box: tuple[int, int, int, int], flip: bool, out: Tensor) -> None:
         """One image into uint8 [1, C, H, W]."""
-        scale = self._scale(image, box)
         try:
-            pixels = self._crop(image, box) if scale == 1 else self._reduced(image, box, scale)
+            pixels = self._crop(image, box)
         except READ_ERRORS as error:
             raise BadImage(describe(error)) from error
-        if scale == 1:
-            source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-            torch.ops.aten._upsample_bilinear2d_aa.out(source, out.shape[2:], False, None, None, out=out)
-        else:
-            out.numpy()[0] = pixels.transpose(2, 0, 1)
+        source = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        torch.ops.aten._upsample_bilinear2d_aa.out(source, out.shape[2:], False, None, None, out=out)
         if flip:
             out.copy_(out.flip(3))
 
-    def _scale(self, image: EncodedImage, box: tuple[int, int, int, int]) -> int:
-        """The largest k of 1, 2, 4, 8 such that 1/k of a JPEG file's pixels will do."""
-        if not (self._config.dct_scaling and image.plain_jpeg):
-            return 1
-        out_h, out_w = self._config.image_hw
-        spare = min(box[2] // out_h, box[3] // out_w) // _PIXELS_LEFT
-        return next(k for k in (8, 4, 2, 1) if k <= max(spare, 1))
-
     def _crop(self, image: EncodedImage, box: tuple[int, int, int, int]) -> Pixels:
-        """The box, uint8 [h, w, C], contiguous."""
-        top, left, height, width = box
-        if image.plain_jpeg:
-            pixels = simplejpeg.decode_jpeg(image.data, self._colour, strict=False)
-            return np.ascontiguousarray(pixels[top : top + height, left : left + width])
-        crop = image.open().crop((left, top, left + width, top + height))
-        return np.array(_eight_bits(crop, self._mode)).reshape(height, width, -1)
+        """The box, uint8 [h, w, C], contiguous; of a JPEG file at 1/k of its size, where the box is large enough.
 
-    @property
-    def _colour(self) -> str:
-        return "RGB" if self._mode == "RGB" else "GRAY"
-
-    def _reduced(self, image: EncodedImage, box: tuple[int, int, int, int], k: int) -> Pixels:
-        """The resized box, uint8 [H, W, C], of the image at 1/k of its size. There the box ends between pixels, which Pillow
-        can resize from and PyTorch can not."""
+        The inverse transform's own low-pass filter comes before that of the resizing, which changes an image by 0.25 levels
+        of 255 on average at 1/2, by 0.5 below (the tests hold 0.5 and 0.65).
+        """
         top, left, height, width = box
+        if not image.plain_jpeg:
+            crop = image.open().crop((left, top, left + width, top + height))
+            return np.array(_eight_bits(crop, "RGB" if self._colour == "RGB" else "L")).reshape(height, width, -1)
+        k = int(dct_scale(self._config, np.array(height), np.array(width)))
+        if any(side % k for side in box):  # of an evaluation
+            k = 1
         pixels = simplejpeg.decode_jpeg(
             image.data, self._colour, min_height=-(-image.height // k), min_width=-(-image.width // k), strict=False
         )
-        first, last = (top // k, left // k), (-(-(top + height) // k), -(-(left + width) // k))
-        part = Image.fromarray(
-            np.ascontiguousarray(pixels[first[0] : last[0], first[1] : last[1]]).squeeze(), self._mode
-        )
-        within = (left / k - first[1], top / k - first[0], (left + width) / k - first[1], (top + height) / k - first[0])
-        out_h, out_w = self._config.image_hw
-        return np.asarray(part.resize((out_w, out_h), Image.Resampling.BILINEAR, box=within)).reshape(out_h, out_w, -1)
+        top, left, height, width = (side // k for side in box)
+        return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:

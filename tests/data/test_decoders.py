@@ -20,7 +20,7 @@ from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset, Strings
 from fastjepa.data.images import BadImage, BadImages, Decoder, EncodedImage, read_header
 from fastjepa.data.loader import choose_decoder
-from fastjepa.data.order import central_boxes, crop_boxes
+from fastjepa.data.order import central_boxes, crop_boxes, dct_scale
 
 Pixels = npt.NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -80,9 +80,12 @@ def photos(tmp_path: Path, photograph: Pixels) -> dict[str, Path]:
     return {suffix: tmp_path / f"photo.{suffix}" for suffix in ("png", "jpg")}
 
 
-def random_boxes(height: int, width: int, count: int) -> npt.NDArray[np.int32]:
+def random_boxes(
+    height: int, width: int, count: int, image_size: tuple[int, int] = (224, 224)
+) -> npt.NDArray[np.int32]:
     sizes = np.tile(np.array([(height, width)], np.int32), (count, 1))
-    return crop_boxes(DataConfig(), seed=0, epoch=0, indices=np.arange(count), sizes=sizes)
+    config = DataConfig(image_size=image_size)
+    return crop_boxes(config, seed=0, epoch=0, indices=np.arange(count), sizes=sizes)
 
 
 def resized_by_pillow(path: Path, boxes: npt.NDArray[np.int32], image_size: tuple[int, int]) -> Tensor:
@@ -118,18 +121,17 @@ def test_turbo_crops_are_antialiased_bilinear(photos: dict[str, Path], photograp
 def test_dct_scaling_keeps_the_pixels_within_a_level_on_average(
     tmp_path: Path, photograph: Pixels, enlarged: int, scale: int, in_channels: int
 ) -> None:
-    """Large JPEG files, of an enlarged photograph with noise, decoded at 1/2, 1/4 and 1/8 for boxes of any offset: within
+    """Large JPEG files, of an enlarged photograph with noise, decoded at 1/2, 1/4 and 1/8: within
     0.5 levels of 255 at 1/2, 0.65 below."""
     height, width = (enlarged * size // 2 for size in photograph.shape[:2])
     large = np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     large += np.random.default_rng(0).normal(0, 4, large.shape).round().astype(int)
     Image.fromarray(large.clip(0, 255).astype(np.uint8)).save(tmp_path / "large.jpg", quality=92)
-    size, paths, boxes = (112, 128), [tmp_path / "large.jpg"] * 8, random_boxes(height, width, 8)
+    size, paths, boxes = (112, 128), [tmp_path / "large.jpg"] * 8, random_boxes(height, width, 8, (112, 128))
     scaled, exact = (
         decode(decoder_for("turbo", size, in_channels, dct_scaling=on), paths, boxes).float() for on in (True, False)
     )
-    room = [min(h // size[0], w // size[1]) // 2 for _, _, h, w in boxes.tolist()]
-    used_scales = [next(k for k in (8, 4, 2, 1) if k <= max(r, 1)) for r in room]
+    used_scales = dct_scale(DataConfig(image_size=size), *boxes[:, 2:].T).tolist()
     assert max(used_scales) == scale
     difference = (scaled - exact).abs().mean((1, 2, 3))
     assert difference.max() < (0.5 if max(used_scales) == 2 else 0.65)

@@ -16,6 +16,7 @@ from fastjepa.data.order import (
     batch_positions,
     central_boxes,
     crop_boxes,
+    dct_scale,
     epoch_order,
     flips,
     replacement,
@@ -88,7 +89,7 @@ SIZES = [(375, 500), (500, 375), (28, 28), (1, 1), (30, 400), (400, 30), (7, 9),
 
 @pytest.mark.parametrize("scale", [(0.3, 1.0), (0.05, 0.2), (0.9, 1.0)])
 def test_crop_boxes_equal_a_loop_over_the_same_random_numbers(scale: tuple[float, float]) -> None:
-    config = DataConfig(crop_scale=scale)
+    config = DataConfig(crop_scale=scale, dct_scaling=False)
     indices = np.arange(10_000, 10_000 + 400)
     sizes = np.array(SIZES, np.int32)[indices % len(SIZES)]
     boxes = crop_boxes(config, seed=3, epoch=11, indices=indices, sizes=sizes)
@@ -96,6 +97,22 @@ def test_crop_boxes_equal_a_loop_over_the_same_random_numbers(scale: tuple[float
         words = philox4x32(np.arange(10), DOMAIN_CROP, int(index), 11, seed=3)
         draws = ((a, b, c, d) for a, b, c, d in (np.stack(words, 1) / 2**32).tolist())
         assert tuple(box) == random_resized_crop(int(size[0]), int(size[1]), config, draws)
+
+
+def test_large_crops_begin_and_end_at_multiples_of_their_scale() -> None:
+    """Otherwise they are those without DCT scaling: less than k pixels smaller, and off by less than k."""
+    rng = np.random.default_rng(0)
+    indices = np.arange(2000)
+    sizes = rng.integers(60, 1200, (2000, 2)).astype(np.int32)
+    exact, scaled = (
+        crop_boxes(DataConfig(image_size=(24, 32), dct_scaling=on), seed=0, epoch=0, indices=indices, sizes=sizes)
+        for on in (False, True)
+    )
+    scales = [max(k for k in (1, 2, 4, 8) if k == 1 or min(h / 24, w / 32) >= 2 * k) for _, _, h, w in exact.tolist()]
+    assert set(scales) == {1, 2, 4, 8}
+    expected = [[side // k * k for side in box] for box, k in zip(exact.tolist(), scales, strict=True)]
+    assert scaled.tolist() == expected
+    assert dct_scale(DataConfig(image_size=(24, 32)), *scaled[:, 2:].T).tolist() == scales
 
 
 def _statistics(boxes: npt.NDArray[np.int_] | npt.NDArray[np.int32]) -> list[npt.NDArray[np.float64]]:
