@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config_file import dump_config, load_config
-from fastjepa.errors import ConfigError, FastjepaError
+from fastjepa.errors import ConfigError, DataError, FastjepaError
 
 logger = logging.getLogger("fastjepa.train")
 
@@ -78,13 +78,18 @@ def train(config: Config, ds_config: str | None) -> None:
         if first:
             folder.create()
         if first_here:
-            open_dataset(config.data, "train")  # lists it, for the other ranks of this machine to find the list
+            # Lists them, for the other ranks of this machine to find the lists, and for mistakes to be found now.
+            open_dataset(config.data, "train")
+            if config.evaluate:
+                open_dataset(config.data, "val")
     except FastjepaError as problem:
         error = problem
     distributed.raise_together(error)
     folder.check_shared()
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
+    if len(set(distributed.gather_objects(dataset.fingerprint))) > 1:
+        raise DataError(f"data.source = {config.data.source}: the machines of the run see different images there")
     model = build_model(config)
     if first:
         trained = sum(p.numel() for p in model.trained_parameters()) / 1e6

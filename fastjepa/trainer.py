@@ -78,8 +78,9 @@ class Trainer:
                 done, last = step + 1, step + 1 == self.total_steps
                 save_due = done % config.checkpoint_interval == 0 or last
                 if done % config.log_interval == 0 or save_due:
-                    line = self._line(done, values, meter, loader)
+                    line = self._line(done, values, meter)
                     if metrics is not None:
+                        line["bad_samples"] = len(loader.bad_samples)
                         metrics.write(line)
                         progress.report(line)
                 if save_due:
@@ -111,7 +112,7 @@ class Trainer:
         meter.update_data(time.perf_counter() - asked, batch.seconds)
         return batch
 
-    def _line(self, done: int, values: dict[str, float], meter: Meter, loader: Loader) -> dict[str, Any]:
+    def _line(self, done: int, values: dict[str, float], meter: Meter) -> dict[str, Any]:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
         summary = meter.summary()
         if not math.isfinite(summary["loss"]):
@@ -122,7 +123,6 @@ class Trainer:
             **values,
             "grad_norm": self.engine.grad_norm(),
             **summary,
-            "bad_samples": len(loader.bad_samples),
         }
 
     def _not_finite(self, what: str) -> TrainingError:

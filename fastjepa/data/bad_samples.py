@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastjepa.data.dataset import ImageDataset
@@ -27,7 +29,7 @@ class BadSamples:
         """
         Args:
             dataset: what the samples belong to.
-            max_share: of the data set's samples; with more bad ones `add` raises.
+            max_share: of the data set's samples; with more bad ones, and more than one, `add` raises. With 0 at the first.
             path: bad_samples.jsonl of the run folder, or None.
         """
         self._dataset, self._max_share, self._path = dataset, max_share, path
@@ -59,7 +61,7 @@ class BadSamples:
                 self._share({"index": index, "name": name, "reason": reason})
                 logger.warning("bad image, another one takes its place: %s: %s", name, reason)
             count, total = len(self._names), len(self._dataset)
-            if count == total or count > self._max_share * total:
+            if count == total or count > max(self._max_share * total, self._max_share > 0):
                 latest = ", ".join(list(self._names)[-_NAMED_IN_ERROR:])
                 where = f"{self._path} names them all" if self._path else "the log names them all"
                 raise DataError(
@@ -74,10 +76,11 @@ class BadSamples:
         try:
             if self._path is not None and (entry is not None or self._path.exists()):
                 with self._path.open("a+b") as file:
-                    fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
+                    with contextlib.suppress(OSError):  # some file systems have no locks
+                        fcntl.lockf(file, fcntl.LOCK_EX)  # released when the file is closed
                     file.seek(self._read_up_to)
                     news, newline, rest = file.read().rpartition(b"\n")
-                    self._names |= dict.fromkeys(_names(news))
+                    self._names |= dict.fromkeys(self._of_this_dataset(news))
                     self._read_up_to += len(news) + len(newline)
                     if entry is not None and mine not in self._names:
                         line = json.dumps(entry).encode() + b"\n"
@@ -91,13 +94,14 @@ class BadSamples:
         if mine is not None:
             self._names[mine] = None
 
-
-def _names(lines: bytes) -> list[str]:
-    """Of the samples in lines of JSON; half a line, of a process that was killed, is passed over."""
-    names = []
-    for line in lines.splitlines():
-        try:
-            names.append(str(json.loads(line)["name"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return names
+    def _of_this_dataset(self, lines: bytes) -> Iterator[str]:
+        """The names in lines of JSON. Half a line, of a process that was killed, is passed over, and so are samples of
+        another source that the run had before."""
+        for line in lines.splitlines():
+            try:
+                entry = json.loads(line)
+                index, name = int(entry["index"]), str(entry["name"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if 0 <= index < len(self._dataset) and self._dataset.name(index) == name:
+                yield name

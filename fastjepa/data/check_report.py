@@ -71,9 +71,8 @@ def _format_classes(classes: dict[str, Any] | None) -> list[str]:
     if least["images"] == most["images"]:
         lines = [f"{classes['count']:,}, of {_count(least['images'], 'image')} each"]
     if unknown:
-        lines.append(
-            f"{len(unknown):,} of them not in train: {', '.join(unknown[:_NAMED_GROUPS])}{', ...' * (len(unknown) > 5)}"
-        )
+        more = ", ..." if len(unknown) > _NAMED_GROUPS else ""
+        lines.append(f"{len(unknown):,} of them not in train: {', '.join(unknown[:_NAMED_GROUPS])}{more}")
     return lines
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastjepa.config import DataConfig
-from fastjepa.data.images import Decoder, EncodedImage, read_header
+from fastjepa.data.images import BadImages, Decoder, EncodedImage, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class DaliDecoder:
     """`Decoder` on a CPU or a CUDA device.
 
     What DALI cannot decode (GIF, AVIF, animated WebP, and whatever else fails in it) is decoded by another decoder, which
-    also says which images are bad: so the same images are bad with any decoder. (Therefore TIFF, too: DALI reads it down to
-    the box only, and does not see damage below.)
+    also says which images are bad: so the same images are bad with any decoder. (Therefore TIFF, too, which DALI reads down
+    to the box only, and JPEG files in CMYK, of which it takes some that are damaged.)
     """
 
     def __init__(
@@ -76,11 +76,21 @@ class DaliDecoder:
         batch = torch.empty(
             (len(images), self._config.in_channels, *self._config.image_hw), dtype=torch.uint8, device=self._device
         )
+        bad: dict[int, str] = {}
+        parts = []
         for decode, those in ((self._decode, mine), (self._other.decode, ~mine)):
-            if those.any():
-                some = np.flatnonzero(those)
-                pixels = decode([images[int(i)] for i in some], boxes[some], flips[some])
-                batch[torch.from_numpy(some).to(self._device)] = pixels.to(self._device)
+            some = np.flatnonzero(those)
+            if not some.size:
+                continue
+            try:
+                parts.append(decode([images[int(i)] for i in some], boxes[some], flips[some]).to(self._device))
+                batch[torch.from_numpy(some).to(self._device)] = parts[-1]
+            except BadImages as error:
+                bad |= {int(some[position]): reason for position, reason in error.bad.items()}
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # before DALI gets the memory of `parts` back
+        if bad:
+            raise BadImages(dict(sorted(bad.items())))
         return batch
 
     def _decode(
@@ -120,7 +130,7 @@ class DaliDecoder:
         (batch,) = pipeline.run(**inputs)
         self._pipeline = pipeline
         # Nothing is copied: the tensor keeps DALI's buffer alive (dynamic executor). On a GPU, torch's current stream waits
-        # for DALI's, and the loader holds the batch until the step that used it is over (Loader).
+        # for DALI's; whoever takes the tensor must hold it until the work on it is done, as Loader and evaluation do.
         return from_dlpack(batch.as_tensor())
 
     def _build(self) -> Any:
@@ -170,6 +180,8 @@ class DaliDecoder:
 
 
 def _dali_reads(image: EncodedImage) -> bool:
+    if image.format == "JPEG":
+        return image.plain_jpeg
     return image.format not in ("AVIF", "GIF", "TIFF") and not (image.format == "WEBP" and image.animated)
 
 

@@ -7,9 +7,12 @@ of a large set is memory-mapped (`fastjepa.data.index`): 14 million names are 0.
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
+import stat
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +24,10 @@ import numpy.typing as npt
 from fastjepa.data.images import BadImage, describe
 
 Ints = npt.NDArray[np.int64]
+
+# Errors that pass, of network file systems and of processes with many open files: the image is not to blame.
+_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+_ATTEMPTS, _PAUSE = 3, 0.2
 
 _AT_ONCE = 1 << 16  # strings that are Python objects at a time: millions of them would take gigabytes
 
@@ -87,6 +94,28 @@ class Spans(NamedTuple):
     """[n]: its bytes; -1: as many as the file has, which is of one image then."""
 
 
+def _read(path: bytes, start: int, size: int, max_bytes: int) -> bytes:
+    """`size` bytes of a file (-1: all of it) from `start` on. Unbuffered: in one call, as a rule, and the interpreter's lock
+    is free meanwhile."""
+    # A pipe would be waited for, for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage("not a regular file")
+        wanted = status.st_size if size < 0 else size
+        if wanted > max_bytes:
+            raise BadImage(f"{wanted} bytes, expected at most {max_bytes} (8 for each of data.max_pixels)")
+        data = os.pread(descriptor, wanted, start)
+        while len(data) < wanted and (more := os.pread(descriptor, wanted - len(data), start + len(data))):
+            data += more
+    finally:
+        os.close(descriptor)
+    if len(data) < wanted:
+        raise BadImage(f"the file ends after {len(data)} of its {wanted} bytes")
+    return data
+
+
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
     """The images of one split of a source. A sample's identity is its index. The order is stable: files by their names, or
@@ -123,20 +152,15 @@ class ImageDataset:
         name, start, size = self.names[index], 0, -1
         if self.spans is not None and (file := int(self.spans.file[index])) >= 0:
             name, start, size = self.spans.files[file], int(self.spans.start[index]), int(self.spans.size[index])
-        try:
-            # Unbuffered: one call reads it all, and the interpreter's lock is free meanwhile.
-            descriptor = os.open(os.path.join(os.fsencode(self.root), name), os.O_RDONLY | os.O_CLOEXEC)  # noqa: PTH118 (bytes)
+        path = os.path.join(os.fsencode(self.root), name)  # noqa: PTH118 (bytes)
+        for attempt in range(_ATTEMPTS):
             try:
-                wanted = os.fstat(descriptor).st_size if size < 0 else size
-                if wanted > max_bytes:
-                    raise BadImage(f"{wanted} bytes, expected at most {max_bytes} (8 for each of data.max_pixels)")
-                data = os.pread(descriptor, wanted, start)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise BadImage(describe(error)) from error
-        if len(data) < wanted:
-            raise BadImage(f"the file ends after {len(data)} of its {wanted} bytes")
+                data = _read(path, start, size, max_bytes)
+                break
+            except OSError as error:
+                if error.errno not in _PASSING or attempt == _ATTEMPTS - 1:
+                    raise BadImage(describe(error)) from error
+                time.sleep(_PAUSE)
         if not data:
             raise BadImage("empty file")
         return data

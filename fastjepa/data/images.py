@@ -137,6 +137,8 @@ def _other_header(data: bytes) -> EncodedImage:
         raise BadImage(f"damaged in its header: {describe(error)}") from error
     if image.mode == "F":
         raise BadImage("floating-point pixels, whose range is unknown; expected integers")
+    if image.mode == "I" and image.format == "TIFF":  # of PNG and PPM files it is 16 bits
+        raise BadImage("32-bit pixels, whose range is unknown; expected 8 or 16 bits")
     # A JPEG file of several pictures, of which the first one counts.
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     return EncodedImage(data, image.height, image.width, kind, animated=animated)

@@ -41,6 +41,8 @@ class Listing:
     """Folders and files that the list was made from: if one of them changes, the list is made anew."""
     warnings: list[str] = field(default_factory=list)
     """What the user should know each time the data set is opened, such as a broken shard."""
+    complete: bool = True
+    """False: something could not be read just now, so the list is not cached."""
 
 
 def cache_folder() -> Path:
@@ -67,7 +69,8 @@ def indexed(key: str, build: Callable[[], Listing]) -> ImageDataset:
         root, took = printable(listing.dataset.root), time.time() - started
         logger.info("%s: %d images listed in %.1f s", root, len(listing.dataset), took)
         try:
-            _save(folder, listing, started)
+            if listing.complete:
+                _save(folder, listing, started)
         except OSError as error:
             logger.warning("the list of images is not cached in %s (%s): set FASTJEPA_CACHE", folder, error.strerror)
     for warning in listing.warnings:

@@ -7,7 +7,6 @@ epoch is n // G steps in an order of its own; the up to G - 1 images at its end 
 from __future__ import annotations
 
 import functools
-import logging
 import queue
 import threading
 import time
@@ -27,18 +26,12 @@ from torch import Tensor
 
 from fastjepa.config import Config, DataConfig
 from fastjepa.data.bad_samples import BadSamples
-from fastjepa.data.dali import DaliDecoder, dali_problem
 from fastjepa.data.dataset import ImageDataset, Ints
-from fastjepa.data.images import BadImages, Decoder
+from fastjepa.data.decoders import choose_decoder
 from fastjepa.data.order import Boxes, batch_positions, epoch_order
-from fastjepa.data.reader import Reader, read_central
-from fastjepa.data.turbo import TurboDecoder
-from fastjepa.errors import ConfigError
+from fastjepa.data.reader import Reader
 from fastjepa.masks import MaskBatch, sample_masks
 
-logger = logging.getLogger(__name__)
-
-_EVALUATION_BATCH = 256
 _MAX_LANES = 2
 
 
@@ -109,6 +102,7 @@ class Loader:
                 f"steps_per_epoch = {steps_per_epoch} with a global batch of {self._global_batch_size} images: "
                 f"the data set has {len(dataset)}; use a smaller batch or more images"
             )
+        device = torch.empty(0, device=device).device  # "cuda" with its index
         self._config, self._device = config, device
         self._steps_per_epoch = steps_per_epoch
         self._positions = functools.partial(
@@ -139,8 +133,9 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, complete on its device. An error in a thread is raised here, with its traceback, and closes
-        the loader.
+        """The next micro batch, complete on its device. On a GPU, work on the one before must have been queued by now, on
+        the current stream: afterwards its memory is used again. An error in a thread is raised here, with its traceback,
+        and closes the loader.
         """
         self._hold_what_is_in_use()
         if not self._pending:
@@ -168,6 +163,10 @@ class Loader:
         self._pending.clear()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # then nothing is in use
+        self._in_use.clear()
+        self._delivered = None
 
     def __enter__(self) -> Loader:
         return self
@@ -238,53 +237,3 @@ def normalise(images: Tensor, config: DataConfig) -> Tensor:
     """(x / 255 - mean) / std by channel: uint8 [B, C, H, W] -> float32."""
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (config.mean, config.std))
     return images.float().div_(255).sub_(mean).div_(std)
-
-
-def load_images(dataset: ImageDataset, indices: Ints, config: DataConfig, device: torch.device) -> Tensor:
-    """Images for evaluation, at their largest central box: uint8 [B, C, H, W] on `device`.
-
-    Raises:
-        BadImages: some of them cannot be used: figures over another set of images would not be comparable.
-    """
-    batches = []
-    bad: dict[int, str] = {}
-    with ThreadPoolExecutor(config.num_threads) as pool:
-        decoder = choose_decoder(config, device, min(len(indices), _EVALUATION_BATCH), pool)
-        for start in range(0, len(indices), _EVALUATION_BATCH):
-            part = indices[start : start + _EVALUATION_BATCH]
-            try:
-                batches.append(read_central(dataset, part, config, decoder, pool).to(device))
-            except BadImages as error:
-                bad |= {start + position: reason for position, reason in error.bad.items()}
-    if bad:
-        raise BadImages(bad)
-    return torch.cat(batches)
-
-
-def choose_decoder(
-    config: DataConfig, device: torch.device, max_batch: int, pool: ThreadPoolExecutor, num_lanes: int = 1
-) -> Decoder:
-    """The decoder that data.loader asks for; `num_lanes` of them share data.num_threads threads.
-
-    Raises:
-        ConfigError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
-    """
-    if config.in_channels not in (1, 3):
-        raise ConfigError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
-    turbo = TurboDecoder(config, pool, pin_memory=device.type == "cuda")
-    if not _use_dali(config.loader, device.type):
-        return turbo
-    return DaliDecoder(config, device, max_batch, turbo, num_threads=max(1, config.num_threads // num_lanes))
-
-
-@functools.cache  # so that the choice is made, and logged, once
-def _use_dali(loader: str, device_type: str) -> bool:
-    problem = None if loader == "turbo" else dali_problem()
-    if loader == "dali" and problem:
-        raise ConfigError(f"data.loader = dali: {problem}; install fastjepa[dali] (Linux), or use data.loader = turbo")
-    use_dali = problem is None and (loader == "dali" or (loader == "auto" and device_type == "cuda"))
-    why = f"data.loader = {loader}"
-    if loader == "auto":
-        why += f": {problem}" if problem else f" on a {device_type} device"
-    logger.info("images are decoded by %s (%s)", "DALI" if use_dali else "libjpeg-turbo and Pillow", why)
-    return use_dali

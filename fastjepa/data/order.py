@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastjepa.config import DataConfig
+from fastjepa.data.dataset import Ints
 from fastjepa.errors import ConfigError
 from fastjepa_kernels.philox import (
     DOMAIN_CROP,
@@ -23,7 +24,6 @@ from fastjepa_kernels.philox import (
     unit_interval,
 )
 
-Ints = npt.NDArray[np.int64]
 Boxes = npt.NDArray[np.int32]
 
 _CROP_ATTEMPTS = 10
@@ -86,7 +86,7 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
     """
     height, width = sizes.astype(np.int64).T
     if config.crop_scale is None:
-        return _boxes(0 * height, 0 * width, height, width)
+        return _aligned(config, 0 * height, 0 * width, height, width)
     attempts = np.arange(_CROP_ATTEMPTS, dtype=np.int64)[:, None]
     words = philox4x32(attempts, DOMAIN_CROP, indices[None], epoch, seed=seed)  # four words [attempts, B]
     u_area, u_aspect = unit_interval(words[0]), unit_interval(words[1])
@@ -101,8 +101,7 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
     crop_w = np.where(fits[first], crop_w[first], central[:, 3])
     top = np.where(fits[first], uniform_int(words[2][first], height - crop_h + 1), central[:, 0])
     left = np.where(fits[first], uniform_int(words[3][first], width - crop_w + 1), central[:, 1])
-    k = dct_scale(config, crop_h, crop_w)
-    return _boxes(top // k * k, left // k * k, crop_h // k * k, crop_w // k * k)
+    return _aligned(config, top, left, crop_h, crop_w)
 
 
 def dct_scale(config: DataConfig, crop_h: Ints, crop_w: Ints) -> Ints:
@@ -132,11 +131,12 @@ def replacement(index: int, attempt: int, *, seed: int, epoch: int, num_images: 
     return int(uniform_int(word, num_images))
 
 
-def central_boxes(sizes: npt.NDArray[np.int32], image_hw: tuple[int, int]) -> Boxes:
-    """The largest central boxes with the aspect ratio of the output, for evaluation: int32 [B, 4]."""
+def central_boxes(config: DataConfig, sizes: npt.NDArray[np.int32]) -> Boxes:
+    """The largest central boxes with the aspect ratio of the output, for evaluation: int32 [B, 4]. For `dct_scaling` see
+    `crop_boxes`."""
     height, width = sizes.astype(np.int64).T
-    aspect = image_hw[1] / image_hw[0]
-    return _central(height, width, aspect, aspect)
+    aspect = config.image_hw[1] / config.image_hw[0]
+    return _aligned(config, *_central(height, width, aspect, aspect).astype(np.int64).T)
 
 
 def _central(height: Ints, width: Ints, min_aspect: float, max_aspect: float) -> Boxes:
@@ -144,6 +144,11 @@ def _central(height: Ints, width: Ints, min_aspect: float, max_aspect: float) ->
     crop_w = np.minimum(width, np.rint(height * max_aspect).astype(np.int64).clip(1))
     crop_h = np.minimum(height, np.rint(width / min_aspect).astype(np.int64).clip(1))
     return _boxes((height - crop_h) // 2, (width - crop_w) // 2, crop_h, crop_w)
+
+
+def _aligned(config: DataConfig, top: Ints, left: Ints, height: Ints, width: Ints) -> Boxes:
+    k = dct_scale(config, height, width)
+    return _boxes(top // k * k, left // k * k, height // k * k, width // k * k)
 
 
 def _between(limits: tuple[float, float], u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -15,7 +15,7 @@ from fastjepa.config import DataConfig
 from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.dataset import ImageDataset, Ints
 from fastjepa.data.images import BadImages, Decoder, EncodedImage, read_header
-from fastjepa.data.order import Boxes, central_boxes, crop_boxes, flips, replacement
+from fastjepa.data.order import Boxes, crop_boxes, flips, replacement
 from fastjepa.data.threads import for_each
 
 
@@ -116,19 +116,6 @@ def read_image(dataset: ImageDataset, index: int, config: DataConfig) -> Encoded
     """
     # No format needs more for a pixel than four channels of 16 bits, and some for its header and colour profile.
     return read_header(dataset.read(index, 8 * config.max_pixels + (1 << 20)), config.max_pixels)
-
-
-def read_central(dataset: ImageDataset, indices: Ints, config: DataConfig, decoder: Decoder, pool: Executor) -> Tensor:
-    """Images for evaluation, at their largest central box: uint8 [B, C, H, W].
-
-    Raises:
-        BadImages: some of them cannot be used: figures over another set of images would not be comparable.
-    """
-    images, bad = fetch(dataset, indices, config, pool)
-    if bad:
-        raise BadImages(bad)
-    batch = [image for image in images if image is not None]
-    return decoder.decode(batch, central_boxes(sizes_of(batch), config.image_hw), np.zeros(len(batch), bool))
 
 
 def sizes_of(images: Sequence[EncodedImage]) -> npt.NDArray[np.int32]:

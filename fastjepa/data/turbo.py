@@ -25,6 +25,9 @@ from fastjepa.data.threads import for_each
 Pixels = npt.NDArray[np.uint8]
 
 
+_NAME_OF = {"RGB": "RGB", "L": "GRAY"}  # Pillow's modes, for simplejpeg
+
+
 class TurboDecoder:
     """`Decoder` on the CPU, with the threads of a pool (decoding and resizing release the interpreter lock)."""
 
@@ -36,7 +39,7 @@ class TurboDecoder:
             pin_memory: put the batches into page-locked memory, from which they are copied to a GPU in the background.
         """
         self._config, self._pool, self._pin_memory = config, pool, pin_memory
-        self._colour = "RGB" if config.in_channels == 3 else "GRAY"
+        self._mode = "RGB" if config.in_channels == 3 else "L"
 
     def decode(
         self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
@@ -73,12 +76,16 @@ class TurboDecoder:
         top, left, height, width = box
         if not image.plain_jpeg:
             crop = image.open().crop((left, top, left + width, top + height))
-            return np.array(_eight_bits(crop, "RGB" if self._colour == "RGB" else "L")).reshape(height, width, -1)
+            return np.array(_eight_bits(crop, self._mode)).reshape(height, width, -1)
         k = int(dct_scale(self._config, np.array(height), np.array(width)))
-        if any(side % k for side in box):  # of an evaluation
+        if any(side % k for side in box):  # a box that is not of fastjepa.data.order
             k = 1
         pixels = simplejpeg.decode_jpeg(
-            image.data, self._colour, min_height=-(-image.height // k), min_width=-(-image.width // k), strict=False
+            image.data,
+            _NAME_OF[self._mode],
+            min_height=-(-image.height // k),
+            min_width=-(-image.width // k),
+            strict=False,
         )
         top, left, height, width = (side // k for side in box)
         return np.ascontiguousarray(pixels[top : top + height, left : left + width])

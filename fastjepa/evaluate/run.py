@@ -18,7 +18,7 @@ import fastjepa_kernels
 from fastjepa import checkpoint
 from fastjepa.config import Config, DataConfig
 from fastjepa.config_file import load_config
-from fastjepa.data import BadImages, ImageDataset, load_images, normalise, open_dataset
+from fastjepa.data import ImageDataset, evaluation_batches, normalise, open_dataset
 from fastjepa.errors import CheckpointError, DataError
 from fastjepa.evaluate.probes import MIN_SAMPLES, representation_health
 from fastjepa.evaluate.report import Report, Split, evaluate_features, format_report
@@ -28,7 +28,7 @@ from fastjepa.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-READ_AT_ONCE, ENCODED_AT_ONCE = 1024, 128
+ENCODED_AT_ONCE = 128
 # More images than these are thinned out evenly: exact k-NN over all of ImageNet takes hours on a CPU.
 MAX_TRAIN_IMAGES, MAX_TEST_IMAGES = 100_000, 50_000
 MAX_IMAGES_FOR_HEALTH = 2048
@@ -126,20 +126,10 @@ def _features(
     wanted = np.linspace(0, len(dataset) - 1, min(len(dataset), at_most)).astype(np.int64)
     kept: list[npt.NDArray[np.int64]] = []
     pooled: list[list[Tensor]] = [[] for _ in encoders]
-    for start in range(0, len(wanted), READ_AT_ONCE):
-        indices = wanted[start : start + READ_AT_ONCE]
-        while len(indices):
-            try:
-                images = load_images(dataset, indices, config.data, device)
-            except BadImages as error:
-                for position, reason in error.bad.items():
-                    logger.warning("left out of the evaluation: %s: %s", dataset.name(int(indices[position])), reason)
-                indices = np.delete(indices, list(error.bad))
-                continue
-            kept.append(indices)
-            for encoder, batches in zip(encoders, pooled, strict=True):
-                batches += [encoder(part).mean(1).float().cpu() for part in images.split(ENCODED_AT_ONCE)]
-            break
+    for indices, images in evaluation_batches(dataset, wanted, config.data, device):
+        kept.append(indices)
+        for encoder, batches in zip(encoders, pooled, strict=True):
+            batches += [encoder(part).mean(1).float().cpu() for part in images.split(ENCODED_AT_ONCE)]
     if not kept:
         raise DataError(f"{dataset.root}: none of its images can be used for the evaluation")
     return np.concatenate(kept), [torch.cat(batches) for batches in pooled]

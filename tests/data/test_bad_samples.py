@@ -74,6 +74,22 @@ def test_more_than_the_share_is_an_error_for_all_that_meet_one(tmp_path: Path) -
             first.add(index, "a")
 
 
+def test_the_bad_samples_of_another_source_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(f'{{"index": {i}, "name": "old/{i}.jpg", "reason": "x"}}\n' for i in range(990, 1020)))
+    bad = BadSamples(DATASET, 0.002, path)
+    bad.add(5, "why")
+    assert len(bad) == len(BadSamples(DATASET, 0.002, path)) == 1
+
+
+def test_a_single_bad_sample_stops_no_run_however_small() -> None:
+    few = ImageDataset("images", Strings.of([b"1.jpg", b"2.jpg", b"3.jpg"]), None, ())
+    bad = BadSamples(few, 0.01, None)
+    bad.add(1, "why")
+    with pytest.raises(DataError, match="2 of 3"):
+        bad.add(0, "why")
+
+
 def test_without_a_share_the_first_bad_sample_is_an_error() -> None:
     with pytest.raises(DataError, match="1 of 1000"):
         BadSamples(DATASET, 0.0, None).add(1, "a")

@@ -1,5 +1,6 @@
 """Decoders: the same pixels from libjpeg-turbo, Pillow, DALI and torch, for every kind of file; clear words for bad ones."""
 
+import errno
 import os
 import struct
 import warnings
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset, Strings
+from fastjepa.data.decoders import choose_decoder
 from fastjepa.data.images import BadImage, BadImages, Decoder, EncodedImage, read_header
-from fastjepa.data.loader import choose_decoder
 from fastjepa.data.order import central_boxes, crop_boxes, dct_scale
 
 Pixels = npt.NDArray[np.uint8]
@@ -148,7 +149,7 @@ def test_dali_agrees_with_turbo(photos: dict[str, Path], suffix: str, in_channel
     """
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     boxes = random_boxes(427, 640, 16)
-    boxes[0] = central_boxes(np.array([[427, 640]], np.int32), (224, 224))[0]
+    boxes[0] = central_boxes(DataConfig(), np.array([[427, 640]], np.int32))[0]
     turbo, dali = (
         decode(decoder_for(name, (224, 224), in_channels), [photos[suffix]] * 16, boxes).float()
         for name in ("turbo", "dali")
@@ -273,8 +274,29 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -
     (tmp_path / "huge.jpg").write_bytes(b"x" * 101)
     with pytest.raises(BadImage, match=r"^101 bytes, expected at most 100"):
         file_dataset(tmp_path / "huge.jpg").read(0, 100)
-    with pytest.raises(BadImage, match=r"^Is a directory$"):
-        file_dataset(tmp_path).read(0, 10**9)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for no_file in (tmp_path, tmp_path / "pipe.jpg"):
+        with pytest.raises(BadImage, match=r"^not a regular file$"):
+            file_dataset(no_file).read(0, 10**9)
+
+
+def test_errors_that_pass_are_no_image_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system that fails twice, and then for good; and reads that give less than was asked for."""
+    (tmp_path / "x.jpg").write_bytes(b"0123456789")
+    monkeypatch.setattr("fastjepa.data.dataset._PAUSE", 0)
+    pread, failures = os.pread, [errno.EIO, errno.ESTALE]
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if failures:
+            number = failures.pop()
+            raise OSError(number, os.strerror(number))
+        return pread(descriptor, min(size, 3), offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    assert file_dataset(tmp_path / "x.jpg").read(0, 100) == b"0123456789"
+    failures += [errno.EIO] * 3
+    with pytest.raises(BadImage, match="Input/output error"):
+        file_dataset(tmp_path / "x.jpg").read(0, 100)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads every file")
@@ -333,6 +355,24 @@ def test_truncated_files_are_found_and_the_others_still_decode(
         assert all(caught.value.bad.values())
     good = [read_header(whole, 10**6) for _ in range(2)]
     assert decoder.decode(good, top[:2], np.zeros(2, bool)).shape == (2, 3, 32, 32)
+
+
+def test_damage_in_a_batch_of_many_formats_is_found_where_it_is(
+    tmp_path: Path, photograph: Pixels, loader_name: str
+) -> None:
+    """Though DALI leaves some of the formats to others."""
+    formats = list(write_formats(tmp_path, photograph))
+    at = {name: position for position, name in enumerate(formats)}
+    contents = [(tmp_path / name).read_bytes() for name in formats]
+    damaged = {"rgb.tif", "grey.png", "rgb.bmp", "palette.gif", "transparent.png"}
+    for name in damaged:
+        contents[at[name]] = contents[at[name]][: len(contents[at[name]]) * 2 // 3]
+    images = [read_header(content, 10**6) for content in contents]
+    boxes = np.array([(0, 0, image.height, image.width) for image in images], np.int32)
+    with pytest.raises(BadImages) as caught:
+        decoder_for(loader_name, (32, 32)).decode(images, boxes, np.zeros(len(images), bool))
+    first = {at[name] for name in damaged}
+    assert set(caught.value.bad) == first
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

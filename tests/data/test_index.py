@@ -1,5 +1,6 @@
 """The list of a data set is made once, again when something has changed, and never believed when it is damaged."""
 
+import errno
 import json
 import logging
 import os
@@ -314,3 +315,37 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == Path.home() / ".cache" / "fastjepa"
     monkeypatch.setenv("FASTJEPA_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
+
+
+def test_a_list_with_gaps_that_may_close_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One read error while the shards are listed must not make the data set smaller for good."""
+    for shard in "ab":
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(f"{shard}.jpg"))
+    pread, failing = os.pread, [True]
+
+    def fail(descriptor: int, size: int, offset: int) -> bytes:
+        if failing.pop() if failing else False:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", fail)
+    assert len(names(tmp_path)) == 1
+    assert any("Input/output error" in message for message in caplog.messages)
+    assert len(names(tmp_path)) == 2
+    assert times_listed(caplog) == 2
+
+
+def test_a_link_that_leads_nowhere_is_looked_at_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "1.png").touch()
+    (root / "2.png").symlink_to(tmp_path / "elsewhere" / "2.png")
+    os.utime(root, (time.time() - HOUR,) * 2)
+    assert names(root) == names(root) == ["1.png"]
+    assert times_listed(caplog) == 1
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.png").touch()
+    assert names(root) == ["1.png", "2.png"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, ks_2samp
 
 from fastjepa.config import DataConfig
+from fastjepa.data.dataset import Ints
 from fastjepa.data.order import (
-    Ints,
     batch_positions,
     central_boxes,
     crop_boxes,
@@ -160,7 +160,7 @@ def test_boxes_lie_inside_the_image(sizes: list[tuple[int, int]], limits: list[f
     array = np.array(sizes, np.int32)
     for boxes in (
         crop_boxes(config, seed=0, epoch=0, indices=np.arange(len(sizes)), sizes=array),
-        central_boxes(array, (16, 224)),
+        central_boxes(DataConfig(image_size=(16, 224)), array),
     ):
         assert boxes.dtype == np.int32
         assert (boxes[:, :2] >= 0).all()
@@ -208,13 +208,13 @@ def test_without_a_crop_scale_the_box_is_the_whole_image() -> None:
 
 def test_central_boxes_are_the_largest_with_the_aspect_of_the_output() -> None:
     sizes = np.array([[375, 500], [500, 375], [28, 28], [100, 1000]], np.int32)
-    assert central_boxes(sizes, (224, 224)).tolist() == [
+    assert central_boxes(DataConfig(), sizes).tolist() == [
         [0, 62, 375, 375],
         [62, 0, 375, 375],
         [0, 0, 28, 28],
         [0, 450, 100, 100],
     ]
-    assert central_boxes(sizes, (100, 200)).tolist() == [
+    assert central_boxes(DataConfig(image_size=(100, 200)), sizes).tolist() == [
         [62, 0, 250, 500],
         [156, 0, 188, 375],
         [7, 0, 14, 28],

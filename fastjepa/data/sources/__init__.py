@@ -15,6 +15,7 @@ there. So are shards and tables whose names all hold one of these words. Anythin
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastjepa.config import DataConfig
-from fastjepa.data.dataset import ImageDataset
+from fastjepa.data.dataset import ImageDataset, printable
 from fastjepa.data.index import Listing, entries, indexed
 from fastjepa.data.sources.folder import is_image_name, list_folder
 from fastjepa.data.sources.list_file import list_list_file
@@ -31,10 +32,13 @@ from fastjepa.data.sources.tables import list_tables
 from fastjepa.data.sources.webdataset import list_shards
 from fastjepa.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 VAL_NAMES = ("val", "validation", "valid", "test")
 
 _Lister = Callable[[list[str]], Listing]
 _BY_SUFFIX: dict[str, _Lister] = {".tar": list_shards, ".arrow": list_tables, ".parquet": list_tables}
+_SUFFIXES = tuple(suffix.encode() for suffix in _BY_SUFFIX)
 _SPLIT_WORD = re.compile(rf"(?:^|[^a-z])(train|{'|'.join(VAL_NAMES)})(?:[^a-z]|$)")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -92,6 +96,14 @@ def _split_folder(folder: Path) -> dict[str, _Part]:
     if (folder / "train").is_dir():
         parts = {"train": _whole(folder / "train")}
         val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
+        beside = {
+            printable(entry.name) for entry in entries(os.fsencode(folder)) if entry.is_dir(follow_symlinks=False)
+        }
+        if unused := sorted(beside - {"train", *VAL_NAMES}):
+            named = ", ".join(unused[:10])
+            logger.warning(
+                "%s: its folder train holds the training images; not used: %s", printable(str(folder)), named
+            )
         return parts if val is None else parts | {"val": _whole(val)}
     part = _whole(folder)
     return {"train": part} if part.lister is list_folder else _split_files(part.files)
@@ -103,7 +115,7 @@ def _whole(folder: Path) -> _Part:
     image = None
     for entry in entries(os.fsencode(folder)):
         name = os.fsdecode(entry.name)
-        if Path(name).suffix in _BY_SUFFIX and not entry.is_dir():
+        if entry.name.endswith(_SUFFIXES) and not entry.is_dir():
             files.append(name)
         elif image is None and (is_image_name(entry.name) or entry.is_dir(follow_symlinks=False)):
             image = name

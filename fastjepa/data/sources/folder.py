@@ -97,6 +97,8 @@ class _Walk:
             elif _leads_to(entry.is_dir):
                 self.links.append(name + b"/")
             else:
+                if entry.is_symlink():  # perhaps to what is not mounted yet
+                    self.watched.append(path + entry.name)
                 self.others += 1
                 self.other = self.other or name
 

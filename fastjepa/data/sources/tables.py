@@ -39,11 +39,13 @@ def list_tables(files: list[str]) -> Listing:
         raise DataError("Arrow and Parquet files need pyarrow: pip install 'fastjepa[tables]'")
     root = common_folder(files)
     warnings: list[str] = []
+    complete = True  # an OSError may pass
     tables: list[_Table] = []
     for file in files:
         try:
             tables.append(_open(file))
         except arrow.BrokenTable as error:
+            complete &= not isinstance(error.__cause__, OSError)
             warnings.append(f"{file} is left out: {error}")
     if to_unpack := [table for table in tables if table.spans is None]:
         require_space(sum(table.size_unpacked for table in to_unpack), f"{len(to_unpack)} tables")
@@ -52,6 +54,7 @@ def list_tables(files: list[str]) -> Listing:
         try:
             parts.append(_part(root, table))
         except arrow.BrokenTable as error:
+            complete &= not isinstance(error.__cause__, OSError)
             warnings.append(f"{table.file} is left out: {error}")
     rows = sum(len(part.names) for part in parts)
     if not rows:
@@ -59,7 +62,9 @@ def list_tables(files: list[str]) -> Listing:
     if bad := sum(int(np.count_nonzero(part.size == 0)) for part in parts):
         warnings.append(f"{root}: {bad} of {rows} rows hold neither bytes nor a path: these are bad images")
     watched = files + [str(table.unpacked.images) for table in tables if table.unpacked]
-    return join(root, parts, [os.fsencode(path) for path in watched], warnings)
+    listing = join(root, parts, [os.fsencode(path) for path in watched], warnings)
+    listing.complete = complete
+    return listing
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def _part(root: str, table: _Table) -> Part:
         size = np.where(without, 0, size)
         paths = arrow.paths(file, columns) if columns.path else ()
         for row, (path, wanted) in enumerate(zip(paths, without.tolist(), strict=False)):
-            if wanted and path:
+            if wanted and path and "\0" not in path:
                 place[row] = files.setdefault(os.fsencode(path), len(files))
                 start[row], size[row] = 0, -1
     labels, values = arrow.labels(file, columns) if columns.label else (np.full(len(spans), -1), ())

@@ -59,6 +59,8 @@ class TarReader:
             tar = tarfile.open(fileobj=self._file, mode="r:", encoding=_ENCODING, errors=_ERRORS)  # noqa: SIM115
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                if info.size < 0 or "\0" in info.name:  # tarfile would come to the same header again
+                    raise BrokenTar(f"the header before byte {info.offset_data} is damaged")
                 if info.offset_data + info.size > self.length:
                     name = info.name.encode(_ENCODING, "backslashreplace").decode()
                     raise BrokenTar(f"it ends after {self.length} bytes, within {name}")
@@ -98,7 +100,10 @@ class TarReader:
                 for extension, start, size, name in zip(*[iter(line.split())] * 4, strict=True):
                     if len(name) > 100 or b"\\" in name or not name.endswith(b"." + extension):
                         return None
-                    members.append(Member(name, int(start), int(size)))
+                    member = Member(name, int(start), int(size))
+                    if not (0 <= member.start <= member.start + member.size <= self.length and member.size >= 0):
+                        return None
+                    members.append(member)
             complete = first == b"v1.2 %d" % len([line for line in lines if line])
             fits = members and self._is_at(members[0]) and self._is_at(members[-1])
         except (OSError, ValueError):

@@ -54,7 +54,9 @@ def list_shards(files: list[str]) -> Listing:
         looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
         raise DataError("; ".join([f"no images in the shards; looked for members with {looked_for}", *warnings]))
     watched = [os.fsencode(path) for file in files for path in (file, _index_of(file))]
-    return join(root, parts, watched, warnings)
+    listing = join(root, parts, watched, warnings)
+    listing.complete = not any(shard.unreadable for shard in shards)
+    return listing
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class _Shard:
     part: Part
     without_image: int = 0
     missing: bool = False
+    unreadable: bool = False
+    """Now, that is: it may be whole."""
     problem: str | None = None
 
 
@@ -69,7 +73,7 @@ def _list_shard(root: str, file: str) -> _Shard:
     names, labels = list[bytes](), array("q")
     starts, sizes = array("q"), array("q")
     values: dict[str, int] = {}
-    without_image, reasons, missing = 0, list[str](), False
+    without_image, reasons, missing, unreadable = 0, list[str](), False, False
     shard = os.fsencode(os.path.relpath(file, root))
     try:
         with TarReader(file) as tar:
@@ -84,6 +88,7 @@ def _list_shard(root: str, file: str) -> _Shard:
     except FileNotFoundError:
         missing = True
     except OSError as error:
+        unreadable = True
         reasons.append(describe(error))
     if reasons and values and labels[-1] < 0:  # the label of the last sample was cut off
         for column in (names, labels, starts, sizes):
@@ -98,7 +103,7 @@ def _list_shard(root: str, file: str) -> _Shard:
         values=list(values),
     )
     problem = f"{file}: {reasons[0]}; {len(names)} samples found before are used" if reasons else None
-    return _Shard(part, without_image, missing, problem)
+    return _Shard(part, without_image, missing, unreadable, problem)
 
 
 def _members(tar: TarReader, file: str, reasons: list[str]) -> Iterator[Member]:
@@ -107,8 +112,8 @@ def _members(tar: TarReader, file: str, reasons: list[str]) -> Iterator[Member]:
     indexed = tar.members_by_index(index) if _is_up_to_date(index, file) else None
     try:
         yield from tar.members() if indexed is None else indexed
-    except (BrokenTar, OSError) as error:
-        reasons.append(describe(error))
+    except BrokenTar as error:
+        reasons.append(str(error))
 
 
 def _samples(tar: TarReader, members: Iterator[Member]) -> Iterator[tuple[Member | None, str | None]]:

@@ -175,6 +175,31 @@ def four(tmp_path: Path) -> Path:
     return write_shard(tmp_path / "broken.tar", IMAGES, tarfile.GNU_FORMAT)
 
 
+def test_headers_that_lead_nowhere_end_the_shard(tmp_path: Path) -> None:
+    """A negative size sends tarfile back to the same header, for ever; a NUL ends names elsewhere."""
+    for name, header in {
+        "negative": tarfile.TarInfo("2.jpg"),
+        "nul": tarfile.TarInfo("2\0.jpg"),
+    }.items():
+        with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            first = tarfile.TarInfo("1.jpg")
+            first.size = 3
+            tar.addfile(first, io.BytesIO(b"one"))
+            if name == "nul":
+                header.pax_headers = {"path": "2\0.jpg"}
+            tar.addfile(header)
+        if name == "negative":
+            data = bytearray((tmp_path / "negative.tar").read_bytes())
+            block = data[1024:1536]
+            block[124:136] = b"\xff" * 4 + (-512).to_bytes(8, signed=True)
+            block[148:156] = b" " * 8
+            block[148:156] = b"%06o\0 " % sum(block)
+            (tmp_path / "negative.tar").write_bytes(data[:1024] + block + data[1536:])
+        listing = listed(tmp_path / f"{name}.tar")
+        assert content(listing.dataset) == {f"{name}.tar/1.jpg": b"one"}
+        assert "is damaged" in listing.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("damage", "left", "reason"),
     [
