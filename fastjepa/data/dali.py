@@ -43,7 +43,7 @@ class DaliDecoder:
 
     What DALI cannot decode (GIF, AVIF, animated WebP, and whatever else fails in it) is decoded by another decoder, which
     also says which images are bad: so the same images are bad with any decoder. (Therefore TIFF, too, which DALI reads down
-    to the box only, and JPEG files in CMYK, of which it takes some that are damaged.)
+    to the box only, JPEG files in CMYK, of which it takes some that are damaged, and PNM, which it takes for 8 or 16 bits.)
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class DaliDecoder:
 def _dali_reads(image: EncodedImage) -> bool:
     if image.format == "JPEG":
         return image.plain_jpeg
-    return image.format not in ("AVIF", "GIF", "TIFF") and not (image.format == "WEBP" and image.animated)
+    return image.format not in ("AVIF", "GIF", "PPM", "TIFF") and not (image.format == "WEBP" and image.animated)
 
 
 def _reason(error: RuntimeError) -> str:

@@ -73,6 +73,11 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
         verdict = _too_few(rows) or representation_health(features).verdict() or "no sign of collapse"
         print(f"no labelled train and val splits in {config.data.source}, so no probes; {verdict}", flush=True)
         return None
+    if not set(train.class_names) & set(test.class_names):
+        raise DataError(
+            f"none of the held-out images' classes ({', '.join(test.class_names[:5])}, ...) is one of the training images' "
+            f"({', '.join(train.class_names[:5])}, ...): expected the same names in both"
+        )
     random = build_model(config).target_encoder.to(device)
     kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, functools.partial(_pixels, config.data)]
     train_rows, train_features = _features(train, MAX_TRAIN_IMAGES, config, device, kinds)

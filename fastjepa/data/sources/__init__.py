@@ -38,6 +38,7 @@ VAL_NAMES = ("val", "validation", "valid", "test")
 
 _Lister = Callable[[list[str]], Listing]
 _BY_SUFFIX: dict[str, _Lister] = {".tar": list_shards, ".arrow": list_tables, ".parquet": list_tables}
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _SUFFIXES = tuple(suffix.encode() for suffix in _BY_SUFFIX)
 _SPLIT_WORD = re.compile(rf"(?:^|[^a-z])(train|{'|'.join(VAL_NAMES)})(?:[^a-z]|$)")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -74,10 +75,15 @@ def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> ImageDat
         return parts[split].open() if split in parts else None
     except DataError as error:
         raise DataError(f"data.{key} = {source}: {error}") from error
+    except OSError as error:
+        where = printable(error.filename) if error.filename else "it"
+        raise DataError(f"data.{key} = {source}: {where} cannot be read ({error.strerror})") from error
 
 
 def _split(source: str) -> dict[str, _Part]:
     """The parts of a source, `train` or `val` or both."""
+    if not source:
+        raise DataError("expected the path of images, shards, tables or a list of files, or fashion_mnist")
     if source == "fashion_mnist":
         from fastjepa.data.embedded import fashion_mnist  # here, not above: nobody else pays for unpacking it
 
@@ -85,6 +91,10 @@ def _split(source: str) -> dict[str, _Part]:
     path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 (links stay as they are)
     if path.is_dir():
         return _split_folder(path)
+    if path.name.endswith(_COMPRESSED):
+        raise DataError(
+            "compressed shards cannot be read in place: expected .tar, so unpack it (gzip -d, zstd -d, ...)"
+        )
     if path.is_file():
         return {"train": _Part([str(path)], _BY_SUFFIX.get(path.suffix, list_list_file))}
     if any(c in source for c in "{*?["):
@@ -168,7 +178,8 @@ def _matching(pattern: str) -> list[str]:
         patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
     files: dict[str, None] = {}  # {1..10}* finds one twice
     for one in patterns:
-        files |= dict.fromkeys(sorted(glob.glob(one)) if any(c in one for c in "*?[") else [one])  # noqa: PTH207
+        matches = any(c in one for c in "*?[") and not Path(one).exists()  # a folder's name may hold brackets
+        files |= dict.fromkeys(sorted(glob.glob(one)) if matches else [one])  # noqa: PTH207
     if not any(map(os.path.exists, files)):
         raise DataError("no file matches the pattern ({first..last} counts; * ? [ ] match)")
     return list(files)

@@ -50,7 +50,9 @@ def list_folder(folders: list[str]) -> Listing:
             f"no images in {folder} ({others}); looked at any depth for {' '.join(sorted(IMAGE_EXTENSIONS))}, in upper or "
             "lower case, and for shards and tables in the folder itself"
         )
-    warnings = [f"{folder}: passed over {others}, by their names no images"] if walk.others else []
+    warnings = (
+        [f"{folder}: passed over {others}: no images by their names, or links that lead to none"] if walk.others else []
+    )
     labels, class_names = _first_level(names)
     return Listing(ImageDataset(folder, names, labels, class_names), walk.watched, warnings)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +31,15 @@ class TarReader:
     def __init__(self, path: str) -> None:
         """
         Raises:
-            OSError: the file cannot be opened.
+            OSError: the file cannot be opened, or is no regular file.
         """
-        self._file = Path(path).open("rb")  # noqa: SIM115 (closed by __exit__)
-        self.length = os.fstat(self._file.fileno()).st_size
+        # A pipe would be waited for, for ever.
+        self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+        status = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            self._file.close()
+            raise OSError(errno.EINVAL, "not a regular file")
+        self.length = status.st_size
 
     def __enter__(self) -> TarReader:
         return self

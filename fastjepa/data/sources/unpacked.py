@@ -20,6 +20,7 @@ from fastjepa.errors import DataError
 logger = logging.getLogger(__name__)
 
 _RESERVE = 64 << 20  # bytes that are left free on the disk
+_TIMES_DIFFER = 2_000_000_000  # ns; file systems round
 
 
 class Unpacked:
@@ -41,16 +42,21 @@ class Unpacked:
         self.images = self._folder / "images.bin"
 
     def spans(self) -> Ints | None:
-        """int64 [n, 2]; None if it has not been unpacked, or not all of it is there."""
+        """int64 [n, 2]; None if it has not been unpacked, or is not as it was left."""
         try:
             spans = np.load(self._folder / "spans.npy", allow_pickle=False)
-            size = self.images.stat().st_size
+            status = self.images.stat()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             logger.warning("%s: cannot be used (%s): %s is unpacked anew", self._folder, error, self._path)
             return None
-        return spans if spans.shape[1:] == (2,) and size >= int(spans.sum(1).max(initial=0)) else None
+        as_left = abs(status.st_mtime_ns - self._status.st_mtime_ns) < _TIMES_DIFFER
+        return (
+            spans
+            if as_left and spans.shape[1:] == (2,) and status.st_size >= int(spans.sum(1).max(initial=0))
+            else None
+        )
 
     def write(self, batches: Callable[[], Iterable[tuple[memoryview, Ints]]]) -> Ints:
         """Unpack, unless another process has done so meanwhile.
@@ -72,7 +78,7 @@ class Unpacked:
                     shutil.rmtree(left_behind, ignore_errors=True)
                 with temporary_folder(self._folder) as temporary:
                     spans = _write(temporary, batches)
-                    # As old as what it was made of, so that an index counts it as settled (`index._state`).
+                    # As old as what it was made of: so an index counts it as settled (`index._state`), and changes show.
                     os.utime(temporary / self.images.name, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
                     if self.spans() is None:
                         shutil.rmtree(self._folder, ignore_errors=True)  # it is damaged
@@ -90,7 +96,8 @@ def require_space(needed: int, what: str) -> None:
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-    if needed + _RESERVE > free:
+    needed += _RESERVE
+    if needed > free:
         raise DataError(
             f"the images of {what} are compressed and have to be unpacked once, which takes {needed / 1e9:.2f} GB in "
             f"{folder}; {free / 1e9:.2f} GB are free there: make room, or set FASTJEPA_CACHE to a folder on a larger disk"

@@ -1,5 +1,6 @@
 """`data.source`: which of its kinds it is, which files belong to a split, and errors that name the setting."""
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -216,3 +217,26 @@ def test_names_with_pattern_characters_are_taken_literally_if_they_are_there(tmp
     write(tmp_path, "[1] a*b/1.png", "x[0].tar")
     assert opened(tmp_path / "[1] a*b")["train"] == ["[1] a*b/1.png"]
     assert opened(tmp_path / "x[0].tar")["train"] == ["x[0].tar"]
+
+
+def test_paths_that_cannot_be_looked_at_are_an_error_not_a_traceback(tmp_path: Path) -> None:
+    refused(tmp_path / ("x" * 300), r"data\.source = .*cannot be read \(File name too long\)")
+    refused("", r"data\.source = : expected the path of images")
+
+
+def test_compressed_shards_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    refused(write(tmp_path, "a.tar.gz") / "a.tar.gz", "compressed shards cannot be read in place: .*unpack it")
+
+
+def test_folders_beside_train_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class may be called train."""
+    write(tmp_path, "train/1.jpg", "val/2.jpg", "bus/3.jpg", "car/4.jpg", "README.md")
+    opened(tmp_path)
+    assert any(message.endswith("not used: bus, car") for message in caplog.messages)
+
+
+def test_a_pipe_among_shards_does_not_hang(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "a.tar")
+    os.mkfifo(tmp_path / "b.tar")
+    assert opened(tmp_path)["train"] == ["a.tar"]
+    assert any("b.tar: not a regular file" in message for message in caplog.messages)

@@ -325,6 +325,7 @@ def test_parquet_is_unpacked_once(tmp_path: Path, own_cache: Path, caplog: pytes
     [
         lambda folder: (folder / "images.bin").unlink(),
         lambda folder: os.truncate(folder / "images.bin", 10),
+        lambda folder: (folder / "images.bin").write_bytes(bytes((folder / "images.bin").stat().st_size)),
         lambda folder: (folder / "spans.npy").write_bytes(b"junk"),
         lambda folder: (folder / "spans.npy").unlink(),
         shutil.rmtree,
@@ -334,6 +335,7 @@ def test_unpacked_images_that_are_damaged_are_unpacked_anew(
     tmp_path: Path, own_cache: Path, damage: Callable[[Path], object]
 ) -> None:
     file = write_parquet(tmp_path / "a.parquet", table({"image": images()}))
+    os.utime(file, (1e9, 1e9))  # long ago
     listed(file)
     damage(unpacked(own_cache)[0].parent)
     assert content(listed(file).dataset) == IMAGES
