@@ -82,13 +82,14 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """dali on a GPU: share of the JPEG files for its hardware decoder (A100, H100 and newer); 0 turns it off."""
     num_threads: int = 4
-    """Threads per rank that read and decode."""
+    """Threads per rank that read and decode; DALI decodes with as many of its own."""
     prefetch: int = 2
     """Micro batches prepared ahead of the step."""
     max_pixels: int = 100_000_000
     """An image with more pixels is refused by its header, before it is decoded."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the data set's images have turned out bad."""
+    """The run stops when more than this share of the data set's images, and more than one, have turned out bad; 0: at the
+    first."""
 
     def __post_init__(self) -> None:
         _require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")

@@ -316,6 +316,18 @@ def test_a_folder_without_labels_trains_and_says_that_there_are_no_probes(
     assert f"no labelled train and val splits in {images}, so no probes; " in capsys.readouterr().out
 
 
+def test_held_out_images_of_other_classes_are_not_probed(
+    recipe: str, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All accuracies would be 0, without a word."""
+    for name, classes in {"train": "ab", "val": "xy"}.items():
+        lines = (f"{images}/{index:03d}.png\t{classes[index % 2]}\n" for index in range(70))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    sources = [f"data.source={tmp_path}/train.txt", f"data.val_source={tmp_path}/val.txt"]
+    assert main(["--config", recipe, f"output_dir={tmp_path / 'run'}", "evaluate=true", *sources]) == 0
+    assert "none of the held-out images' classes (x, y, ...) is one of the training images' (a, b, ...)" in caplog.text
+
+
 @pytest.fixture
 def spoiled(images: Path, tmp_path: Path) -> Path:
     """The images, and eight that are bad, each in a way of its own."""
