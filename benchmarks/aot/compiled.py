@@ -153,9 +153,14 @@ class Compilations:
 
 
 def _options(kernel: Any) -> dict[str, Any]:
-    """As they were passed to the compiler: what has been through JSON has lists for tuples."""
-    fields = kernel.metadata._asdict().items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields}
+    """As they were passed to the compiler: what has been through JSON has lists for tuples.
+
+    But for extern_libs, which Triton adds itself: paths within the installation that compiled the kernel first, which may be
+    gone. It hashes what they hold, not where they lie.
+    """
+    fields = kernel.metadata._asdict()
+    del fields["extern_libs"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 _SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.M)

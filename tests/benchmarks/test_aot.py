@@ -89,6 +89,15 @@ def test_reads_kernels_that_were_compiled_before() -> None:
     assert analyse(before, "sm_80", Compilations().facts(before)).registers > 0
 
 
+def test_reads_kernels_that_another_installation_compiled() -> None:
+    """Triton's cache outlives the virtual environment that filled it, and names that one's libraries."""
+    with recorded("sm_80") as launches:
+        copy[(1,)](torch.empty(96), torch.empty(96), 96, BLOCK=64, num_warps=1)
+    kernel = launches[0].kernel
+    kernel.metadata = kernel.metadata._replace(extern_libs=[["libdevice", "/gone/libdevice.10.bc"]])
+    assert analyse(kernel, "sm_80", Compilations().facts(kernel)).registers > 0
+
+
 @pytest.mark.parametrize(
     ("target", "num_warps", "registers", "shared", "expected"),
     [
