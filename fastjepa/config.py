@@ -288,6 +288,10 @@ class Config:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_interval: int = 1000
     """Steps between two checkpoints; one is always written at the end."""
+    max_skipped_steps: int = 10
+    """A step with a loss or gradient that is not finite changes nothing; the run stops after this many of them in a row."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which the run stops, and says which rank is behind and where it is."""
     evaluate: bool = True
     """k-NN and linear probe at the end, if the source has labels and a held-out split."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -299,7 +303,14 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")
-        for key in ("epochs", "global_batch_size", "log_interval", "checkpoint_interval"):
+        for key in (
+            "epochs",
+            "global_batch_size",
+            "log_interval",
+            "checkpoint_interval",
+            "max_skipped_steps",
+            "hang_timeout",
+        ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
         micro = self.micro_batch_size
         _require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")

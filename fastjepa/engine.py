@@ -54,13 +54,29 @@ class Engine(ABC):
     optimizer: AdamWEMA
     device: torch.device
 
-    @abstractmethod
-    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """Forward, backward, and after `grad_accum_steps` calls the optimizer step. Returns the loss, not read back."""
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._grad_norm = torch.zeros((), device=device)
+        self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
     @abstractmethod
+    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        """Forward, backward, and after `grad_accum_steps` calls the optimizer step. Returns the loss, not read back.
+
+        A step with a loss or a gradient that is not finite, on whichever rank, changes nothing on any.
+        """
+
     def grad_norm(self) -> float:
         """Global gradient norm of the last optimizer step, before clipping. Reads it back from the device."""
+        return self._grad_norm.item()
+
+    def skipped_in_a_row(self) -> int:
+        """How many of the last optimizer steps, up to now, changed nothing. Reads it back from the device."""
+        return int(self._skipped_in_a_row)
+
+    def _count_skipped(self) -> None:
+        """After an optimizer step, whose gradient norm is known."""
+        self._skipped_in_a_row.add_(1).mul_(~self._grad_norm.isfinite())
 
     @property
     @abstractmethod
@@ -85,6 +101,14 @@ class Engine(ABC):
         """After the fp32 state was written to: bring the model's weights on all ranks up to date with it."""
 
 
+def _spoil_gradients_if_not_finite(loss: Tensor) -> Tensor:
+    """The loss, whose gradients are all NaN if it is not finite itself, and unchanged to the last bit otherwise.
+
+    The gradients travel to all ranks anyway: so all learn of it without a message.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
 def resolve_precision(config: Config, device: torch.device) -> torch.dtype:
     if config.precision == "auto":
         # Older GPUs only emulate bf16.
@@ -97,7 +121,8 @@ class TorchEngine(Engine):
     """Plain PyTorch: fp32 weights, bf16 by autocast, gradients averaged over the ranks in one all-reduce per group."""
 
     def __init__(self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device) -> None:
-        self.model, self.device, self._sizes = model.to(device), device, sizes
+        super().__init__(device)
+        self.model, self._sizes = model.to(device), sizes
         self._dtype = resolve_precision(config, device)
         self._clip = config.optim.clip_grad
         groups = param_groups(self.model)
@@ -105,7 +130,7 @@ class TorchEngine(Engine):
         self._shapes = {name: list(p.shape) for name, p in params.items()}
         flatten_groups(groups)
         self.optimizer = AdamWEMA(groups, config.optim)
-        self.optimizer.bind({group["name"]: group["params"] for group in groups})
+        self.optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: self._grad_norm)
         self._pieces = [
             Piece(name, 0, params[name].numel(), group["params"][0], params[name].storage_offset())
             for group in groups
@@ -113,12 +138,11 @@ class TorchEngine(Engine):
         ]
         self._grads: list[Tensor] = [group["params"][0].grad for group in groups if not group["ema_of"]]
         self._micro_steps = 0
-        self._grad_norm = torch.zeros((), device=device)
 
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             loss: Tensor = self.model(images, masks)
-        (loss / self._sizes.accum).backward()
+        (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
             self._optimizer_step()
@@ -135,9 +159,7 @@ class TorchEngine(Engine):
         scale = (self._clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if self._clip else None
         self.optimizer.step(grad_scale=scale)
         torch._foreach_zero_(self._grads)
-
-    def grad_norm(self) -> float:
-        return self._grad_norm.item()
+        self._count_skipped()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -163,6 +185,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path
     ) -> None:
+        super().__init__(device)
         self._dtype = resolve_precision(config, device)
         settings = read_ds_config(
             ds_config, config, sizes, distributed.world_size(), bf16=self._dtype == torch.bfloat16
@@ -176,17 +199,16 @@ class DeepSpeedEngine(Engine):
             model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
         bf16: bool = settings["bf16"]["enabled"]
         exact = {name: p.detach().clone() for p, name in self._names.items()} if bf16 else {}
-        self.model, self.device = model, device
+        self.model = model
         self.optimizer = AdamWEMA(groups, config.optim)
         if bf16:
             model.bfloat16()  # DeepSpeed would leave the positions in fp32, and with them all tokens
         self._engine = _initialize(model, self.optimizer, settings, ds_config)
-        self.optimizer.bind(self._state_tensors())
+        self.optimizer.bind(self._state_tensors(), self._norm_of_this_step)
         if bf16:  # the fp32 state was made from weights already rounded to bf16
             for piece in self.pieces():
                 piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
             self.publish_weights()
-        self._grad_norm: float | Tensor = 0.0
 
     def _state_tensors(self) -> dict[str, list[Tensor]]:
         """Group name -> the fp32 tensors that DeepSpeed steps it with on this rank."""
@@ -206,15 +228,22 @@ class DeepSpeedEngine(Engine):
         autocast = self._stage == 0 and self._dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             loss: Tensor = self._engine(images, masks)
-        self._engine.backward(loss)
-        if self._stage == 0 and self._engine.is_gradient_accumulation_boundary():
+        self._engine.backward(_spoil_gradients_if_not_finite(loss))
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        if self._stage == 0 and is_last:
             grads = [p.grad for p in self.model.trained_parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
         self._engine.step()
+        if is_last:
+            self._grad_norm = self._norm_of_this_step()
+            self._count_skipped()
         return loss.detach()
 
-    def grad_norm(self) -> float:
-        return float(self._grad_norm if self._stage == 0 else self._engine.get_global_grad_norm())
+    def _norm_of_this_step(self) -> Tensor:
+        """ZeRO knows it before it steps the optimizer: infinite if any gradient is not finite. At fp32, and at stage 3, it
+        then leaves the optimizer alone by itself."""
+        norm = self._grad_norm if self._stage == 0 else self._engine.optimizer._global_grad_norm
+        return norm if isinstance(norm, Tensor) else torch.full_like(self._grad_norm, norm)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -1,10 +1,15 @@
-"""What a user can put right. The command line prints the message of these and exits with status 2, without a traceback."""
+"""What a user can put right.
+
+The command line prints the message of these, without a traceback, and exits with their status.
+"""
 
 from __future__ import annotations
 
 
 class FastjepaError(Exception):
     """Base of the errors that are meant for users."""
+
+    exit_status = 2
 
 
 class ConfigError(FastjepaError, ValueError):
@@ -25,3 +30,9 @@ class RunFolderError(FastjepaError, RuntimeError):
 
 class TrainingError(FastjepaError, RuntimeError):
     """Training cannot go on."""
+
+
+class Preempted(FastjepaError, RuntimeError):
+    """The run was asked to stop, and has saved what it did: started again it goes on."""
+
+    exit_status = 75  # EX_TEMPFAIL: to be queued again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ class Meter:
     def _reset(self, now: float) -> None:
         self._started = now
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._finite = torch.zeros((), dtype=torch.float64, device=self._device)
         self._micro_batches = self._images = self._context_tokens = self._target_tokens = 0
         self._data_wait = 0.0
         self._data_seconds = [0.0] * len(Seconds._fields)
@@ -42,24 +44,32 @@ class Meter:
         self._data_seconds = [total + new for total, new in zip(self._data_seconds, seconds, strict=True)]
 
     def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
-        self._loss += loss
+        finite = loss.isfinite()
+        self._loss += torch.where(finite, loss, 0)  # the mean of those that trained something
+        self._finite += finite
         self._micro_batches += 1
         self._images += images
         self._context_tokens += context_tokens
         self._target_tokens += target_tokens
 
-    def summary(self) -> dict[str, float]:
-        """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew."""
+    def summary(self) -> dict[str, float | None]:
+        """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew.
+
+        The loss is that of the micro batches whose loss was finite; None if there was none.
+        """
         tokens = (self._context_tokens, self._target_tokens)
         counts = (self._micro_batches, self._images, *tokens, 1, self._data_wait, *self._data_seconds)
-        sums = torch.cat([self._loss[None], torch.tensor(counts, dtype=torch.float64, device=self._device)])
-        loss, micro_batches, images, context, targets, ranks, waited, *prepared = distributed.sum_over_ranks(sums)
+        counted = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        sums = torch.cat([self._loss[None], self._finite[None], counted])
+        loss, finite, micro_batches, images, context, targets, ranks, waited, *prepared = distributed.sum_over_ranks(
+            sums
+        )
         # Only now: reading the sums back is what waits for a GPU to finish the steps that are being timed.
         now = time.perf_counter()
         seconds = now - self._started
         self._reset(now)
         return {
-            "loss": loss / micro_batches,
+            "loss": loss / finite if finite else None,
             "images_per_second": images / seconds,
             "tokens_per_second": (context + targets) / seconds,
             "data_wait": waited / ranks / seconds,
@@ -128,8 +138,9 @@ class Progress:
         """Show the line of metrics that was just written."""
         if not self._enabled:
             return
+        loss = math.nan if values["loss"] is None else values["loss"]
         figures = (
-            f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
+            f"loss {loss:.4f}  lr {values['lr']:.2e}  {values['images_per_second']:,.0f} images/s  "
             f"data wait {values['data_wait']:.0%}"
         )
         if self._bar is not None:

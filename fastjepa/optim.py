@@ -110,17 +110,21 @@ class AdamWEMA(torch.optim.Optimizer):
         self._targets: dict[str, list[Tensor]] = {}
         self._updates: dict[str, Tensor] = {}
         self._hyper_parameters: dict[str, Tensor] = {}
+        self._grad_norm: Callable[[], Tensor] | None = None
 
-    def bind(self, tensors: dict[str, list[Tensor]]) -> None:
+    def bind(self, tensors: dict[str, list[Tensor]], grad_norm: Callable[[], Tensor]) -> None:
         """Create fresh state for the tensors that each group will be stepped with, and pair the targets with their sources.
 
         Args:
             tensors: group name -> its parameters or this rank's partition of them, fp32.
+            grad_norm: gives the global gradient norm of the step at hand, 0-dim, on the tensors' device. Where it is not
+                finite, `step` changes nothing, on all ranks alike.
 
         Raises:
             ValueError: a target group's tensors are not laid out as its source's.
         """
         self.state.clear()
+        self._grad_norm = grad_norm
         for group in self.param_groups:
             name, source = group["name"], group["ema_of"]
             mine = tensors[name]
@@ -154,18 +158,20 @@ class AdamWEMA(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
     ) -> None:
-        """Update every group that has gradients, and the targets of those groups.
+        """Update every group that has gradients, and the targets of those groups, unless the gradient norm is not finite.
 
         Args:
             grad_scale: 0-dim; the gradients are multiplied by it as they are read (clipping).
         """
         assert closure is None, "closures are not supported"
+        assert self._grad_norm is not None, "bind comes first"
+        found_inf = (~self._grad_norm().isfinite()).float()
         for group in self.param_groups:
             if group["ema_of"] or all(param.grad is None for param in group["params"]):
                 continue
             name = group["name"]
             lr, weight_decay, ema_momentum = self._send_hyper_parameters(group)
-            self._updates[name] += 1
+            self._updates[name] += found_inf == 0
             targets = self._targets.get(name, [None] * len(group["params"]))
             for param, target in zip(group["params"], targets, strict=True):
                 if param.grad is None:
@@ -182,6 +188,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     weight_decay=weight_decay,
                     ema_momentum=ema_momentum,
                     grad_scale=grad_scale,
+                    found_inf=found_inf,
                 )
 
     def _send_hyper_parameters(self, group: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastjepa import distributed
 from fastjepa.errors import RunFolderError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -20,13 +27,15 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, bad_samples.jsonl, evaluation.json and checkpoints/ below one path."""
+    """config.yaml, metrics.jsonl, bad_samples.jsonl, skipped_steps.jsonl, evaluation.json, checkpoints/ below one path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.bad_samples = self.path / "bad_samples.jsonl"
+        self.skipped_steps = self.path / "skipped_steps.jsonl"
+        self.heartbeats = self.path / ".heartbeats"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
 
@@ -38,6 +47,46 @@ class RunFolder:
         """
         with writing(f"output_dir = {self.path}", "Choose another output_dir"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder: the first rank calls it. The lock ends with the process, however that ends.
+
+        Raises:
+            RunFolderError: another run, here or on another machine, holds it.
+        """
+        path = self.path / ".lock"
+        # lockf, not flock: it works across the machines that share a folder by NFS, and no child process inherits it.
+        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+            file = path.open("a+", encoding="utf-8")
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise RunFolderError(
+                    f"output_dir = {self.path}: another run is writing there ({file.read().strip() or 'unknown'}). "
+                    "Stop it, or choose another output_dir"
+                ) from error
+            except OSError as error:
+                logger.warning("%s: no lock on this file system (%s): start one run at a time there", path, error)
+            with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            yield
+
+    def write_skipped_steps(self, lines: list[dict[str, object]]) -> None:
+        """Add lines to skipped_steps.jsonl.
+
+        Raises:
+            RunFolderError: the folder cannot be written to.
+        """
+        with (
+            writing(str(self.skipped_steps), "Choose another output_dir"),
+            self.skipped_steps.open("a", encoding="utf-8") as file,
+        ):
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def check_shared(self) -> None:
         """All ranks call it: on machines that do not share the folder, each would keep a part of every checkpoint.

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from collections.abc import Sequence
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config_file import dump_config, load_config
-from fastjepa.errors import ConfigError, DataError, FastjepaError
+from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
 
 logger = logging.getLogger("fastjepa.train")
 
@@ -55,8 +56,8 @@ def resolve_config(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
-def train(config: Config, ds_config: str | None) -> None:
-    """One run, from the data to the evaluation."""
+def train(config: Config, ds_config: str | None, held: contextlib.ExitStack) -> None:
+    """One run, from the data to the evaluation. `held` is given what the run holds to its end: its folder's lock."""
     # Imported here: --help, --print_config and a mistake in the configuration need none of this.
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.data import open_dataset
@@ -77,6 +78,7 @@ def train(config: Config, ds_config: str | None) -> None:
     try:
         if first:
             folder.create()
+            held.enter_context(folder.locked())
         if first_here:
             # Lists them, for the other ranks of this machine to find the lists, and for mistakes to be found now.
             open_dataset(config.data, "train")
@@ -127,11 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(dump_config(config), end="")
             return 0
-        train(config, args.ds_config)
+        with contextlib.ExitStack() as held:
+            train(config, args.ds_config, held)
     except FastjepaError as error:
         where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        print(f"fastjepa: error{where}: {error}", file=sys.stderr)
-        return 2
+        what = "stopped" if isinstance(error, Preempted) else "error"
+        print(f"fastjepa: {what}{where}: {error}", file=sys.stderr)
+        return error.exit_status
     finally:
         distributed.finish()
     return 0

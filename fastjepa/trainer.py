@@ -6,22 +6,27 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.config import Config
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
+from fastjepa.data.dataset import Ints
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError, TrainingError
+from fastjepa.errors import CheckpointError, Preempted, TrainingError
 from fastjepa.metrics import Meter, MetricsFile, Progress
 from fastjepa.optim import Schedule, set_schedule
 from fastjepa.run_folder import RunFolder
+from fastjepa.stop_request import StopRequest
+from fastjepa.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +48,16 @@ class Trainer:
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self.start_step = self._resume()
+        # Of the steps that may have to be named: (step, sample ids, loss), a micro batch each.
+        self._recent: deque[tuple[int, Ints, Tensor]] = deque(maxlen=config.max_skipped_steps * sizes.accum)
 
     def run(self) -> None:
         """Train to the last step; returns at once if the run is complete.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: too many steps in a row had a loss or gradients that were not finite.
             CheckpointError: a checkpoint could not be written.
+            Preempted: SIGTERM or SIGUSR1 came; a checkpoint is written.
         """
         if self.start_step >= self.total_steps:
             logger.info("the run is complete: %d of %d steps", self.start_step, self.total_steps)
@@ -59,14 +67,17 @@ class Trainer:
         metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
-        with self._loader() as loader:
+        with self._loader() as loader, self._watchdog() as watchdog, StopRequest() as stop_request:
             batches = iter(loader)
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
                 set_schedule(engine.param_groups, values)
                 for _ in range(self.sizes.accum):
+                    watchdog.at(f"step {step}, waiting for data")
                     batch = self._next(batches, meter)
+                    watchdog.at(f"step {step}, training")
                     loss = engine.micro_step(batch.images, batch.masks)
+                    self._recent.append((step, batch.sample_ids, loss))
                     meter.update(
                         loss,
                         images=batch.masks.num_images,
@@ -76,16 +87,27 @@ class Trainer:
                 progress.advance()
 
                 done, last = step + 1, step + 1 == self.total_steps
-                save_due = done % config.checkpoint_interval == 0 or last
-                if done % config.log_interval == 0 or save_due:
+                stopped_by = None if last else stop_request.agreed()
+                save_due = done % config.checkpoint_interval == 0 or last or stopped_by is not None
+                line_due = done % config.log_interval == 0 or save_due
+                skipped = 0
+                if line_due or done % config.max_skipped_steps == 0:
+                    watchdog.at(f"step {step}, metrics")
+                    skipped = self._check_skipped(done)
+                if line_due:
                     line = self._line(done, values, meter)
                     if metrics is not None:
                         line["bad_samples"] = len(loader.bad_samples)
                         metrics.write(line)
                         progress.report(line)
-                if save_due:
+                if save_due and skipped and not last:
+                    logger.warning("no checkpoint at step %d: its last %d steps were skipped", done, skipped)
+                elif save_due:
+                    watchdog.at(f"step {step}, checkpoint")
                     self._save(done)
                     meter.restart_clock()
+                if stopped_by is not None:
+                    raise Preempted(f"{stopped_by}: stopped after step {done}; start again to go on from there")
         progress.close()
         if metrics is not None:
             metrics.close()
@@ -114,16 +136,44 @@ class Trainer:
 
     def _line(self, done: int, values: dict[str, float], meter: Meter) -> dict[str, Any]:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
-        summary = meter.summary()
-        if not math.isfinite(summary["loss"]):
-            raise self._not_finite(f"the loss is {summary['loss']} at step {done}")
+        grad_norm = self.engine.grad_norm()
         return {
             "step": done,
             "epoch": done / self.steps_per_epoch,
             **values,
-            "grad_norm": self.engine.grad_norm(),
-            **summary,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
+            **meter.summary(),
+            "skipped_steps": done - self.engine.optimizer.updates,
         }
+
+    def _check_skipped(self, done: int) -> int:
+        """How many of the last steps were skipped, read back from the device; the same on all ranks.
+
+        Raises:
+            TrainingError: too many; skipped_steps.jsonl names their samples.
+        """
+        skipped = self.engine.skipped_in_a_row()
+        if skipped < self.config.max_skipped_steps:
+            return skipped
+        mine: list[dict[str, object]] = [
+            {
+                "step": step,
+                "rank": distributed.rank(),
+                "loss": str(loss.item()),
+                "samples": [self.dataset.name(index) for index in ids.tolist()],
+            }
+            for step, ids, loss in self._recent
+        ]
+        lines = [line for lines in distributed.gather_objects(mine) for line in lines]
+        if self.is_first_rank:
+            self.folder.write_skipped_steps(lines)
+        raise self._not_finite(
+            f"the loss or a gradient was not finite in {skipped} steps in a row, up to step {done}: they changed nothing. "
+            f"{self.folder.skipped_steps} has the losses and the samples of the last"
+        )
+
+    def _watchdog(self) -> Watchdog:
+        return Watchdog(self.folder.heartbeats, self.config.hang_timeout)
 
     def _not_finite(self, what: str) -> TrainingError:
         newest = checkpoint.latest(self.folder.checkpoints)
@@ -204,6 +254,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "log_interval",
         "checkpoint_interval",
         "evaluate",
+        "max_skipped_steps",
+        "hang_timeout",
         "data.num_threads",
         "data.prefetch",
         "data.max_bad_share",

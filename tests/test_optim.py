@@ -135,7 +135,7 @@ def test_padding_stays_zero_through_a_step(model: IJEPA) -> None:
     totals = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
     flatten_groups(groups)
     optimizer = AdamWEMA(groups, OptimConfig())
-    optimizer.bind({group["name"]: group["params"] for group in groups})
+    optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: torch.ones(()))
     set_schedule(optimizer.param_groups, {"lr": 0.1, "weight_decay": 0.4, "ema_momentum": 0.5})
     model(*small_batch(model.config)).backward()
     optimizer.step()
@@ -150,7 +150,7 @@ def stepped(model: IJEPA, grad_scale: float | None = None, *, group_by_group: bo
     groups = param_groups(model)
     flatten_groups(groups)
     optimizer = AdamWEMA(groups, OptimConfig())
-    optimizer.bind({group["name"]: group["params"] for group in groups})
+    optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: torch.ones(()))
     every = optimizer.param_groups
     for step in range(2):
         set_schedule(every, schedule_values(step))
@@ -224,7 +224,7 @@ def test_the_count_goes_on_where_a_checkpoint_left_it(model: IJEPA) -> None:
 def test_weights_without_gradients_and_their_average_stay(model: IJEPA) -> None:
     groups = param_groups(model)
     optimizer = AdamWEMA(groups, OptimConfig())
-    optimizer.bind({group["name"]: group["params"] for group in groups})
+    optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: torch.ones(()))
     torch.nn.init.zeros_(model.target_encoder.norm.weight)
     set_schedule(optimizer.param_groups, {"lr": 0.1, "weight_decay": 0.4, "ema_momentum": 0.5})
     optimizer.step()
@@ -238,4 +238,4 @@ def test_a_target_of_another_layout_is_refused(model: IJEPA) -> None:
     optimizer = AdamWEMA(groups, OptimConfig())
     tensors = {group["name"]: group["params"] for group in groups}
     with pytest.raises(ValueError, match="target_decay is not laid out as encoder_decay"):
-        optimizer.bind({**tensors, "target_decay": tensors["target_decay"][::-1]})
+        optimizer.bind({**tensors, "target_decay": tensors["target_decay"][::-1]}, lambda: torch.ones(()))

@@ -61,11 +61,11 @@ def adamw_ema_(
         found_inf: if it is not 0, nothing at all is changed; a 0-dim tensor.
         param_copy, ema_copy: the same shape, bf16 or fp16: get the new weights and their average, rounded.
 
-    Triton reads nothing back from a GPU. PyTorch reads the hyper-parameters; apex takes no `found_inf`.
+    Triton reads nothing back from a GPU. PyTorch reads the hyper-parameters and `found_inf`, apex `found_inf`.
 
     Raises:
         ValueError: a tensor is of a wrong shape, dtype, layout or device (PyTorch takes fp64 too, for tests), a beta is
-            outside [0, 1), step is below 1, there is an `ema_copy` without `ema`, or apex was asked for what it cannot do.
+            outside [0, 1), step is below 1, or there is an `ema_copy` without `ema`.
     """
     implementation = choose("adamw_ema", param.device.type, param.dtype)
     state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
@@ -84,15 +84,14 @@ def adamw_ema_(
         raise ValueError("adamw_ema_: got ema_copy without ema, expected both")
 
     buffers = _Buffers(param, grad, exp_avg, exp_avg_sq, ema, param_copy, ema_copy)
+    if implementation != "triton" and found_inf is not None and found_inf != 0:
+        return
     if implementation == "torch":
-        if found_inf is None or found_inf == 0:
-            numbers = float(step), float(lr), float(weight_decay), float(ema_momentum)
-            _adamw_ema_torch(buffers, *numbers, betas, eps, grad_scale)
+        numbers = float(step), float(lr), float(weight_decay), float(ema_momentum)
+        _adamw_ema_torch(buffers, *numbers, betas, eps, grad_scale)
         return
     step, lr, weight_decay, ema_momentum = (_on_device(value, param.device) for value in scalars.values())
     if implementation == "apex":
-        if found_inf is not None:
-            raise ValueError("adamw_ema_: got found_inf, expected None, since apex cannot skip an update on the device")
         _adamw_ema_apex(buffers, step, lr, weight_decay, ema_momentum, betas, eps, grad_scale)
         return
     from fastjepa_kernels._triton.adamw_ema import adamw_ema_op

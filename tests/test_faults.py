@@ -1,0 +1,297 @@
+"""What clusters do to a run, done to a tiny one: signals, kills, hangs, losses of NaN, two runs in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastjepa import checkpoint, distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.engine import build_engine
+from fastjepa.errors import Preempted, RunFolderError
+from fastjepa.objective import build_model
+from fastjepa.run_folder import RunFolder
+from fastjepa.stop_request import StopRequest
+from fastjepa.train import main
+from fastjepa.watchdog import EXIT_STATUS, Watchdog
+from tests.small import small_batch
+from tests.test_trajectory import CPU, free_port, full_state, launch, trajectory_config
+
+ROOT = Path(__file__).parents[1]
+RUN = """
+epochs: 4  # 32 steps
+global_batch_size: 8
+log_interval: 1
+checkpoint_interval: 4
+evaluate: false
+data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
+model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
+masks: {min_keep: 3}
+optim: {warmup_epochs: 0.25}
+"""
+# Runs train.main after changing what the fault needs; FAULT is code.
+FAULTY = """
+import os, signal, sys, time
+import torch
+from fastjepa import distributed, engine, metrics, train
+FAULT
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def at_step(step: int, action: str, rank: int = 0) -> str:
+    """Code: do this once, on one rank, before the first micro batch of a step (counted from 0) of a TorchEngine."""
+    return f"""
+plain, steps = engine.TorchEngine.micro_step, 0
+def micro_step(self, images, masks):
+    global steps
+    steps += 1
+    if steps == {step} + 1 and distributed.rank() == {rank}:
+        {action}
+    return plain(self, images, masks)
+engine.TorchEngine.micro_step = micro_step
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("recipe")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for index in range(70):
+        pixels = rng.integers(0, 256, (18 + index % 5, 18), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{index:03d}.png")
+    (folder / "run.yaml").write_text(RUN.replace("DATA", str(folder / "images")))
+    return str(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted")
+    assert main(["--config", recipe, f"output_dir={run}"]) == 0
+    return run
+
+
+def start(fault: str, arguments: list[str], world: int = 1) -> list[subprocess.Popen[str]]:
+    """The ranks of a run with a fault."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    if world > 1:
+        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", FAULTY.replace("FAULT", fault), *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            env=env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    """Exit status and messages of every rank."""
+    messages = [process.communicate(timeout=100)[1] for process in processes]
+    return [(process.returncode, message) for process, message in zip(processes, messages, strict=True)]
+
+
+def metrics(run: Path, *keys: str) -> list[list[Any]]:
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [[line[key] for key in keys] for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step_00000032"
+    parts = ("context_encoder", "target_encoder", "predictor")
+    return {f"{part}.{name}": w for part in parts for name, w in checkpoint.load_weights(newest, part).items()}
+
+
+def assert_same_end(run: Path, expected: Path) -> None:
+    mine, theirs = weights(run), weights(expected)
+    assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
+    assert metrics(run, "step", "loss") == metrics(expected, "step", "loss")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_in_a_checkpoint_and_a_status_for_queueing_again(
+    name: str, recipe: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    fault = at_step(9, f"os.kill(os.getpid(), signal.{name})")
+    ((status, message),) = ended(start(fault, arguments))
+    assert status == Preempted.exit_status == 75, message
+    assert f"fastjepa: stopped: {name}: stopped after step 10" in message
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+    assert main(arguments) == 0
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_path: Path) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1)", rank=1)
+    results = ended(start(fault, arguments, world=2))
+    assert [status for status, _ in results] == [75, 75], results
+    assert "SIGUSR1: stopped after step 11" in results[0][1]
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000011"
+
+
+def test_a_second_signal_does_no_harm() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as request:
+        assert request.agreed() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.agreed() == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(rank: int, recipe: str, tmp_path: Path) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank), arguments, world=2)
+    results = ended(processes)
+    assert results[rank][0] == -signal.SIGKILL
+    assert results[1 - rank][0] != 0
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
+    assert all(status == 0 for status, _ in ended(start("", arguments, world=2)))
+    assert [step for (step,) in metrics(tmp_path, "step")] == list(range(1, 33))
+
+
+def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path) -> None:
+    """The one that stands still is rank 1; rank 0 waits for it in its step, and ends the run."""
+    arguments = ["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=4"]
+    processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGSTOP)", rank=1), arguments, world=2)
+    try:
+        message = processes[0].communicate(timeout=100)[1]
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+    assert processes[0].returncode == EXIT_STATUS
+    assert "error (rank 0): no progress for 4 s" in message
+    assert re.search(r"Least far: rank 1: (starting|step \d.*) \(process \d+ on ", message), message
+    assert "micro_step" in message  # the stack of the one that waits
+
+
+def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
+    statuses: list[int] = []
+    with Watchdog(tmp_path / "beats", 0.4, end=statuses.append) as watchdog:
+        for step in range(8):
+            watchdog.at(f"step {step}")
+            time.sleep(0.1)
+        assert statuses == []
+        time.sleep(1.5)
+    assert statuses == [EXIT_STATUS]
+
+
+@contextmanager
+def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[None]:
+    """The objective's loss is not finite in these of its calls (counted from 0)."""
+    from fastjepa.objective import IJEPA
+
+    plain, calls = IJEPA.loss, iter(range(10**6))
+
+    def loss(self: IJEPA, *tensors: torch.Tensor) -> torch.Tensor:
+        result = plain(self, *tensors)
+        return result + float(value) if next(calls) in steps and distributed.rank() == rank else result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IJEPA, "loss", loss)
+        yield
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
+    config = trajectory_config(micro=2, clip_grad=0.1)
+    sizes = BatchSizes.share(config, world_size=1)
+    engine = build_engine(build_model(config), config, sizes, CPU, ds_config=None)
+    batch = small_batch(config, sizes.micro)
+    with bad_loss({2, 5}, value=value):  # one micro batch of two, in steps 1 and 2
+        for step in range(4):
+            before, updates = full_state(engine), engine.optimizer.updates
+            for _ in range(sizes.accum):
+                engine.micro_step(*batch)
+            changed = any(not torch.equal(w, before[name]) for name, w in full_state(engine).items())
+            assert changed == (step in (0, 3))
+            assert engine.optimizer.updates == updates + int(changed)
+            assert engine.skipped_in_a_row() == {0: 0, 1: 1, 2: 2, 3: 0}[step]
+
+
+def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path) -> None:
+    launch("worker_skipped", 2, str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {name.split()[0] for name in results} == {"torch", "zero0", "zero1", "zero2", "zero3"}
+    for name, ranks in results.items():
+        assert ranks == [[1, 1, 0]] * 2, (
+            name
+        )  # updates after step 1, after the bad step 2, skipped in a row after step 3
+
+
+def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}", "max_skipped_steps=3"]
+    with bad_loss({2, 5, 6, 9, 10, 11, 12, 13, 14}):
+        assert main(arguments) == 2
+    assert [count for (count,) in metrics(tmp_path, "skipped_steps")][:9] == [0, 0, 1, 1, 1, 2, 3, 3, 3]
+    assert metrics(tmp_path, "loss")[2] == [None]
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite in 3 steps in a row, up to step 12" in message
+    assert f"{tmp_path / 'skipped_steps.jsonl'} has the losses and the samples" in message
+    named = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["rank"], line["loss"], len(line["samples"])) for line in named] == [
+        (step, 0, "nan", 8) for step in (9, 10, 11)
+    ]
+    assert all(name.endswith(".png") for line in named for name in line["samples"])
+    # The last step was a bad one, and what came before it is not passed off as good.
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
+
+
+def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    (first,) = start(at_step(5, "time.sleep(60)"), arguments)
+    try:
+        while not (tmp_path / "metrics.jsonl").is_file():
+            assert first.poll() is None
+            time.sleep(0.1)
+        ((status, message),) = ended(start("", arguments))
+        assert status == 2
+        assert f"output_dir = {tmp_path}: another run is writing there (process {first.pid} on " in message
+    finally:
+        first.kill()
+        first.communicate()
+    with RunFolder(tmp_path).locked():  # a killed run holds nothing
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="cannot be written"), RunFolder(tmp_path).locked():
+        pass
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    recipe: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter(range(10**6))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(times) * 10**7)
+    assert main(["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=100"]) == 0
+    assert_same_end(tmp_path, uninterrupted)
