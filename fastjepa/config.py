@@ -131,6 +131,9 @@ class ModelConfig:
     init: Literal["official", "depth_rescale", "fan_in"] = "official"
     """official: std 0.02 everywhere, as the released models were trained; depth_rescale: residual outputs of block l also
     divided by sqrt(2 l); fan_in: std 1/sqrt(fan_in) with that rescale, which narrow models (32-64) need not to collapse."""
+    activation_checkpointing: bool = False
+    """Of each transformer block keep only its input for backward, which computes the rest again: the same numbers in much
+    less memory, for one more forward pass of the context encoder's and the predictor's blocks."""
 
     def __post_init__(self) -> None:
         for key, value in (*self.size._asdict().items(), ("patch_size", self.patch_size)):

@@ -260,6 +260,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "data.prefetch",
         "data.max_bad_share",
         "data.val_source",
+        "model.activation_checkpointing",
         "kernels",
     }
     changes = []

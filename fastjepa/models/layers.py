@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastjepa_kernels import Ragged, block_attention, block_attention_packed, masked_gather
 
@@ -102,6 +103,24 @@ class Block(nn.Module):
             x, queries = masked_gather(x, rows, unique=distinct), subset.lengths
         x = x + self.attn(projected, queries, lengths)
         return x + self.mlp(self.norm2(x))
+
+
+def run_block(
+    block: Block,
+    x: Tensor,
+    lengths: Ragged,
+    *,
+    recompute: bool,
+    source_rows: Tensor | None = None,
+    subset: TokenSubset | None = None,
+) -> Tensor:
+    """`block(x, lengths, ...)`; with `recompute`, what backward needs of it is not kept but computed again there, with the
+    same bits (nothing in a block is random). Without gradients, or in evaluation, there is nothing to keep."""
+    if recompute and block.training and torch.is_grad_enabled():
+        return checkpoint(
+            block, x, lengths, source_rows=source_rows, subset=subset, use_reentrant=False, preserve_rng_state=False
+        )
+    return block(x, lengths, source_rows=source_rows, subset=subset)
 
 
 def sincos_position_table(dim: int, grid_h: int, grid_w: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
-from fastjepa.models.layers import Block, TokenSubset, init_weights, sincos_position_table
+from fastjepa.models.layers import Block, TokenSubset, init_weights, run_block, sincos_position_table
 from fastjepa_kernels import gather_add, masked_gather
 
 
@@ -20,6 +20,7 @@ class Predictor(nn.Module):
         super().__init__()
         size, dim = config.model.size, config.model.predictor_embed_dim
         self.savings = config.objective.savings
+        self.recompute = config.model.activation_checkpointing
         self.predictor_embed = nn.Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
@@ -46,7 +47,9 @@ class Predictor(nn.Module):
         last = len(self.predictor_blocks) - 1
         for index, block in enumerate(self.predictor_blocks):
             subset = targets if index == last and self.savings.predictor_last_block else None
-            tokens = block(tokens, masks.predictor, source_rows=source_rows, subset=subset)
+            tokens = run_block(
+                block, tokens, masks.predictor, recompute=self.recompute, source_rows=source_rows, subset=subset
+            )
             source_rows = None
         if not self.savings.predictor_last_block:
             tokens = masked_gather(tokens, targets.rows, unique=True)

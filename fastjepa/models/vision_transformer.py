@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.config import Config
-from fastjepa.models.layers import Block, TokenSubset, init_weights, sincos_position_table
+from fastjepa.models.layers import Block, TokenSubset, init_weights, run_block, sincos_position_table
 from fastjepa_kernels import Ragged, gather_add, gather_patches
 
 
@@ -42,6 +42,7 @@ class VisionTransformer(nn.Module):
         self.in_channels, self.patch_size = config.data.in_channels, config.model.patch_size
         self.mean, self.std = config.data.mean, config.data.std
         self.grid_h, self.grid_w = config.grid_h, config.grid_w
+        self.recompute = config.model.activation_checkpointing
         self.patch_embed = PatchEmbed(self.in_channels, size.embed_dim, self.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(size.embed_dim, self.grid_h, self.grid_w))
         self.blocks = nn.ModuleList(Block(size.embed_dim, size.num_heads, size.mlp_ratio) for _ in range(size.depth))
@@ -67,8 +68,8 @@ class VisionTransformer(nn.Module):
         """Tokens [T, D] in packed sequences -> features [T, D], or [S, D] of a subset of the tokens."""
         *first, last = self.blocks
         for block in first:
-            tokens = block(tokens, lengths)
-        return self.norm(last(tokens, lengths, subset=subset))
+            tokens = run_block(block, tokens, lengths, recompute=self.recompute)
+        return self.norm(run_block(last, tokens, lengths, recompute=self.recompute, subset=subset))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W], uint8 or normalised floats -> features of all patches [B, N, D].
