@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 def run_block(
-    block: Block,
+    block: nn.Module,
     x: Tensor,
     lengths: Ragged,
     *,
