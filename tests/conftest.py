@@ -1,7 +1,7 @@
 """Shared by all tests: GPU tests are skipped, with the reason, where there is no GPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,6 +17,12 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def record(record_property: Callable[[str, object], None]) -> Callable[[str, str, str], None]:
+    """For a test that injected a fault: fault, what happened, what was lost. See tests/reliability.py."""
+    return lambda fault, happened, lost: record_property("fault", (fault, happened, lost))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

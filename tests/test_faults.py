@@ -28,6 +28,7 @@ from fastjepa.run_folder import RunFolder
 from fastjepa.stop_request import StopRequest
 from fastjepa.train import main
 from fastjepa.watchdog import EXIT_STATUS, Watchdog
+from tests.reliability import Record, survive_kills
 from tests.small import small_batch
 from tests.test_trajectory import CPU, free_port, full_state, launch, trajectory_config
 
@@ -67,9 +68,7 @@ engine.TorchEngine.micro_step = micro_step
 """
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("recipe")
+def write_recipe(folder: Path) -> str:
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for index in range(70):
@@ -77,6 +76,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
         Image.fromarray(pixels).save(folder / "images" / f"{index:03d}.png")
     (folder / "run.yaml").write_text(RUN.replace("DATA", str(folder / "images")))
     return str(folder / "run.yaml")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,7 @@ def assert_same_end(run: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_ends_in_a_checkpoint_and_a_status_for_queueing_again(
-    name: str, recipe: str, uninterrupted: Path, tmp_path: Path
+    name: str, recipe: str, uninterrupted: Path, tmp_path: Path, record: Record
 ) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
     fault = at_step(9, f"os.kill(os.getpid(), signal.{name})")
@@ -141,15 +145,19 @@ def test_a_signal_ends_in_a_checkpoint_and_a_status_for_queueing_again(
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
     assert main(arguments) == 0
     assert_same_end(tmp_path, uninterrupted)
+    record(
+        f"{name} in step 10", f"checkpoint of step 10, exit status {status}; resumed: equal to the last bit", "nothing"
+    )
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_path: Path, record: Record) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
     fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1)", rank=1)
     results = ended(start(fault, arguments, world=2))
     assert [status for status, _ in results] == [75, 75], results
     assert "SIGUSR1: stopped after step 11" in results[0][1]
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000011"
+    record("SIGUSR1 to one of two ranks, in step 10", "both stopped after step 11, exit status 75", "nothing")
 
 
 def test_a_second_signal_does_no_harm() -> None:
@@ -163,7 +171,9 @@ def test_a_second_signal_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(rank: int, recipe: str, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
+    rank: int, recipe: str, tmp_path: Path, record: Record
+) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank), arguments, world=2)
     results = ended(processes)
@@ -172,9 +182,14 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(rank: int, 
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
     assert all(status == 0 for status, _ in ended(start("", arguments, world=2)))
     assert [step for (step,) in metrics(tmp_path, "step")] == list(range(1, 33))
+    record(
+        f"kill -9 of rank {rank} of two in step 10, checkpoints every 4 steps",
+        f"the other rank ended with status {results[1 - rank][0]}; resumed from step 8",
+        "one step, trained again",
+    )
 
 
-def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path, record: Record) -> None:
     """The one that stands still is rank 1; rank 0 waits for it in its step, and ends the run."""
     arguments = ["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=4"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGSTOP)", rank=1), arguments, world=2)
@@ -187,6 +202,12 @@ def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path) 
     assert "error (rank 0): no progress for 4 s" in message
     assert re.search(r"Least far: rank 1: (starting|step \d.*) \(process \d+ on ", message), message
     assert "micro_step" in message  # the stack of the one that waits
+    behind = message.partition("Least far: ")[2].partition(" (process")[0]
+    record(
+        "a rank of two that stands still (SIGSTOP), hang_timeout=4",
+        f"status {EXIT_STATUS}, and the line: least far: {behind}",
+        "the steps since the last checkpoint",
+    )
 
 
 def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
@@ -233,18 +254,22 @@ def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
             assert engine.skipped_in_a_row() == {0: 0, 1: 1, 2: 2, 3: 0}[step]
 
 
-def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path) -> None:
+def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path, record: Record) -> None:
     launch("worker_skipped", 2, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name.split()[0] for name in results} == {"torch", "zero0", "zero1", "zero2", "zero3"}
     for name, ranks in results.items():
-        assert ranks == [[1, 1, 0]] * 2, (
-            name
-        )  # updates after step 1, after the bad step 2, skipped in a row after step 3
+        # Updates after step 1, and after the bad step 2; steps skipped in a row, after step 3.
+        assert ranks == [[1, 1, 0]] * 2, name
+    record(
+        f"a loss of NaN on one rank of two; {', '.join(results)}; fp32, bf16",
+        "weights, moments and EMA of both ranks unchanged by the step, to the last bit",
+        "the step",
+    )
 
 
 def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
-    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record
 ) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}", "max_skipped_steps=3"]
     with bad_loss({2, 5, 6, 9, 10, 11, 12, 13, 14}):
@@ -261,9 +286,14 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
     assert all(name.endswith(".png") for line in named for name in line["samples"])
     # The last step was a bad one, and what came before it is not passed off as good.
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
+    record(
+        "losses of NaN in a row, max_skipped_steps=3",
+        f"stopped; skipped_steps.jsonl names the {sum(len(line['samples']) for line in named)} samples of 3 steps",
+        "the steps since the last checkpoint",
+    )
 
 
-def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path) -> None:
+def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path, record: Record) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
     (first,) = start(at_step(5, "time.sleep(60)"), arguments)
     try:
@@ -277,7 +307,7 @@ def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path) -> None
         first.kill()
         first.communicate()
     with RunFolder(tmp_path).locked():  # a killed run holds nothing
-        pass
+        record("a second run in the folder of a living one", "refused with status 2; names process and host", "nothing")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
@@ -288,10 +318,18 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_jumps_changes_nothing(
-    recipe: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     times = iter(range(10**6))
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(times) * 10**7)
     assert main(["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=100"]) == 0
     assert_same_end(tmp_path, uninterrupted)
+    record("the clock jumps by four months at each look", "equal to an undisturbed run, to the last bit", "nothing")
+
+
+def test_kills_at_random_moments_do_not_show(recipe: str, tmp_path: Path) -> None:
+    """50 of them: python -m tests.reliability."""
+    kills = survive_kills(tmp_path, recipe, kills=2, steps=160, seed=1)
+    assert kills.equal
+    assert kills.kills == 2
