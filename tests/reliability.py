@@ -130,7 +130,7 @@ def main() -> int:
         from tests.test_faults import write_recipe
 
         recipe = write_recipe(Path(folder))
-        kills = survive_kills(Path(folder), recipe, kills=options.kills, steps=100 * options.kills, seed=0)
+        kills = survive_kills(Path(folder), recipe, kills=options.kills, steps=40 * options.kills, seed=0)
     assert kills.equal
     fault = f"kill -9 of one rank or both at {kills.kills} random moments of one run, checkpoints every 3 steps"
     happened = (
