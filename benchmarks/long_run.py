@@ -1,0 +1,70 @@
+"""Whether a long run stays as it began: memory, step time, and what it leaves on the disk, over 20,000 tiny steps.
+
+python -m benchmarks.long_run [--steps 20000] [--ds_config configs/zero2.json] [--output benchmarks/results/long_run.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BATCH = 8  # 8,000 images: an epoch is 1,000 steps
+
+
+def run(folder: Path, steps: int, ds_config: str | None) -> list[dict[str, Any]]:
+    """configs/debug.yaml with a small batch; its metrics, a line every hundredth step."""
+    settings = [f"epochs={steps / 1000}", f"global_batch_size={BATCH}", "micro_batch_size=null", "log_interval=100"]
+    command = [sys.executable, str(ROOT / "fastjepa" / "train.py"), "--config", str(ROOT / "configs" / "debug.yaml")]
+    command += [*settings, "checkpoint_interval=1000", f"output_dir={folder}"]
+    subprocess.run(command + (["--ds_config", ds_config] if ds_config else []), check=True, stderr=subprocess.DEVNULL)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tenths(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """By tenths of the run: peak memory so far in MiB, median milliseconds per step."""
+    size = len(lines) // 10
+    parts = [lines[i * size : (i + 1) * size] for i in range(10)]
+    return {
+        "peak_memory_mib": [round(part[-1]["memory_gib"] * 1024, 1) for part in parts],
+        "step_ms": [round(median(1e3 * BATCH / line["images_per_second"] for line in part), 3) for part in parts],
+    }
+
+
+def disk(folder: Path) -> dict[str, Any]:
+    """What the run left there."""
+    checkpoints = [path for path in (folder / "checkpoints").iterdir() if path.is_dir()]
+    return {
+        "metrics_bytes": (folder / "metrics.jsonl").stat().st_size,
+        "checkpoints": len(checkpoints),
+        "checkpoint_bytes": sum(path.stat().st_size for each in checkpoints for path in each.iterdir()),
+        "files": sum(path.is_file() for path in folder.rglob("*")),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description="Memory and time of a long run.")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--ds_config")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    if options.steps < 1000:
+        parser.error(f"--steps {options.steps}: expected 1000 or more, for ten tenths of a line or more")
+    with tempfile.TemporaryDirectory() as folder:
+        lines = run(Path(folder), options.steps, options.ds_config)
+        result = {"steps": options.steps, "ds_config": options.ds_config, **tenths(lines), **disk(Path(folder))}
+    for name, value in result.items():
+        print(f"{name:18s} {value}")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
