@@ -42,3 +42,19 @@ def test_gpu_and_cpu_losses_agree_over_twenty_steps(precision: str, tolerance: f
     on_gpu = _losses(torch.device("cuda"), precision, 20, guarded=False)
     on_cpu = _losses(torch.device("cpu"), "fp32", 20, guarded=False)
     torch.testing.assert_close(torch.stack(on_gpu), torch.stack(on_cpu), rtol=tolerance, atol=0)
+
+
+def test_a_step_that_is_not_finite_is_skipped_without_waiting_for_the_host() -> None:
+    device, config = torch.device("cuda"), small_config()
+    engine = TorchEngine(build_model(config), config, BatchSizes.share(config, 1), device)
+    images, masks = small_batch(config, config.global_batch_size)
+    images, masks = images.to(device), masks.to(device)
+    engine.micro_step(images, masks)
+    before = [piece.view(piece.tensor).clone() for piece in engine.pieces()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.micro_step(images * torch.nan, masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(old, piece.view(piece.tensor)) for old, piece in zip(before, engine.pieces(), strict=True))
+    assert (engine.optimizer.updates, engine.skipped_in_a_row()) == (1, 1)
