@@ -1,0 +1,252 @@
+"""Bytes that a rank sends in a step and bytes of state that it holds, measured and by formula (fastjepa.costs):
+python -m benchmarks.bytes --output benchmarks/results
+
+A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. What is sent is counted at the
+operators of torch.distributed, below whoever calls them and however: every collective, in every variant, of DeepSpeed or
+ours, is one. What is held is every storage of a tensor that came to be with the engine and is still alive. The settings
+are those of configs/zeroN.json, with buckets and thresholds as small as the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastjepa import distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
+from fastjepa.costs import STAGES, Stage, ZeroSettings, bytes_sent, bytes_sent_theory, state_bytes
+from fastjepa.engine import Engine, build_engine
+from fastjepa.masks import sample_masks
+from fastjepa.objective import build_model
+
+ROOT = Path(__file__).parent.parent
+ZERO = ZeroSettings(reduce_bucket_size=5_000, stage3_param_persistence_threshold=500, stage3_prefetch_bucket_size=5_000)
+COLUMNS = ("ranks", "stage", "precision", "grad_accum_steps", "quantity", "measured", "formula", "theory")
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts what this rank sends by collectives of the default group, as rings do it.
+
+    `collectives` is their number, `sent` maps gradients (all-reduce, reduce, reduce-scatter), weights (all-gather, broadcast) and small (all-reduces of
+    8 bytes or less: norms and flags) to bytes.
+    """
+
+    # Operator -> bytes sent per byte of the whole tensor, in units of (N-1)/N, and what it is good for.
+    _KINDS = (
+        ("allreduce", 2, "gradients"),
+        ("reduce_scatter", 1, "gradients"),
+        ("reduce_", 1, "gradients"),  # to one rank, by a chain: on the mean over the ranks
+        ("allgather", 1, "weights"),
+        ("broadcast", 1, "weights"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: defaultdict[str, float] = defaultdict(float)
+        self.collectives = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::").lstrip("_"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        world = distributed.world_size()
+        # An input and an output: the larger one is the whole tensor. (Lists of tensors add up to it.)
+        sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+        whole = max(sizes, default=0)
+        if name.startswith(("barrier", "monitored_barrier")):
+            return
+        if name.startswith("alltoall") or not any(name.startswith(prefix) for prefix, _, _ in self._KINDS):
+            raise NotImplementedError(f"c10d::{name} is not known: add it to CollectiveCounter")
+        self.collectives += 1
+        factor, kind = next((f, k) for prefix, f, k in self._KINDS if name.startswith(prefix))
+        self.sent["small" if kind == "gradients" and whole <= 8 else kind] += factor * (world - 1) / world * whole
+
+
+def storages() -> dict[int, int]:
+    """Address -> bytes of every tensor's storage that is alive, gradients included."""
+    gc.collect()
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about deprecated classes that are looked at
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+        tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def small_run(precision: str, accum: int, world: int) -> Config:
+    return Config(
+        data=DataConfig(image_size=32, in_channels=1, mean=(0.5,), std=(0.25,)),
+        model=ModelConfig(
+            patch_size=4, embed_dim=36, depth=3, num_heads=3, predictor_embed_dim=12, predictor_depth=2, init="fan_in"
+        ),
+        masks=MaskConfig(mode="budget", min_keep=2),
+        optim=OptimConfig(warmup_epochs=0),
+        global_batch_size=2 * accum * world,
+        micro_batch_size=2,
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def ds_config(stage: Stage, zero: ZeroSettings, folder: Path) -> Path | None:
+    """configs/zeroN.json with the sizes of `zero`."""
+    if stage == "torch":
+        return None
+    settings = json.loads((ROOT / "configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    if stage > 0:
+        settings["zero_optimization"]["reduce_bucket_size"] = zero.reduce_bucket_size
+    if stage == 3:
+        for key in ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"):
+            settings["zero_optimization"][key] = getattr(zero, key)
+    path = folder / f"zero{stage}_rank{distributed.rank()}.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return path
+
+
+def measure(stage: Stage, config: Config, folder: Path, alive: list[Engine]) -> list[dict[str, Any]]:
+    """One engine: two steps to warm up, one that is counted, and the state before the last micro batch of a fourth."""
+    world, rank = distributed.world_size(), distributed.rank()
+    sizes = BatchSizes.share(config, world)
+    before = storages()
+    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config(stage, ZERO, folder))
+    alive.append(engine)  # a storage of the next engine cannot take the place of one of these
+    images = torch.rand(sizes.micro, 1, *config.data.image_hw)
+    indices = torch.arange(sizes.micro) + rank * sizes.micro
+    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
+
+    def micro_steps(count: int) -> None:
+        for _ in range(count):
+            engine.micro_step(images, masks)
+
+    micro_steps(2 * sizes.accum)
+    with CollectiveCounter() as counter:
+        micro_steps(sizes.accum)
+    micro_steps(sizes.accum - 1)
+    mine = {address: size for address, size in storages().items() if address not in before}
+    micro_steps(1)
+    positions = sum(buffer.nbytes for buffer in engine.model.buffers())
+    batch = images.nbytes + sum(x.nbytes for x in tree_leaves(vars(masks)) if isinstance(x, Tensor))
+    masters = {piece.tensor.data_ptr(): piece for piece in engine.pieces()}.values()
+    ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
+    moments = sum(x.nbytes for p in masters for x in engine.optimizer.moments(p.tensor).values())
+    held = {
+        "state: resident": sum(mine.values()) - positions - batch,
+        "state: ema": ema,
+        "state: moments": moments,
+    }
+    held = {name: max(distributed.gather_objects(value)) for name, value in held.items()}
+
+    bf16 = config.precision == "bf16"
+    arguments = config, stage, world
+    formula = bytes_sent(*arguments, sizes.accum, bf16=bf16, zero=ZERO)
+    theory = bytes_sent_theory(*arguments, sizes.accum, bf16=bf16)
+    state = state_bytes(*arguments, bf16=bf16, zero=ZERO)
+    ema_formula = state.ema if stage not in ("torch", 0) else state.weights - state.moments // 2
+    if sizes.accum == 1:
+        held = {}  # gradients are there within the step only
+    quantities = [
+        ("sent: gradients", counter.sent["gradients"], formula.gradients, theory.gradients),
+        ("sent: weights", counter.sent["weights"], formula.weights, theory.weights),
+        ("sent: norms and flags", counter.sent["small"], None, None),
+        ("sent: collectives", counter.collectives, None, None),
+        *((name, value, by, None) for (name, value), by in zip(
+            held.items(), (state.resident, ema_formula, state.moments), strict=False)),
+    ]  # fmt: skip
+    return [
+        dict(zip(COLUMNS, (world, stage, config.precision, sizes.accum, *(q if q is None or isinstance(q, str) else round(q)
+             for q in each)), strict=True))
+        for each in quantities
+    ]  # fmt: skip
+
+
+def launch(world: int, *args: str) -> list[dict[str, Any]]:
+    """This module as `world` processes, as a launcher would start it -> the rows of rank 0."""
+    with socket.socket() as listener, tempfile.TemporaryDirectory() as folder:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+        listener.close()
+        processes = []
+        for rank in range(world):
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+            command = [sys.executable, "-m", "benchmarks.bytes", "--child", folder, *args]
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            )
+        outputs = [process.communicate(timeout=500)[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            if process.returncode:
+                raise RuntimeError(f"a rank failed:\n{output[-4000:]}")
+        rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))
+        return rows
+
+
+def child(args: argparse.Namespace) -> None:
+    distributed.init()
+    alive: list[Engine] = []
+    rows = []
+    for precision in args.precisions:
+        for accum in args.grad_accum_steps:
+            for stage in STAGES:
+                config = small_run(precision, accum, distributed.world_size())
+                rows += measure(stage, config, args.child, alive)
+    if distributed.rank() == 0:
+        (args.child / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    distributed.raise_together(None)
+    distributed.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bytes", description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--output", type=Path, help="folder for bytes.csv")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    rows = []
+    for world in args.ranks:
+        accums = map(str, args.grad_accum_steps)
+        rows += launch(world, "--precisions", *args.precisions, "--grad_accum_steps", *accums)
+    print(
+        f"{'ranks':>5} {'stage':>6} {'':<5} {'accum':>5}  {'quantity':<22} {'measured':>9} {'formula':>9} {'theory':>9}"
+    )
+    for row in rows:
+        numbers = ("-" if row[key] is None else row[key] for key in ("measured", "formula", "theory"))
+        print("{ranks:>5} {stage:>6} {precision:<5} {grad_accum_steps:>5}  {quantity:<22} ".format(**row), end="")
+        print(" ".join(f"{number:>9}" for number in numbers))
+    if args.output:
+        with (args.output / "bytes.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""Which stage, how many GPUs, what micro batch: python -m fastjepa.plan --model vit_huge --gpus 64 --memory 80
+
+Reckons state, activations, bytes sent and arithmetic of a run (fastjepa.costs), and from them the largest micro batch that
+fits and the images/s that a roofline allows, for plain PyTorch and every ZeRO stage. Nothing is measured here: the figures
+are bounds under the assumptions that are printed with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastjepa import costs
+from fastjepa.config import MODEL_SIZES, Config
+from fastjepa.config_file import load_config
+from fastjepa.costs import STAGES, Stage
+from fastjepa.errors import ConfigError, FastjepaError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """From the vendor's data sheets."""
+
+    name: str
+    flops: float
+    """Dense bf16, per second."""
+    memory_bandwidth: float
+    """Bytes per second."""
+    nvlink: float
+    """Bytes per second, in one direction."""
+
+
+DEVICES = {
+    "a100": Device("A100 80 GB SXM", 312e12, 2.0e12, 300e9),
+    "h100": Device("H100 SXM", 989e12, 3.35e12, 450e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    device: Device
+    gpus: int
+    memory: float = 80.0
+    """GiB per GPU."""
+    gpus_per_node: int = 8
+    network: float = 400.0
+    """Gbit/s per GPU between nodes, in one direction."""
+    utilisation: float = 0.5
+    """Share of the peak that matrix products reach."""
+    latency: float = 20e-6
+    """Seconds that a collective takes however small it is."""
+
+    def __post_init__(self) -> None:
+        for key in ("gpus", "memory", "gpus_per_node", "network", "utilisation"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"--{key} {getattr(self, key)}: expected a positive number")
+        if self.utilisation > 1:
+            raise ConfigError(f"--utilisation {self.utilisation}: expected a share of the peak, at most 1")
+
+    @property
+    def usable(self) -> float:
+        """Bytes. The rest is CUDA's context, NCCL's buffers and what the allocator cannot use."""
+        return 0.9 * self.memory * GIB - 1.5 * GIB
+
+    @property
+    def link(self) -> float:
+        """Bytes per second at which a rank sends in a ring. Between nodes, rings run through all of a node's network cards
+        side by side."""
+        if self.gpus <= self.gpus_per_node:
+            return self.device.nvlink
+        return min(self.device.nvlink, self.gpus_per_node * self.network * 1e9 / 8)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage on a cluster. Bytes per rank, seconds per optimizer step."""
+
+    stage: Stage
+    state: int
+    activations_per_image: float
+    micro: int
+    """0: does not fit."""
+    accum: int
+    sent: float
+    compute_seconds: float
+    update_seconds: float
+    exposed_seconds: float
+    """Of communication, behind nothing."""
+    images_per_second: float
+
+    @property
+    def name(self) -> str:
+        return "torch" if self.stage == "torch" else f"ZeRO {self.stage}"
+
+
+def plan_stage(config: Config, cluster: Cluster, stage: Stage, *, activation_checkpointing: bool = False) -> Plan:
+    """The largest micro batch that fits, and the time of a step with it.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out over the GPUs.
+    """
+    gpus, device = cluster.gpus, cluster.device
+    if config.global_batch_size % gpus:
+        raise ConfigError(f"global_batch_size = {config.global_batch_size}: expected a multiple of --gpus {gpus}")
+    share = config.global_batch_size // gpus
+    mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
+    state = costs.state_bytes(config, stage, gpus).peak
+    per_image = costs.activation_bytes(config, heaviest, stage, activation_checkpointing=activation_checkpointing)
+    micro = costs.largest_micro_batch(per_image, cluster.usable - state, share)
+    accum = share // micro if micro else 0
+    flops = costs.flops_per_image(config, mean, activation_checkpointing=activation_checkpointing)
+    compute = share * flops / (device.flops * cluster.utilisation)
+    encoder, predictor = costs.count_parameters(config)
+    held = 1 if stage in ("torch", 0) else gpus
+    update = (38 * encoder + 28 * predictor) / held / device.memory_bandwidth
+    traffic = costs.bytes_sent(config, stage, gpus, max(1, accum))
+    exposed = _exposed_seconds(stage, traffic, cluster.link, compute, max(1, accum))
+    exposed += cluster.latency * costs.waited_collectives(config, stage) * (gpus > 1)
+    speed = config.global_batch_size / (compute + update + exposed) if micro else 0.0
+    return Plan(stage, state, per_image, micro, accum, traffic.total, compute, update, exposed, speed)
+
+
+def _exposed_seconds(stage: Stage, traffic: costs.Traffic, link: float, compute: float, accum: int) -> float:
+    """Seconds of communication that no computation hides: plain PyTorch and stage 0 send after the backward pass; stages 1
+    to 3 send gradients during it (stage 1: during the step's last one); stages 1 and 2 gather weights after the update,
+    stage 3 during forward and backward pass."""
+    gradients, weights = traffic.gradients / link, traffic.weights / link
+    if stage in ("torch", 0):
+        return gradients
+    backward = 0.6 * compute
+    if stage == 3:
+        return max(0.0, gradients + weights - compute)
+    return max(0.0, gradients - (backward / accum if stage == 1 else backward)) + weights
+
+
+def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
+    """The fastest stage that fits, of those within 2 % the simplest; and why. None: nothing fits."""
+    feasible = [plan for plan in plans if plan.micro]
+    if not feasible:
+        return None
+    fastest = max(feasible, key=lambda plan: plan.images_per_second)
+    chosen = next(plan for plan in feasible if plan.images_per_second >= 0.98 * fastest.images_per_second)
+    skipped = plans[: plans.index(chosen)]
+    too_large = [plan.name for plan in skipped if not plan.micro]
+    slower = [plan.name for plan in skipped if plan.micro]
+    reasons = [f"{', '.join(too_large)} would not fit"] if too_large else []
+    if slower:
+        reasons.append(f"{', '.join(slower)} would be slower by the bound")
+    if len(feasible) > 1 and chosen is not feasible[-1]:
+        reasons.append("higher stages save memory that is not needed")
+    return chosen, "; ".join(reasons) or "nothing else fits"
+
+
+def remedies(config: Config, cluster: Cluster, activation_checkpointing: bool) -> list[str]:
+    """What would fit, where nothing does."""
+    found = []
+    if not activation_checkpointing and _fits(config, cluster, True):
+        found.append("activation checkpointing (--activation_checkpointing)")
+    gpus = cluster.gpus * 2
+    while gpus <= config.global_batch_size and config.global_batch_size % gpus == 0:
+        if _fits(config, dataclasses.replace(cluster, gpus=gpus), activation_checkpointing):
+            found.append(f"{gpus} GPUs")
+            break
+        gpus *= 2
+    for memory in (24, 40, 80, 141, 192):
+        larger = dataclasses.replace(cluster, memory=float(memory))
+        if memory > cluster.memory and _fits(config, larger, activation_checkpointing):
+            found.append(f"GPUs with {memory} GiB")
+            break
+    return found
+
+
+def _fits(config: Config, cluster: Cluster, activation_checkpointing: bool) -> bool:
+    return any(
+        plan_stage(config, cluster, stage, activation_checkpointing=activation_checkpointing).micro for stage in STAGES
+    )
+
+
+def assumptions(config: Config, cluster: Cluster, activation_checkpointing: bool) -> list[str]:
+    mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
+    encoder, predictor = costs.count_parameters(config)
+    flops = costs.flops_per_image(config, mean, activation_checkpointing=activation_checkpointing)
+    device = cluster.device
+    nodes = -(-cluster.gpus // cluster.gpus_per_node)
+    return [
+        f"{config.model.name}/{config.model.patch_size} at {'x'.join(map(str, config.data.image_hw))}: encoder "
+        f"{encoder / 1e6:.0f} M, predictor {predictor / 1e6:.0f} M parameters; masks.mode {config.masks.mode}",
+        f"tokens per image: {mean.patches} patches, context {mean.context:.0f}, predictor {mean.predictor:.0f} "
+        f"(heaviest of 64 steps: {heaviest.predictor:.0f}, which memory is reckoned with)",
+        f"{flops / 1e9:.0f} GFLOP per image and step"
+        + (", recomputation included" if activation_checkpointing else ""),
+        f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
+        f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
+        f"{nodes} node{'s' * (nodes > 1)} of up to {cluster.gpus_per_node} GPUs; a ring sends {cluster.link / 1e9:.0f} GB/s "
+        f"(NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} Gbit/s per GPU); a collective "
+        f"that is waited for takes {1e6 * cluster.latency:.0f} us at least",
+        "gradients are sent during the backward pass (plain PyTorch, ZeRO 0: after it), weights gathered after the update "
+        "(ZeRO 3: during the step)",
+        f"AdamW with EMA moves 38 B per encoder parameter, 28 B per predictor parameter; usable memory "
+        f"{cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
+        "data loading is never waited for",
+    ]
+
+
+def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str], checkpointing: bool) -> str:
+    """The command that starts the run."""
+    nodes = -(-cluster.gpus // cluster.gpus_per_node)
+    if plan.stage == "torch":
+        launcher = (
+            "python" if cluster.gpus == 1 else f"torchrun --nproc_per_node {min(cluster.gpus, cluster.gpus_per_node)}"
+        )
+        launcher += f" --nnodes {nodes}" * (nodes > 1)
+        words = [launcher, "fastjepa/train.py"]
+    else:
+        hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
+        each = min(cluster.gpus, cluster.gpus_per_node)
+        words = [f"deepspeed {hosts}--num_gpus {each} fastjepa/train.py --ds_config configs/zero{plan.stage}.json"]
+    if config_file:
+        words.append(f"--config {config_file}")
+    words += [*overrides, f"micro_batch_size={plan.micro}"]
+    if checkpointing:
+        words.append("model.activation_checkpointing=true")
+    return " ".join(words)
+
+
+def format_table(plans: Sequence[Plan]) -> str:
+    columns = f"{'':<8}{'state':>11}{'per image':>12}{'micro batch':>13}{'accum':>7}"
+    lines = [columns + f"{'sent / step':>13}{'step':>10}{'images/s':>10}"]
+    for p in plans:
+        head = f"{p.name:<8}{p.state / GIB:>7.1f} GiB{p.activations_per_image / 2**20:>8.0f} MiB"
+        if not p.micro:
+            lines.append(f"{head}{'does not fit':>13}")
+            continue
+        step = p.compute_seconds + p.update_seconds + p.exposed_seconds
+        lines.append(
+            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB{1e3 * step:>7.0f} ms{p.images_per_second:>10.0f}"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastjepa.plan", description="Which ZeRO stage and micro batch for a model on a number of GPUs."
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
+    parser.add_argument("--config", help="YAML file of a run (default: the official settings)")
+    parser.add_argument("--model", choices=sorted(MODEL_SIZES), help="short for model.name=...")
+    parser.add_argument("--patch_size", help="short for model.patch_size=...")
+    parser.add_argument("--image_size", help="short for data.image_size=...")
+    parser.add_argument("--global_batch_size", help="short for global_batch_size=...")
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true", help="recompute activations in the backward pass"
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: %(default)s")
+    parser.add_argument("--memory", type=float, default=80, help="GiB per GPU (default: %(default)s)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--network", type=float, default=400, help="Gbit/s per GPU between nodes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.5, help="share of the peak that is reached (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write plans and assumptions there too")
+    return parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    short = {
+        "model.name": args.model, "model.patch_size": args.patch_size,
+        "data.image_size": args.image_size, "global_batch_size": args.global_batch_size,
+    }  # fmt: skip
+    overrides = [f"{key}={value}" for key, value in short.items() if value is not None] + args.overrides
+    config = load_config(args.config, overrides)
+    cluster = Cluster(
+        device=DEVICES[args.device], gpus=args.gpus, memory=args.memory, gpus_per_node=args.gpus_per_node,
+        network=args.network, utilisation=args.utilisation,
+    )  # fmt: skip
+    checkpointing = args.activation_checkpointing
+    plans = [plan_stage(config, cluster, stage, activation_checkpointing=checkpointing) for stage in STAGES]
+    notes = assumptions(config, cluster, checkpointing)
+    chosen = recommend(plans)
+    print(f"{config.model.name}/{config.model.patch_size} on {cluster.gpus} x {cluster.device.name}, "
+          f"{cluster.memory:g} GiB, global batch {config.global_batch_size}: upper bounds, not promises\n")  # fmt: skip
+    print(format_table(plans))
+    print("\nassumed:\n" + "\n".join(f"  - {note}" for note in notes))
+    command = None
+    if chosen:
+        plan, reason = chosen
+        command = settings(plan, cluster, args.config, overrides, checkpointing)
+        print(f"\n{plan.name}, micro batch {plan.micro}: {reason}\n\n  {command}")
+    if args.json:
+        report: dict[str, Any] = {
+            "plans": [dataclasses.asdict(plan) for plan in plans],
+            "recommended": chosen[0].stage if chosen else None,
+            "command": command,
+            "assumptions": notes,
+        }
+        try:
+            args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {args.json}: cannot be written ({error.strerror})") from error
+    if chosen:
+        return 0
+    fitting = remedies(config, cluster, checkpointing)
+    least = min(plans, key=lambda plan: plan.state + plan.activations_per_image)
+    raise ConfigError(
+        f"{config.model.name} does not fit {cluster.gpus} GPUs with {cluster.memory:g} GiB: {least.name} needs "
+        f"{least.state / GIB:.1f} GiB of state and {least.activations_per_image / GIB:.1f} GiB for one image, "
+        f"{cluster.usable / GIB:.1f} GiB are usable. "
+        + (
+            f"What would fit: {'; '.join(fitting)}"
+            if fitting
+            else "Use a smaller model, larger patches or smaller images"
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except FastjepaError as error:
+        print(f"fastjepa: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
