@@ -44,8 +44,8 @@ COLUMNS = ("ranks", "stage", "precision", "grad_accum_steps", "quantity", "measu
 class CollectiveCounter(TorchDispatchMode):
     """Counts what this rank sends by collectives of the default group, as rings do it.
 
-    `collectives` is their number, `sent` maps gradients (all-reduce, reduce, reduce-scatter), weights (all-gather, broadcast) and small (all-reduces of
-    8 bytes or less: norms and flags) to bytes.
+    `collectives` is their number; `sent` maps gradients (all-reduce, reduce, reduce-scatter), weights (all-gather,
+    broadcast) and small (reductions of 8 bytes or less: norms and flags) to bytes.
     """
 
     # Operator -> bytes sent per byte of the whole tensor, in units of (N-1)/N, and what it is good for.

@@ -146,20 +146,27 @@ def state_bytes(
     else:
         padded = sum(-(-sum(numels) // (2 * gpus)) * 2 * gpus for numels in sizes.values())
         weights = low * padded
-        # Places for the target's gradients, which never come, are held too at stages 2 and 3.
-        gradients = low * (sum(count_parameters(config)) if stage == 1 else _whole_parameters(sizes, gpus))
         buckets, passing = 2 * low * zero.reduce_bucket_size, at_update
+        if stage == 1:
+            gradients = low * sum(count_parameters(config))
+        else:
+            gradients = low * _whole_parameters(sizes, gpus)
+            buckets, passing = 0, max(buckets, at_update)  # held during a backward pass only
     return State(weights, gradients, FP32 * trained, FP32 * targets, 2 * FP32 * trained, buckets, passing)
 
 
 def _whole_parameters(sizes: dict[str, list[int]], gpus: int) -> int:
-    """Elements of the parameters of which a rank's share at stage 2 holds a part or all; the largest of the ranks."""
+    """Elements of gradients that a rank holds at stage 2; the largest of the ranks.
+
+    A parameter of which a rank's share holds a part is kept whole. For the target's, whose gradients never come, there are
+    a place and zeros.
+    """
     held = [0] * gpus
-    for numels in sizes.values():
+    for group, numels in sizes.items():
         share, start = _shares(numels, 2, gpus), 0
         for numel in numels:
             for rank in range(start // share, (start + numel - 1) // share + 1):
-                held[rank] += numel
+                held[rank] += numel * (2 if group.startswith("target") else 1)
             start += numel
     return max(held)
 
@@ -274,7 +281,7 @@ class Tokens(NamedTuple):
 
 @functools.lru_cache
 def sample_tokens(
-    masks: MaskConfig, grid_h: int, grid_w: int, steps: int = 64, images: int = 32
+    masks: MaskConfig, grid_h: int, grid_w: int, steps: int = 64, images: int = 128
 ) -> tuple[Tokens, Tokens]:
     """Mean over `steps` steps, and the step with the largest predictor, from the sampler itself: block sizes are drawn per
     step, so some steps are heavier than others."""
@@ -326,10 +333,10 @@ def flops_per_image(config: Config, tokens: Tokens, *, activation_checkpointing:
     return target + (4 if activation_checkpointing else 3) * (context + predictor) + 3 * ends
 
 
-def activation_bytes(
+def kept_bytes(
     config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True, activation_checkpointing: bool = False
 ) -> float:
-    """Per image of a micro batch: what is kept for the backward pass, and the workspace of one block.
+    """Activations that are kept for the backward pass, per image.
 
     A block keeps, per token and in units of the width: its input, norm1, q, k, v, the attention's output, the sum, norm2,
     and the MLP's hidden layer before and after GELU, 8 + 2 ratio in all; statistics of LayerNorm and softmax in fp32.
@@ -344,8 +351,8 @@ def activation_bytes(
     def block(dim: int, ratio: float, tokens: float) -> float:
         return tokens * (2 * residual * dim + low * (6 + 2 * ratio) * dim + statistics)
 
-    def tail(dim: int, ratio: float, tokens: float, asking: float) -> float:
-        """A last block: all tokens are keys, some ask."""
+    def last(dim: int, ratio: float, tokens: float, asking: float) -> float:
+        """All tokens are keys, some ask."""
         keys = tokens * dim * (residual + 3 * low)
         return keys + asking * (dim * (residual + low * (4 + 2 * ratio)) + statistics)
 
@@ -354,20 +361,28 @@ def activation_bytes(
     if savings.predictor_first_block and size.predictor_depth > 1:
         predictor[0] -= (tokens.predictor - tokens.context) * width * (residual + low)
     if savings.predictor_last_block:
-        predictor[-1] = tail(width, 4.0, tokens.predictor, tokens.target)
+        predictor[-1] = last(width, 4.0, tokens.predictor, tokens.target)
     pixels = config.data.in_channels * config.model.patch_size**2
     embedded = tokens.context if savings.gather_before_embed else tokens.patches
     ends = embedded * low * pixels + tokens.context * dim * (residual + low)
-    ends += tokens.target * (width * (residual + low) + low * dim) + tokens.union * low * dim
-    kept = sum(context) + sum(predictor)
-    if activation_checkpointing:
-        inputs = residual * (size.depth * dim * tokens.context + size.predictor_depth * width * tokens.predictor)
-        kept = inputs + max(*context, *predictor)
-    workspace = low * max(
-        (2 + 2 * ratio) * dim * tokens.context, 10 * width * tokens.predictor  # gradients within one block's MLP
-    )  # fmt: skip
-    target_forward = low * (5 + 2 * ratio) * dim * tokens.patches  # before the context's activations exist
-    return max(kept + ends + workspace, target_forward)
+    features = tokens.union if savings.target_last_block else tokens.patches
+    ends += tokens.target * (width * (residual + low) + low * dim) + features * low * dim
+    if not activation_checkpointing:
+        return sum(context) + sum(predictor) + ends
+    inputs = residual * (size.depth * dim * tokens.context + size.predictor_depth * width * tokens.predictor)
+    return inputs + max(*context, *predictor) + ends
+
+
+def activation_bytes(
+    config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True, activation_checkpointing: bool = False
+) -> float:
+    """Per image of a micro batch at the worst moment: what is kept, and the gradients within one block's MLP; or the forward
+    pass of the target encoder."""
+    size, width = config.model.size, config.model.predictor_embed_dim
+    low, dim, ratio = BF16 if bf16 else FP32, size.embed_dim, size.mlp_ratio
+    kept = kept_bytes(config, tokens, stage, bf16=bf16, activation_checkpointing=activation_checkpointing)
+    gradients = low * max((2 + 2 * ratio) * dim * tokens.context, 10 * width * tokens.predictor)
+    return max(kept + gradients, low * (5 + 2 * ratio) * dim * tokens.patches)
 
 
 def largest_micro_batch(per_image: float, free: float, share: int) -> int:

@@ -97,6 +97,10 @@ class Plan:
     images_per_second: float
 
     @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + self.update_seconds + self.exposed_seconds
+
+    @property
     def name(self) -> str:
         return "torch" if self.stage == "torch" else f"ZeRO {self.stage}"
 
@@ -239,11 +243,62 @@ def format_table(plans: Sequence[Plan]) -> str:
         if not p.micro:
             lines.append(f"{head}{'does not fit':>13}")
             continue
-        step = p.compute_seconds + p.update_seconds + p.exposed_seconds
         lines.append(
-            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB{1e3 * step:>7.0f} ms{p.images_per_second:>10.0f}"
+            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB{1e3 * p.step_seconds:>7.0f} ms{p.images_per_second:>10.0f}"
         )
     return "\n".join(lines)
+
+
+# The models of the table: the paper's, at 224 x 224.
+TABLE_MODELS = (("vit_small", 16), ("vit_base", 16), ("vit_large", 16), ("vit_huge", 14), ("vit_giant", 16))
+TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def markdown_table(device: str) -> str:
+    """The recommendation for every model and number of GPUs, at the official global batch."""
+    lines = [
+        "| model | GPUs | stage | micro batch × accum | state | activations | sent / step | step | images/s | of linear |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model, patch_size in TABLE_MODELS:
+        config = load_config(None, [f"model.name={model}", f"model.patch_size={patch_size}"])
+        alone = 0.0
+        for gpus in TABLE_GPUS:
+            cluster = Cluster(device=DEVICES[device], gpus=gpus)
+            chosen = recommend([plan_stage(config, cluster, stage) for stage in STAGES])
+            name = f"{model}/{patch_size} | {gpus:,}"
+            if chosen is None:
+                lines.append(f"| {name} | does not fit | | | | | | | |")
+                continue
+            p = chosen[0]
+            alone = alone or p.images_per_second / gpus
+            lines.append(
+                f"| {name} | {p.name} | {p.micro} × {p.accum} | {p.state / GIB:.1f} GiB "
+                f"| {p.micro * p.activations_per_image / GIB:.1f} GiB | {p.sent / 1e9:.2f} GB "
+                f"| {1e3 * p.step_seconds:,.0f} ms | {p.images_per_second:,.0f} "
+                f"| {p.images_per_second / gpus / alone:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def write_tables(path: Path) -> None:
+    """Replace what lies between the marks of each device in a Markdown file.
+
+    Raises:
+        ConfigError: the file cannot be read or written, or lacks the marks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        for device in DEVICES:
+            begin, end = f"<!-- table {device} -->", f"<!-- end {device} -->"
+            before, found, rest = text.partition(begin)
+            _, closed, after = rest.partition(end)
+            if not (found and closed):
+                raise ConfigError(f"--table {path}: expected the lines {begin} and {end}, between which the table goes")
+            text = f"{before}{begin}\n{markdown_table(device)}\n{end}{after}"
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--table {path}: {error.strerror}") from error
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -270,6 +325,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--utilisation", type=float, default=0.5, help="share of the peak that is reached (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write plans and assumptions there too")
+    parser.add_argument("--table", metavar="FILE", type=Path, help="write the tables of docs/plan.md anew, and nothing else")
     return parser.parse_intermixed_args(argv)
 
 
@@ -327,6 +383,9 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        if args.table:
+            write_tables(args.table)
+            return 0
         return run(args)
     except FastjepaError as error:
         print(f"fastjepa: error: {error}", file=sys.stderr)

@@ -1,0 +1,83 @@
+"""python -m fastjepa.plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastjepa import costs
+from fastjepa.config import Config, ModelConfig
+from fastjepa.plan import DEVICES, Cluster, main, plan_stage, recommend
+
+HUGE = Config(model=ModelConfig(name="vit_huge", patch_size=14))
+
+
+def test_the_command_of_the_documentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "plan.json"
+    arguments = ["--model", "vit_huge", "--patch_size", "14", "--gpus", "64", "--memory", "80", "--json", str(report)]
+    assert main(arguments) == 0
+    printed, written = capsys.readouterr().out, json.loads(report.read_text())
+    assert written["command"] in printed
+    assert "micro_batch_size=32" in written["command"]
+    assert "model.name=vit_huge" in written["command"]
+    assert [plan["stage"] for plan in written["plans"]] == list(costs.STAGES)
+    assert all(assumption in printed for assumption in written["assumptions"])
+
+
+def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "vit_giant", "--gpus", "1", "--memory", "24"]) == 2
+    message = capsys.readouterr().err
+    assert "does not fit" in message
+    assert "2 GPUs" in message
+    assert "GPUs with 40 GiB" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "3"], "global_batch_size = 2048: expected a multiple of --gpus 3"),
+        (["--gpus", "0"], "--gpus 0: expected a positive number"),
+        (["--utilisation", "1.5"], "--utilisation 1.5: expected a share"),
+        (["--patch_size", "15"], "multiples of model.patch_size = 15"),
+        (["model.nam=vit_huge"], "unknown key model.nam"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_planned_by_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(Path(__file__).parent.parent / "configs" / "in1k_vith14_ep300.yaml")
+    assert main(["--config", config, "--gpus", "16", "--device", "a100"]) == 0
+    printed = capsys.readouterr().out
+    assert f"--config {config}" in printed
+    assert "masks.mode official" in printed
+
+
+def test_throughput_is_never_above_the_peak() -> None:
+    mean, _ = costs.sample_tokens(HUGE.masks, HUGE.grid_h, HUGE.grid_w)
+    for device in DEVICES.values():
+        for gpus in (1, 8, 1024):
+            cluster = Cluster(device=device, gpus=gpus)
+            for stage in costs.STAGES:
+                plan = plan_stage(HUGE, cluster, stage)
+                bound = gpus * device.flops * cluster.utilisation / costs.flops_per_image(HUGE, mean)
+                assert 0 < plan.images_per_second <= bound
+
+
+def test_more_memory_never_means_a_smaller_micro_batch() -> None:
+    cluster = [Cluster(device=DEVICES["h100"], gpus=8, memory=memory) for memory in (24, 40, 80, 141)]
+    for checkpointing in (False, True):
+        micro = [plan_stage(HUGE, c, 2, activation_checkpointing=checkpointing).micro for c in cluster]
+        assert micro == sorted(micro)
+        assert micro[-1] > 0
+
+
+def test_one_gpu_needs_no_deepspeed() -> None:
+    cluster = Cluster(device=DEVICES["h100"], gpus=1)
+    chosen = recommend([plan_stage(HUGE, cluster, stage) for stage in costs.STAGES])
+    assert chosen is not None
+    assert chosen[0].stage == "torch"
