@@ -3,8 +3,8 @@ python -m benchmarks.bytes --output benchmarks/results
 
 A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. What is sent is counted at the
 operators of torch.distributed, below whoever calls them and however: every collective, in every variant, of DeepSpeed or
-ours, is one. What is held is every storage of a tensor that came to be with the engine and is still alive. The settings
-are those of configs/zeroN.json, with buckets and thresholds as small as the model.
+ours, is one. What is held is the storage of every floating-point tensor that came to be with the engine and is alive. The
+settings are those of configs/zeroN.json, with buckets and thresholds as small as the model.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def storages() -> dict[int, int]:
-    """Address -> bytes of every tensor's storage that is alive, gradients included."""
+    """Address -> bytes of the storage of every floating-point tensor that is alive, gradients included."""
     gc.collect()
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecated classes that are looked at
-        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor)]
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and x.is_floating_point()]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -147,12 +147,11 @@ def measure(stage: Stage, config: Config, folder: Path, alive: list[Engine]) -> 
     mine = {address: size for address, size in storages().items() if address not in before}
     micro_steps(1)
     positions = sum(buffer.nbytes for buffer in engine.model.buffers())
-    batch = images.nbytes + sum(x.nbytes for x in tree_leaves(vars(masks)) if isinstance(x, Tensor))
     masters = {piece.tensor.data_ptr(): piece for piece in engine.pieces()}.values()
     ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
     moments = sum(x.nbytes for p in masters for x in engine.optimizer.moments(p.tensor).values())
     held = {
-        "state: resident": sum(mine.values()) - positions - batch,
+        "state: resident": sum(mine.values()) - positions - images.nbytes,
         "state: ema": ema,
         "state: moments": moments,
     }

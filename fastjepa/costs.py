@@ -300,7 +300,7 @@ def sample_tokens(
     return mean, max(sampled, key=lambda tokens: tokens.predictor)
 
 
-def flops_per_image(config: Config, tokens: Tokens, *, activation_checkpointing: bool = False) -> float:
+def flops_per_image(config: Config, tokens: Tokens) -> float:
     """Of one training step: target forward, three times context and predictor (four with activation checkpointing).
 
     Matrix products only; a multiplication and an addition count as two.
@@ -330,17 +330,15 @@ def flops_per_image(config: Config, tokens: Tokens, *, activation_checkpointing:
     else:
         predictor += blocks(width, 4.0, 1, tokens.predictor, tokens.predictor_squares)
     ends = 2 * dim * (pixels * embedded + width * (tokens.context + tokens.target))
-    return target + (4 if activation_checkpointing else 3) * (context + predictor) + 3 * ends
+    return target + (4 if config.model.activation_checkpointing else 3) * (context + predictor) + 3 * ends
 
 
-def kept_bytes(
-    config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True, activation_checkpointing: bool = False
-) -> float:
+def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
     """Activations that are kept for the backward pass, per image.
 
     A block keeps, per token and in units of the width: its input, norm1, q, k, v, the attention's output, the sum, norm2,
     and the MLP's hidden layer before and after GELU, 8 + 2 ratio in all; statistics of LayerNorm and softmax in fp32.
-    With activation checkpointing, the inputs of the blocks, and one block at a time.
+    With activation checkpointing, the inputs of the blocks alone.
     """
     size, width, savings = config.model.size, config.model.predictor_embed_dim, config.objective.savings
     dim, ratio = size.embed_dim, size.mlp_ratio
@@ -367,22 +365,23 @@ def kept_bytes(
     ends = embedded * low * pixels + tokens.context * dim * (residual + low)
     features = tokens.union if savings.target_last_block else tokens.patches
     ends += tokens.target * (width * (residual + low) + low * dim) + features * low * dim
-    if not activation_checkpointing:
+    if not config.model.activation_checkpointing:
         return sum(context) + sum(predictor) + ends
-    inputs = residual * (size.depth * dim * tokens.context + size.predictor_depth * width * tokens.predictor)
-    return inputs + max(*context, *predictor) + ends
+    rows = size.predictor_depth * tokens.predictor
+    if savings.predictor_first_block:
+        rows -= tokens.predictor - tokens.context
+    return residual * (size.depth * dim * tokens.context + width * rows) + ends
 
 
-def activation_bytes(
-    config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True, activation_checkpointing: bool = False
-) -> float:
-    """Per image of a micro batch at the worst moment: what is kept, and the gradients within one block's MLP; or the forward
-    pass of the target encoder."""
+def activation_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
+    """Per image of a micro batch at the worst moment: what is kept, and the gradients within one block's MLP (with
+    activation checkpointing, all of one block); or the forward pass of the target encoder."""
     size, width = config.model.size, config.model.predictor_embed_dim
     low, dim, ratio = BF16 if bf16 else FP32, size.embed_dim, size.mlp_ratio
-    kept = kept_bytes(config, tokens, stage, bf16=bf16, activation_checkpointing=activation_checkpointing)
-    gradients = low * max((2 + 2 * ratio) * dim * tokens.context, 10 * width * tokens.predictor)
-    return max(kept + gradients, low * (5 + 2 * ratio) * dim * tokens.patches)
+    kept = kept_bytes(config, tokens, stage, bf16=bf16)
+    block = (2 + 2 * ratio, 10) if not config.model.activation_checkpointing else (10 + 4 * ratio, 26)
+    working = low * max(block[0] * dim * tokens.context, block[1] * width * tokens.predictor)
+    return max(kept + working, low * (5 + 2 * ratio) * dim * tokens.patches)
 
 
 def largest_micro_batch(per_image: float, free: float, share: int) -> int:

@@ -105,7 +105,7 @@ class Plan:
         return "torch" if self.stage == "torch" else f"ZeRO {self.stage}"
 
 
-def plan_stage(config: Config, cluster: Cluster, stage: Stage, *, activation_checkpointing: bool = False) -> Plan:
+def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
     """The largest micro batch that fits, and the time of a step with it.
 
     Raises:
@@ -117,10 +117,10 @@ def plan_stage(config: Config, cluster: Cluster, stage: Stage, *, activation_che
     share = config.global_batch_size // gpus
     mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
     state = costs.state_bytes(config, stage, gpus).peak
-    per_image = costs.activation_bytes(config, heaviest, stage, activation_checkpointing=activation_checkpointing)
+    per_image = costs.activation_bytes(config, heaviest, stage)
     micro = costs.largest_micro_batch(per_image, cluster.usable - state, share)
     accum = share // micro if micro else 0
-    flops = costs.flops_per_image(config, mean, activation_checkpointing=activation_checkpointing)
+    flops = costs.flops_per_image(config, mean)
     compute = share * flops / (device.flops * cluster.utilisation)
     encoder, predictor = costs.count_parameters(config)
     held = 1 if stage in ("torch", 0) else gpus
@@ -163,35 +163,34 @@ def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
     return chosen, "; ".join(reasons) or "nothing else fits"
 
 
-def remedies(config: Config, cluster: Cluster, activation_checkpointing: bool) -> list[str]:
+def remedies(config: Config, cluster: Cluster) -> list[str]:
     """What would fit, where nothing does."""
     found = []
-    if not activation_checkpointing and _fits(config, cluster, True):
-        found.append("activation checkpointing (--activation_checkpointing)")
+    lean = dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing=True))
+    if _fits(lean, cluster):
+        found.append("model.activation_checkpointing=true")
     gpus = cluster.gpus * 2
     while gpus <= config.global_batch_size and config.global_batch_size % gpus == 0:
-        if _fits(config, dataclasses.replace(cluster, gpus=gpus), activation_checkpointing):
+        if _fits(config, dataclasses.replace(cluster, gpus=gpus)):
             found.append(f"{gpus} GPUs")
             break
         gpus *= 2
     for memory in (24, 40, 80, 141, 192):
         larger = dataclasses.replace(cluster, memory=float(memory))
-        if memory > cluster.memory and _fits(config, larger, activation_checkpointing):
+        if memory > cluster.memory and _fits(config, larger):
             found.append(f"GPUs with {memory} GiB")
             break
     return found
 
 
-def _fits(config: Config, cluster: Cluster, activation_checkpointing: bool) -> bool:
-    return any(
-        plan_stage(config, cluster, stage, activation_checkpointing=activation_checkpointing).micro for stage in STAGES
-    )
+def _fits(config: Config, cluster: Cluster) -> bool:
+    return any(plan_stage(config, cluster, stage).micro for stage in STAGES)
 
 
-def assumptions(config: Config, cluster: Cluster, activation_checkpointing: bool) -> list[str]:
+def assumptions(config: Config, cluster: Cluster) -> list[str]:
     mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
     encoder, predictor = costs.count_parameters(config)
-    flops = costs.flops_per_image(config, mean, activation_checkpointing=activation_checkpointing)
+    flops = costs.flops_per_image(config, mean)
     device = cluster.device
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
     return [
@@ -200,7 +199,7 @@ def assumptions(config: Config, cluster: Cluster, activation_checkpointing: bool
         f"tokens per image: {mean.patches} patches, context {mean.context:.0f}, predictor {mean.predictor:.0f} "
         f"(heaviest of 64 steps: {heaviest.predictor:.0f}, which memory is reckoned with)",
         f"{flops / 1e9:.0f} GFLOP per image and step"
-        + (", recomputation included" if activation_checkpointing else ""),
+        + (", recomputation included" if config.model.activation_checkpointing else ""),
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
         f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
         f"{nodes} node{'s' * (nodes > 1)} of up to {cluster.gpus_per_node} GPUs; a ring sends {cluster.link / 1e9:.0f} GB/s "
@@ -214,7 +213,7 @@ def assumptions(config: Config, cluster: Cluster, activation_checkpointing: bool
     ]
 
 
-def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str], checkpointing: bool) -> str:
+def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str]) -> str:
     """The command that starts the run."""
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
     if plan.stage == "torch":
@@ -230,8 +229,6 @@ def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: l
     if config_file:
         words.append(f"--config {config_file}")
     words += [*overrides, f"micro_batch_size={plan.micro}"]
-    if checkpointing:
-        words.append("model.activation_checkpointing=true")
     return " ".join(words)
 
 
@@ -244,7 +241,8 @@ def format_table(plans: Sequence[Plan]) -> str:
             lines.append(f"{head}{'does not fit':>13}")
             continue
         lines.append(
-            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB{1e3 * p.step_seconds:>7.0f} ms{p.images_per_second:>10.0f}"
+            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB"
+            f"{1e3 * p.step_seconds:>7.0f} ms{p.images_per_second:>10.0f}"
         )
     return "\n".join(lines)
 
@@ -257,7 +255,7 @@ TABLE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 def markdown_table(device: str) -> str:
     """The recommendation for every model and number of GPUs, at the official global batch."""
     lines = [
-        "| model | GPUs | stage | micro batch × accum | state | activations | sent / step | step | images/s | of linear |",
+        "| model | GPUs | stage | micro batch x accum | state | activations | sent / step | step | images/s | of linear |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, patch_size in TABLE_MODELS:
@@ -273,7 +271,7 @@ def markdown_table(device: str) -> str:
             p = chosen[0]
             alone = alone or p.images_per_second / gpus
             lines.append(
-                f"| {name} | {p.name} | {p.micro} × {p.accum} | {p.state / GIB:.1f} GiB "
+                f"| {name} | {p.name} | {p.micro} x {p.accum} | {p.state / GIB:.1f} GiB "
                 f"| {p.micro * p.activations_per_image / GIB:.1f} GiB | {p.sent / 1e9:.2f} GB "
                 f"| {1e3 * p.step_seconds:,.0f} ms | {p.images_per_second:,.0f} "
                 f"| {p.images_per_second / gpus / alone:.0%} |"
@@ -312,7 +310,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_size", help="short for data.image_size=...")
     parser.add_argument("--global_batch_size", help="short for global_batch_size=...")
     parser.add_argument(
-        "--activation_checkpointing", action="store_true", help="recompute activations in the backward pass"
+        "--activation_checkpointing", action="store_true", help="short for model.activation_checkpointing=true"
     )
     parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: %(default)s")
@@ -325,7 +323,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--utilisation", type=float, default=0.5, help="share of the peak that is reached (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write plans and assumptions there too")
-    parser.add_argument("--table", metavar="FILE", type=Path, help="write the tables of docs/plan.md anew, and nothing else")
+    parser.add_argument(
+        "--table", metavar="FILE", type=Path, help="write the tables of docs/plan.md anew, and nothing else"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -334,15 +334,15 @@ def run(args: argparse.Namespace) -> int:
         "model.name": args.model, "model.patch_size": args.patch_size,
         "data.image_size": args.image_size, "global_batch_size": args.global_batch_size,
     }  # fmt: skip
-    overrides = [f"{key}={value}" for key, value in short.items() if value is not None] + args.overrides
+    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
+    overrides += ["model.activation_checkpointing=true"] * args.activation_checkpointing + args.overrides
     config = load_config(args.config, overrides)
     cluster = Cluster(
         device=DEVICES[args.device], gpus=args.gpus, memory=args.memory, gpus_per_node=args.gpus_per_node,
         network=args.network, utilisation=args.utilisation,
     )  # fmt: skip
-    checkpointing = args.activation_checkpointing
-    plans = [plan_stage(config, cluster, stage, activation_checkpointing=checkpointing) for stage in STAGES]
-    notes = assumptions(config, cluster, checkpointing)
+    plans = [plan_stage(config, cluster, stage) for stage in STAGES]
+    notes = assumptions(config, cluster)
     chosen = recommend(plans)
     print(f"{config.model.name}/{config.model.patch_size} on {cluster.gpus} x {cluster.device.name}, "
           f"{cluster.memory:g} GiB, global batch {config.global_batch_size}: upper bounds, not promises\n")  # fmt: skip
@@ -351,7 +351,7 @@ def run(args: argparse.Namespace) -> int:
     command = None
     if chosen:
         plan, reason = chosen
-        command = settings(plan, cluster, args.config, overrides, checkpointing)
+        command = settings(plan, cluster, args.config, overrides)
         print(f"\n{plan.name}, micro batch {plan.micro}: {reason}\n\n  {command}")
     if args.json:
         report: dict[str, Any] = {
@@ -366,7 +366,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--json {args.json}: cannot be written ({error.strerror})") from error
     if chosen:
         return 0
-    fitting = remedies(config, cluster, checkpointing)
+    fitting = remedies(config, cluster)
     least = min(plans, key=lambda plan: plan.state + plan.activations_per_image)
     raise ConfigError(
         f"{config.model.name} does not fit {cluster.gpus} GPUs with {cluster.memory:g} GiB: {least.name} needs "
