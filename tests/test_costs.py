@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,15 @@ def test_bytes_are_those_that_are_sent_and_held() -> None:
             continue
         slack = 0.005 * row["formula"] if row["quantity"] == "state: resident" else 0
         assert 0 <= row["measured"] - row["formula"] <= slack, row
+
+
+def test_settings_are_those_of_the_configurations() -> None:
+    zero, folder = costs.ZeroSettings(), Path(__file__).parent.parent / "configs"
+    for stage in (1, 2, 3):
+        settings = json.loads((folder / f"zero{stage}.json").read_text(encoding="utf-8"))["zero_optimization"]
+        ours = {key: value for key, value in settings.items() if hasattr(zero, key)}
+        assert ours == {key: getattr(zero, key) for key in ours}
+        assert "reduce_bucket_size" in ours
 
 
 def test_what_theory_says_is_less_than_what_is_sent() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fastjepa import costs
 from fastjepa.config import Config, ModelConfig
-from fastjepa.plan import DEVICES, Cluster, main, plan_stage, recommend
+from fastjepa.plan import DEVICES, Cluster, main, plan_stage, recommend, write_tables
 
 HUGE = Config(model=ModelConfig(name="vit_huge", patch_size=14))
 
@@ -83,3 +83,18 @@ def test_one_gpu_needs_no_deepspeed() -> None:
     chosen = recommend([plan_stage(HUGE, cluster, stage) for stage in costs.STAGES])
     assert chosen is not None
     assert chosen[0].stage == "torch"
+
+
+def test_the_tables_of_the_documentation_are_up_to_date(tmp_path: Path) -> None:
+    """If this fails: python -m fastjepa.plan --table docs/plan.md."""
+    documentation = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    copy = tmp_path / "plan.md"
+    copy.write_text(documentation, encoding="utf-8")
+    write_tables(copy)
+    assert copy.read_text(encoding="utf-8") == documentation
+
+
+def test_a_file_without_places_for_the_tables_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.md").write_text("# Other\n")
+    assert main(["--table", str(tmp_path / "other.md")]) == 2
+    assert "<!-- table a100 -->" in capsys.readouterr().err
