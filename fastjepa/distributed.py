@@ -1,12 +1,13 @@
 """Processes of a run: who am I, and the few collectives that the trainer itself needs.
 
-Any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT will do (deepspeed, torchrun, srun with a
-wrapper); without them the run is a single process.
+Who starts them is the matter of `fastjepa.launch`, how they find one another that of `fastjepa.rendezvous`.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from fastjepa.errors import ConfigError, FastjepaError
+from fastjepa.launch import Launch, one_gpu_per_task, read_launch
+from fastjepa.rendezvous import meet, seconds_to_wait
 
 T = TypeVar("T")
 
@@ -23,46 +26,71 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
 
 
-def init() -> torch.device:
+def init(facts: Mapping[str, str] | None = None) -> torch.device:
     """Join the process group, share out the cores, and return this rank's device.
 
+    Args:
+        facts: what must be the same on all ranks (`fastjepa.versions`); compared before anything else is done.
+
     Raises:
-        ConfigError: the launcher's variables are incomplete, or there are more ranks on this machine than GPUs.
+        ConfigError: the launcher's variables cannot be right, there are more ranks on this machine than GPUs, or the ranks
+            did not meet, or are not alike.
     """
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in needed if name in os.environ]
-    if "RANK" in given and len(given) < len(needed):
-        missing = ", ".join(name for name in needed if name not in given)
-        raise ConfigError(
-            f"RANK is set but {missing} not: start with deepspeed or torchrun, or unset RANK for a single process"
-        )
-    if "RANK" not in given and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise ConfigError(
-            f"SLURM_NTASKS = {os.environ['SLURM_NTASKS']} but RANK is not set: srun would start as many runs side by side; "
-            "start one task per node and torchrun or deepspeed in it"
-        )
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world = int(
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ.get("WORLD_SIZE", "1")
-    )
+    launch = read_launch()
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK = {local_rank}, but this machine has {torch.cuda.device_count()} GPUs: start fewer ranks"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _gpu_of(launch) if launch else 0)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        if local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
-            # Ranks that each use all cores slow one another down more than tenfold.
-            torch.set_num_threads(max(1, torch.get_num_threads() // local_world))
-    if "RANK" in given and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+    elif launch and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Ranks that each use all cores slow one another down more than tenfold.
+        torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
+    if launch and not dist.is_initialized():
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+        _init_process_group(launch, device, facts or {}, gpu)
     return device
+
+
+def _gpu_of(launch: Launch) -> int:
+    count = torch.cuda.device_count()
+    if launch.local_rank < count:
+        return launch.local_rank
+    if count == 1 and one_gpu_per_task():
+        return 0
+    raise ConfigError(f"LOCAL_RANK = {launch.local_rank}, but this machine has {count} GPUs: start fewer ranks")
+
+
+def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str, str], gpu: str) -> None:
+    seconds = seconds_to_wait()
+    store = meet(launch, facts, gpu, seconds)
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            device_id=device if device.type == "cuda" else None,
+            timeout=timedelta(seconds=seconds),
+        )
+        # Until here as patient as the rendezvous; from here on a rank may have to wait for another's disk.
+        store.set_timeout(TIMEOUT)
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        raise ConfigError(
+            f"rank {launch.rank} on {socket.gethostname()}: the ranks met at {launch.master_addr}:{launch.master_port}, but "
+            f"could not connect to one another ({first_line(error)}): NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) "
+            "names the network interface to use; NCCL_DEBUG=INFO says more"
+        ) from error
+
+
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank ended, or cannot be reached."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def init_single_process_group() -> None:

@@ -6,6 +6,7 @@ parameter's elements lie in it (`pieces`), so that a checkpoint is written and r
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import os
@@ -308,8 +309,10 @@ def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], pat
             compatible["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
     distributed.init_single_process_group()
+    # Not always LOCAL_RANK: SLURM may show each rank only its own GPU.
+    args = argparse.Namespace(device_rank=torch.cuda.current_device() if torch.cuda.is_available() else 0)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine, *_ = deepspeed.initialize(args, model=model, optimizer=optimizer, config=settings)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: {error.title}: {problems}") from error

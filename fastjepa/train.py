@@ -66,8 +66,9 @@ def train(config: Config, ds_config: str | None, held: contextlib.ExitStack) -> 
     from fastjepa.objective import build_model
     from fastjepa.run_folder import RunFolder
     from fastjepa.trainer import Trainer
+    from fastjepa.versions import versions_and_settings
 
-    device = distributed.init()
+    device = distributed.init(versions_and_settings(config, ds_config))
     first = distributed.rank() == 0
     first_here = int(os.environ.get("LOCAL_RANK", "0")) == 0
     for package in ("fastjepa", "fastjepa_kernels"):
@@ -136,6 +137,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = "stopped" if isinstance(error, Preempted) else "error"
         print(f"fastjepa: {what}{where}: {error}", file=sys.stderr)
         return error.exit_status
+    except RuntimeError as error:
+        if not distributed.is_lost_contact(error) or os.environ.get("FASTJEPA_DEBUG"):
+            raise
+        print(
+            f"fastjepa: error (rank {distributed.rank()}): lost contact with the other ranks "
+            f"({distributed.first_line(error)}): the cause is in the first error above, or in their logs",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         distributed.finish()
     return 0
