@@ -6,6 +6,7 @@ Who starts them is the matter of `fastjepa.launch`, how they find one another th
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
@@ -79,7 +80,7 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
             raise
         raise ConfigError(
             f"rank {launch.rank} on {socket.gethostname()}: the ranks met at {launch.master_addr}:{launch.master_port}, but "
-            f"could not connect to one another ({first_line(error)}): NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) "
+            f"could not connect to one another ({in_short(error)}): NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) "
             "names the network interface to use; NCCL_DEBUG=INFO says more"
         ) from error
 
@@ -89,8 +90,9 @@ def is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def in_short(error: BaseException) -> str:
+    """What went wrong, of a message of gloo or NCCL: without the place in their sources, and advice."""
+    return re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
 
 
 def init_single_process_group() -> None:

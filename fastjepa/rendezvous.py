@@ -128,8 +128,9 @@ def _listen(launch: Launch) -> socket.socket:
         return socket.create_server(("", launch.master_port), family=family, backlog=2048, dualstack_ipv6=dual)
     except OSError as error:
         raise ConfigError(
-            f"rank 0 on {socket.gethostname()} cannot listen on MASTER_PORT = {launch.master_port} ({error.strerror}): "
-            "another job may use it; choose another one, with --master_port (deepspeed, torchrun) or MASTER_PORT (srun)"
+            f"rank 0 on {socket.gethostname()} cannot listen on MASTER_PORT = {launch.master_port} "
+            f"({os.strerror(error.errno or 0)}): another job, or another rank 0, uses it; choose another one, with "
+            "--master_port (deepspeed, torchrun) or MASTER_PORT (srun)"
         ) from error
 
 

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"fastjepa: error (rank {distributed.rank()}): lost contact with the other ranks "
-            f"({distributed.first_line(error)}): the cause is in the first error above, or in their logs",
+            f"({distributed.in_short(error)}): the cause is in the first error above, or in their logs",
             file=sys.stderr,
         )
         return 1
