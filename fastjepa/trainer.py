@@ -107,7 +107,9 @@ class Trainer:
                     self._save(done)
                     meter.restart_clock()
                 if stopped_by is not None:
-                    raise Preempted(f"{stopped_by}: stopped after step {done}. Start again to go on from the last checkpoint")
+                    raise Preempted(
+                        f"{stopped_by}: stopped after step {done}. Start again to go on from the last checkpoint"
+                    )
         progress.close()
         if metrics is not None:
             metrics.close()
