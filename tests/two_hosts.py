@@ -162,7 +162,8 @@ def fails(hosts: list[Host], folder: Path) -> Iterator[bool]:
     old_base = [sys.executable, str(other / "fastjepa" / "train.py"), *base[2:]]
     a, b = hosts
     master = a.address
-    cases = {
+    # By name: host, command, variables of its launcher and more variables, of each process; what all must say.
+    cases: dict[str, tuple[list[tuple[Host, list[str], dict[str, str], dict[str, str]]], str]] = {
         "second host absent": ([(a, base, srun(0, master, 0), {})], r"rank 1 of 2 did not come to"),
         "first host absent": ([(b, base, srun(1, master, 0), {})], r"rank 1 on \S+ could not reach"),
         "different world sizes": (
