@@ -85,7 +85,7 @@ def survive_kills(folder: Path, recipe: str, *, kills: int, steps: int, seed: in
 
 
 def _start(arguments: list[str]) -> list[subprocess.Popen[bytes]]:
-    from tests.test_trajectory import free_port
+    from benchmarks.launch import free_port
 
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

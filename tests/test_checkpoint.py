@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.equality import engine_steps, full_state, trajectory_config
+from benchmarks.launch import launch
 from fastjepa import checkpoint
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
@@ -22,7 +24,6 @@ from fastjepa.config import ModelConfig
 from fastjepa.engine import Engine, build_engine
 from fastjepa.errors import CheckpointError
 from fastjepa.objective import build_model
-from tests.test_trajectory import CPU, engine_steps, full_state, launch, trajectory_config
 
 CONFIG = trajectory_config()
 SIZES = BatchSizes.share(CONFIG, world_size=1)
@@ -31,7 +32,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 def torch_engine(**changes: Any) -> Engine:
     config = trajectory_config(**changes)
-    return build_engine(build_model(config), config, SIZES, CPU, ds_config=None)
+    return build_engine(build_model(config), config, SIZES, torch.device("cpu"), ds_config=None)
 
 
 def train(engine: Engine, first: int, last: int) -> Engine:
@@ -80,7 +81,7 @@ def reader() -> Engine:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What two processes wrote and read by ZeRO: their folder and results."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    launch("worker_checkpoint", 2, str(folder))
+    launch("tests.worker_checkpoint", 2, str(folder))
     return folder, torch.load(folder / "results.pt", weights_only=True)
 
 
@@ -193,7 +194,7 @@ def test_saving_a_step_again_replaces_it(saved: Path, uninterrupted: tuple[Path,
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    launch("worker_killed_saves", 1, str(tmp_path))
+    launch("tests.worker_killed_saves", 1, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results) == {"the next step", "the same step again"}
     for outcomes in results.values():

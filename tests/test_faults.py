@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.equality import full_state, trajectory_config
+from benchmarks.launch import free_port, launch
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import build_engine
@@ -30,7 +32,6 @@ from fastjepa.train import main
 from fastjepa.watchdog import EXIT_STATUS, Watchdog
 from tests.reliability import Record, survive_kills
 from tests.small import small_batch
-from tests.test_trajectory import CPU, free_port, full_state, launch, trajectory_config
 
 ROOT = Path(__file__).parents[1]
 RUN = """
@@ -241,7 +242,7 @@ def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[Non
 def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
     config = trajectory_config(micro=2, clip_grad=0.1)
     sizes = BatchSizes.share(config, world_size=1)
-    engine = build_engine(build_model(config), config, sizes, CPU, ds_config=None)
+    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config=None)
     batch = small_batch(config, sizes.micro)
     with bad_loss({2, 5}, value=value):  # one micro batch of two, in steps 1 and 2
         for step in range(4):
@@ -255,7 +256,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
 
 
 def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path, record: Record) -> None:
-    launch("worker_skipped", 2, str(tmp_path))
+    launch("tests.worker_skipped", 2, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name.split()[0] for name in results} == {"torch", "zero0", "zero1", "zero2", "zero3"}
     for name, ranks in results.items():

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.launch import free_port
 from fastjepa import checkpoint
 from fastjepa.config_file import load_config
 from fastjepa.train import main
-from tests.test_trajectory import free_port
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fastjepa" / "train.py")

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.equality import engine_steps, schedule, trajectory_config
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.engine import DeepSpeedEngine, build_engine
 from fastjepa.errors import CheckpointError
 from fastjepa.objective import build_model
-from tests.test_trajectory import engine_steps, schedule, trajectory_config
 
 STEPS = 3
 State = dict[str, dict[str, Tensor]]

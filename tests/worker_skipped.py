@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.equality import engine_steps, trajectory_config
 from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import Engine, build_engine
 from fastjepa.objective import build_model
 from tests.test_faults import bad_loss
-from tests.test_trajectory import engine_steps, trajectory_config
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
