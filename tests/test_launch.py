@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.launch import free_port
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.errors import ConfigError
 from fastjepa.launch import Launch, first_host, read_launch, tasks_per_node
 from fastjepa.rendezvous import Card, _contradiction, _ranks
 from tests.small import small_config
-from tests.test_trajectory import free_port
 
 ROOT = Path(__file__).parents[1]
 SLURM = {

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.test_trajectory import free_port
+from benchmarks.launch import free_port
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fastjepa" / "train.py")
