@@ -1,20 +1,25 @@
-"""Checkpoints: written atomically, read without unpickling, independent of world size and ZeRO stage.
+"""Checkpoints: written atomically, verified by checksum, read without unpickling, independent of world size and ZeRO stage.
 
     checkpoints/step_00001000/index.json               step, configuration, data set, where every element lies
     checkpoints/step_00001000/rank_00000.safetensors   that rank's share of weights, moments and EMA, fp32
+    checkpoints/step_00001000/model.safetensors        the weights of all three networks, fp32, for users
+    checkpoints/step_00001000/SHA256SUMS               of all of these, as `sha256sum -c SHA256SUMS` checks them
     checkpoints/latest                                 the name of the newest complete checkpoint
 
 A checkpoint is written into a hidden folder, flushed to disk and renamed: it is there as a whole or not at all. Only JSON
-and safetensors are read, so a checkpoint from a stranger cannot run code.
+and safetensors are read, so a checkpoint from a stranger cannot run code. DeepSpeed's own checkpoints are pickles, and are
+neither written nor read. When checkpoints are written, in the background or not, is fastjepa.checkpointer's business.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +29,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError
+from fastjepa.errors import CheckpointError, DamagedCheckpointError
 
-FORMAT = 1
-INDEX, LATEST = "index.json", "latest"
+FORMAT = 2
+INDEX, MODEL, SUMS, LATEST = "index.json", "model.safetensors", "SHA256SUMS", "latest"
+GIB = 2**30
+SPACE_MARGIN = 1.05
+MAX_TEXT_BYTES = GIB  # an index of 1,000 ranks has 0.1 GiB; a stranger's must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,42 @@ class RunState:
     """The resolved configuration, as nested dictionaries."""
     dataset: dict[str, Any]
     """Size and fingerprint of the training images."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that this rank has to write of one checkpoint."""
+
+    state: RunState
+    updates: int
+    """Optimizer steps that were applied."""
+    parameters: dict[str, list[int]]
+    tensors: dict[str, Tensor]
+    """Flat fp32 tensors, by their names in the shard; none where another rank writes the same."""
+    pieces: list[tuple[int, str, int, int, int]]
+    """Number of the tensor, parameter, its first element there, elements, first element in the tensor."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, engine: Engine, state: RunState, *, copy: bool) -> Snapshot:
+        """The engine's state now. With `copy`, in host memory of its own, so that training may go on."""
+        distinct = {id(piece.tensor): piece.tensor for piece in engine.pieces()} if engine.writes_state else {}
+        numbers = {identity: number for number, identity in enumerate(distinct)}
+        tensors = {}
+        for number, tensor in enumerate(distinct.values()):
+            for kind, values in {"weight": tensor, **engine.optimizer.moments(tensor)}.items():
+                flat = values.detach().view(-1)
+                tensors[f"{number}.{kind}"] = flat.to("cpu", copy=True) if copy else flat
+        pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces() if numbers]
+        return cls(state, engine.optimizer.updates, engine.parameter_shapes(), tensors, pieces)
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(4 * math.prod(shape) for shape in self.parameters.values())
 
 
 def _fsync(path: Path) -> None:
@@ -64,74 +109,91 @@ def _write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def _tensors_of(engine: Engine) -> tuple[list[Tensor], dict[int, int]]:
-    """The distinct tensors that the pieces lie in, and the number of each by identity."""
-    tensors = list({id(piece.tensor): piece.tensor for piece in engine.pieces()}.values())
-    return tensors, {id(tensor): number for number, tensor in enumerate(tensors)}
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_shard(path: Path, engine: Engine) -> dict[str, Any]:
-    tensors, numbers = _tensors_of(engine)
-    contents = {}
-    for number, tensor in enumerate(tensors):
-        contents[f"{number}.weight"] = tensor.detach().view(-1)
-        for key, moment in engine.optimizer.moments(tensor).items():
-            contents[f"{number}.{key}"] = moment.view(-1)
-    save_file(contents, path)
+def _write_shard(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+    save_file(snapshot.tensors, path)
     _fsync(path)
-    pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces()]
-    return {"file": path.name, "bytes": path.stat().st_size, "pieces": pieces}
+    return {"file": path.name, "bytes": path.stat().st_size, "pieces": snapshot.pieces, "sha256": _sha256(path)}
 
 
 def save(folder: Path, engine: Engine, state: RunState) -> Path:
+    """Write a checkpoint of the engine's state now; see `write`."""
+    return write(folder, Snapshot.of(engine, state, copy=False))
+
+
+def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
     """Write a checkpoint below `folder` and make it the latest. All ranks call it; each writes its own share.
 
+    Args:
+        group: for the messages among the ranks; None: the default group.
+
     Raises:
-        CheckpointError: a rank could not write (disk full, no permission). Older checkpoints are left as they were.
+        CheckpointError: too little free space, or a rank could not write. Older checkpoints are left as they were.
     """
-    final = folder / f"step_{state.step:08d}"
+    final = folder / f"step_{snapshot.state.step:08d}"
     temporary = folder / f".{final.name}.tmp"
     rank = distributed.rank()
-    shard: dict[str, Any] | None = None
-    error: str | None = None
-    try:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    except OSError as problem:
-        error = str(problem)
-    _raise_together(error, final, temporary)
-    try:
-        if engine.writes_state:
-            shard = _write_shard(temporary / f"rank_{rank:05d}.safetensors", engine)
-    except (OSError, SafetensorError) as problem:
-        error = str(problem)
-    _raise_together(error, final, temporary)
-    shards = [entry for entry in distributed.gather_objects(shard) if entry is not None]
-    try:
-        if rank == 0:
-            _commit(temporary, final, engine, state, shards)
-    except OSError as problem:
-        error = str(problem)
-    _raise_together(error, final, temporary)
+
+    def together(action: Callable[[], Any]) -> Any:
+        """`action` on every rank that has one; its failure anywhere is raised everywhere."""
+        result = error = None
+        try:
+            result = action()
+        except (OSError, SafetensorError, CheckpointError) as problem:
+            error = str(problem)
+        errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error, group)) if e is not None}
+        if errors:
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            details = "; ".join(f"rank {rank}: {e}" for rank, e in errors.items())
+            raise CheckpointError(f"could not write checkpoint {final}: {details}. Older checkpoints are intact")
+        return result
+
+    total = sum(distributed.gather_objects(snapshot.bytes, group)) + snapshot.model_bytes
+    together(lambda: _prepare(folder, temporary, total) if rank == 0 else None)
+    shard = together(
+        lambda: _write_shard(temporary / f"rank_{rank:05d}.safetensors", snapshot) if snapshot.tensors else None
+    )
+    shards = [entry for entry in distributed.gather_objects(shard, group) if entry is not None]
+    together(lambda: _commit(temporary, final, snapshot, shards) if rank == 0 else None)
     return final
 
 
-def _commit(temporary: Path, final: Path, engine: Engine, state: RunState, shards: list[dict[str, Any]]) -> None:
+def _prepare(folder: Path, temporary: Path, total_bytes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    needed, free = SPACE_MARGIN * total_bytes, shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} has {free / GIB:.2f} GiB free, but the checkpoint needs {needed / GIB:.2f} GiB: delete something, "
+            "lower keep_last, or move output_dir to a larger disk"
+        )
+    temporary.mkdir()
+
+
+def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[str, Any]]) -> None:
+    state = snapshot.state
+    sums = {shard["file"]: shard.pop("sha256") for shard in shards}
     index = {
         "format": FORMAT,
         "fastjepa": __version__,
         "step": state.step,
-        "updates": engine.optimizer.updates,
+        "updates": snapshot.updates,
         "config": state.config,
         "dataset": state.dataset,
-        "parameters": engine.parameter_shapes(),
+        "parameters": snapshot.parameters,
         "shards": shards,
     }
     _write_text(temporary / INDEX, json.dumps(index))
+    _write_model(temporary, index)
+    sums |= {name: _sha256(temporary / name) for name in (INDEX, MODEL)}
+    _write_text(temporary / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     replaced = _set_aside(final)
     if final.exists():  # the same step saved again, after a resume from before it
-        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     _fsync(final.parent)
@@ -139,18 +201,67 @@ def _commit(temporary: Path, final: Path, engine: Engine, state: RunState, shard
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _write_model(checkpoint: Path, index: dict[str, Any]) -> None:
+    """The weights, whole, from the shards; one parameter in memory at a time (safetensors' own writer needs all)."""
+    reader = _Reader(checkpoint, index)
+    config = json.dumps(index["config"])
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(index["step"]), "config": config}}
+    end = 0
+    for name, shape in index["parameters"].items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the weights are aligned
+    with (checkpoint / MODEL).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, shape in index["parameters"].items():
+            flat = torch.empty(math.prod(shape))
+            for out, stored in reader.find(name, "weight", 0, flat):
+                out.copy_(stored())
+            file.write(flat.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _set_aside(checkpoint: Path) -> Path:
     """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
 
 
-def _raise_together(error: str | None, final: Path, temporary: Path) -> None:
-    errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error)) if e is not None}
-    if errors:
-        if distributed.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        details = "; ".join(f"rank {rank}: {e}" for rank, e in errors.items())
-        raise CheckpointError(f"could not write checkpoint {final}: {details}. Older checkpoints are intact")
+def remove_leftovers(folder: Path) -> None:
+    """What killed saves and deletions left behind; a checkpoint that was set aside and not replaced is put back."""
+    for path in folder.glob(".step_*"):
+        final = folder / path.stem.removeprefix(".")
+        if path.suffix == ".replaced" and not final.exists():
+            path.rename(final)
+        elif path.suffix in (".tmp", ".deleted", ".replaced"):
+            shutil.rmtree(path)
+
+
+def delete(checkpoint: Path) -> None:
+    """At once, for readers: it is renamed first."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a checkpoint's folder; None for other names."""
+    found = re.fullmatch(r"\.?step_(\d{8,18})(?:\.replaced)?", checkpoint.name)
+    return int(found[1]) if found else None
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """The latest checkpoint below `folder` and those of earlier steps. Later ones are of a run that was gone back on.
+
+    Raises:
+        CheckpointError: the file that names the latest cannot be read.
+    """
+    newest = latest(folder)
+    last = None if newest is None else step_of(newest)
+    steps = {step: path for path in folder.glob("step_*") if (step := step_of(path)) is not None}
+    earlier = [steps[step] for step in sorted(steps, reverse=True) if last is None or step < last]
+    return earlier if newest is None else [newest, *earlier]
 
 
 def latest(folder: Path) -> Path | None:
@@ -166,6 +277,8 @@ def latest(folder: Path) -> Path | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / LATEST} cannot be read: {error}") from error
     newest, replaced = folder / name, _set_aside(folder / name)
+    if step_of(newest) is None or newest.parent != folder:
+        raise CheckpointError(f"{folder / LATEST} cannot be read: {name[:80]!r} is no name of a checkpoint")
     return replaced if replaced.exists() and not newest.exists() else newest
 
 
@@ -181,25 +294,74 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
             "are not read here, since loading one can run code"
         )
     path = checkpoint / INDEX
+    if not path.exists():
+        raise DamagedCheckpointError(f"{checkpoint} is not a complete checkpoint: {INDEX} is missing")
+    if (checkpoint / SUMS).exists():
+        check_sums(checkpoint, [INDEX])  # a damaged index is not one of another format
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{checkpoint} is not a complete checkpoint: {INDEX} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise CheckpointError(f"{path}: format {found!r}, but this version of fastjepa reads format {FORMAT}")
+        index = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    found = index.get("format") if isinstance(index, dict) else None
+    if type(found) is not int:
+        raise DamagedCheckpointError(f"{path} is damaged: it names no format")
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {found}, written by fastjepa {str(index.get('fastjepa'))[:40]}, but this version ({__version__}) "
+            f"reads format {FORMAT}. Use that version to go on with the run, or start anew in another output_dir"
+        )
     wrong = [key for key, is_valid in _ENTRIES.items() if not is_valid(index.get(key))]
     if wrong:
-        raise CheckpointError(f"{path} is damaged: missing or not as fastjepa writes them: {wrong}")
+        raise DamagedCheckpointError(f"{path} is damaged: missing or not as fastjepa writes them: {wrong}")
     for shard in index["shards"]:
         file = checkpoint / shard["file"]
         size = file.stat().st_size if file.is_file() else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes"
-            raise CheckpointError(f"{file} {found}, expected {shard['bytes']} bytes: the checkpoint is damaged")
+            raise DamagedCheckpointError(f"{file} {found}, expected {shard['bytes']} bytes: the checkpoint is damaged")
     return index
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise DamagedCheckpointError(f"{path} cannot be read: it is larger than {MAX_TEXT_BYTES / GIB:g} GiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_sums(checkpoint: Path) -> dict[str, str]:
+    """File name -> SHA-256 in hexadecimal.
+
+    Raises:
+        DamagedCheckpointError: the file is missing or not as fastjepa writes it.
+    """
+    sums = {}
+    for line in _read_text(checkpoint / SUMS).splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64})  ([\w.]+)", line)
+        if found is None:
+            raise DamagedCheckpointError(f"{checkpoint / SUMS} is damaged: {line[:80]!r} is no checksum and name")
+        sums[found[2]] = found[1]
+    return sums
+
+
+def check_sums(checkpoint: Path, names: Iterable[str]) -> None:
+    """Compare these files with their checksums.
+
+    Raises:
+        DamagedCheckpointError: naming the first that is missing or differs.
+    """
+    sums = read_sums(checkpoint)
+    for name in names:
+        if name not in sums:
+            raise DamagedCheckpointError(f"{checkpoint / SUMS} is damaged: it has no checksum of {name}")
+        try:
+            found = _sha256(checkpoint / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{checkpoint / name} cannot be read: {error}") from error
+        if found != sums[name]:
+            raise DamagedCheckpointError(f"{checkpoint / name} is damaged: its SHA-256 is not the one in {SUMS}")
 
 
 def _is_count(value: Any) -> bool:
@@ -257,57 +419,68 @@ class _Reader:
             for start, numel, *_ in sorted(self._where.get(name, [])):
                 end = end + numel if start == end else -1
             if end != math.prod(shape):
-                raise CheckpointError(f"{checkpoint} is damaged: its shards do not hold {name} {shape} exactly once")
+                raise DamagedCheckpointError(f"{checkpoint} is damaged: its shards do not hold {name} {shape} exactly once")
         self._files: dict[str, Any] = {}
 
-    def read(self, name: str, kind: str, start: int, out: Tensor) -> None:
-        """Fill the 1-D `out` with elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq)."""
+    def find(self, name: str, kind: str, start: int, out: Tensor) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+        """Where elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq) come from, checked, not yet read.
+
+        Returns:
+            Parts of the 1-D `out`, and for each what reads its values.
+        """
+        parts = []
         for piece_start, numel, file, number, offset in self._where.get(name, []):
             low, high = max(start, piece_start), min(start + out.numel(), piece_start + numel)
             if low < high:
                 first = offset + low - piece_start
                 stored = self._stored(file, f"{number}.{kind}", first, first + high - low)
-                out[low - start : high - start].copy_(stored)
+                parts.append((out[low - start : high - start], stored))
+        return parts
 
-    def _stored(self, file: str, key: str, first: int, last: int) -> Tensor:
+    def _stored(self, file: str, key: str, first: int, last: int) -> Callable[[], Tensor]:
         path = self._checkpoint / file
         try:
             if file not in self._files:
                 self._files[file] = safetensors.safe_open(path, framework="pt")
-            stored: Tensor = self._files[file].get_slice(key)[first:last]
+            stored = self._files[file].get_slice(key)
+            shape, dtype = stored.get_shape(), stored.get_dtype()
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-        if stored.shape != (last - first,):
-            raise CheckpointError(f"{path} is damaged: {key} has no elements {first} to {last - 1}")
-        return stored
+            raise DamagedCheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        if len(shape) != 1 or shape[0] < last or dtype != "F32":
+            raise DamagedCheckpointError(f"{path} is damaged: {key} has no fp32 elements {first} to {last - 1}")
+        return lambda: stored[first:last]
 
 
 @torch.no_grad()
 def load(checkpoint: Path, engine: Engine) -> RunState:
     """Bring weights, moments and EMA back into the engine, whatever world size and stage wrote them. All ranks call it.
 
+    The ranks share out the files to verify, and nothing is written to the engine before all are.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model. The engine may then be partly overwritten.
+        DamagedCheckpointError: the checkpoint is incomplete or not as it was written. The engine is as it was.
+        CheckpointError: it is of another model or format. The engine is as it was.
     """
     error: CheckpointError | None = None
     try:
-        state = _read_into(checkpoint, engine)
+        index = read_index(checkpoint)
+        names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
+        check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
+        _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
+        reader = _Reader(checkpoint, index)
+        parts = [
+            part
+            for piece in engine.pieces()
+            for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items()
+            for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
+        ]
     except CheckpointError as problem:
         error = problem
     distributed.raise_together(error)
-    engine.publish_weights()
-    return state
-
-
-def _read_into(checkpoint: Path, engine: Engine) -> RunState:
-    index = read_index(checkpoint)
-    _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
-    reader = _Reader(checkpoint, index)
-    for piece in engine.pieces():
-        reader.read(piece.name, "weight", piece.start, piece.view(piece.tensor))
-        for key, moment in engine.optimizer.moments(piece.tensor).items():
-            reader.read(piece.name, key, piece.start, piece.view(moment))
+    for out, stored in parts:
+        out.copy_(stored())
     engine.optimizer.updates = index["updates"]
+    engine.publish_weights()
     return RunState(index["step"], index["config"], index["dataset"])
 
 
@@ -327,14 +500,18 @@ def load_weights(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the checkpoint is damaged or has no such part.
     """
-    index = read_index(checkpoint)
-    reader = _Reader(checkpoint, index)
-    weights = {}
-    for name, shape in index["parameters"].items():
-        if name.startswith(f"{prefix}."):
-            flat = torch.empty(math.prod(shape))
-            reader.read(name, "weight", 0, flat)
-            weights[name.removeprefix(f"{prefix}.")] = flat.view(shape)
+    read_index(checkpoint)  # of a format that is known
+    check_sums(checkpoint, [MODEL])
+    path = checkpoint / MODEL
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            weights = {
+                name.removeprefix(f"{prefix}."): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 (not a dictionary)
+                if name.startswith(f"{prefix}.")
+            }
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     if not weights:
         raise CheckpointError(f"{checkpoint} has no {prefix}")
     return weights

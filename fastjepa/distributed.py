@@ -135,10 +135,14 @@ def sum_over_ranks(values: Tensor) -> list[float]:
     return values.tolist()
 
 
-def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank. Pickles: only for data of our own ranks."""
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order, on every rank. Pickles: only for data of our own ranks.
+
+    Args:
+        group: all ranks again, for a thread beside the main one; None: the default group.
+    """
     if world_size() == 1:
         return [value]
     values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values

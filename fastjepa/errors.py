@@ -24,6 +24,10 @@ class CheckpointError(FastjepaError, RuntimeError):
     """A checkpoint cannot be written, read, or used for this run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is incomplete or not as it was written: an earlier one may do."""
+
+
 class RunFolderError(FastjepaError, RuntimeError):
     """The run folder cannot be used."""
 
