@@ -419,11 +419,13 @@ class _Reader:
             for start, numel, *_ in sorted(self._where.get(name, [])):
                 end = end + numel if start == end else -1
             if end != math.prod(shape):
-                raise DamagedCheckpointError(f"{checkpoint} is damaged: its shards do not hold {name} {shape} exactly once")
+                raise DamagedCheckpointError(
+                    f"{checkpoint} is damaged: its shards do not hold {name} {shape} exactly once"
+                )
         self._files: dict[str, Any] = {}
 
     def find(self, name: str, kind: str, start: int, out: Tensor) -> list[tuple[Tensor, Callable[[], Tensor]]]:
-        """Where elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq) come from, checked, not yet read.
+        """Where elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq) come from: checked, not read.
 
         Returns:
             Parts of the 1-D `out`, and for each what reads its values.

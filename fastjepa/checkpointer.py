@@ -39,6 +39,18 @@ class Checkpointer:
         several = distributed.world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if several else None
 
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for a save that goes on, whatever ends the run."""
+        try:
+            self.wait()
+        except RuntimeError as error:  # messages failed: a rank is gone. What ended the run counts
+            if kind is None:
+                raise
+            logger.error("the save that was going on failed: %s", error)
+
     def save(self, engine: Engine, state: RunState, *, last: bool) -> None:
         """Save the engine's state now; waits for the save before this one.
 
@@ -83,7 +95,7 @@ class Checkpointer:
             if distributed.rank() == 0:
                 logger.info("checkpoint %s", path)
                 self._delete_old(path)
-        except Exception as error:  # of a thread: it is raised by the next wait()
+        except Exception as error:  # noqa: BLE001  # of a thread: the next wait() raises it
             self._error = error
 
     def _delete_old(self, newest: Path) -> None:
@@ -127,6 +139,9 @@ def _free_memory() -> int:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
     except OSError:  # no control group
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    if limit == "max":
+        return free
+    return min(free, int(limit) - int(used) + int(stat.get("inactive_file", "0")))  # cached files make room

@@ -291,6 +291,12 @@ class Config:
     """Steps between two lines of metrics.jsonl."""
     checkpoint_interval: int = 1000
     """Steps between two checkpoints; one is always written at the end."""
+    keep_last: int = 3
+    """This many of the newest checkpoints are kept,"""
+    keep_every: int | None = None
+    """and those whose step is a multiple of this; null: no others."""
+    async_checkpoint: bool = True
+    """Checkpoints are written while training goes on, if the host memory has room for a copy of weights and optimizer."""
     max_skipped_steps: int = 10
     """A step with a loss or gradient that is not finite changes nothing; the run stops after this many of them in a row."""
     hang_timeout: float = 1800.0
@@ -311,10 +317,13 @@ class Config:
             "global_batch_size",
             "log_interval",
             "checkpoint_interval",
+            "keep_last",
             "max_skipped_steps",
             "hang_timeout",
         ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+        every = self.keep_every
+        _require(every is None or every > 0, "keep_every", every, "a positive number or null")
         micro = self.micro_batch_size
         _require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")
         h, w = self.data.image_hw

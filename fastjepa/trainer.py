@@ -17,11 +17,12 @@ from torch import Tensor
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
+from fastjepa.checkpointer import Checkpointer
 from fastjepa.config import Config
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.data.dataset import Ints
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError, Preempted, TrainingError
+from fastjepa.errors import CheckpointError, DamagedCheckpointError, Preempted, TrainingError
 from fastjepa.metrics import Meter, MetricsFile, Progress
 from fastjepa.optim import Schedule, set_schedule
 from fastjepa.run_folder import RunFolder
@@ -48,6 +49,12 @@ class Trainer:
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self.start_step = self._resume()
+        self._checkpointer = Checkpointer(
+            folder.checkpoints,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            asynchronous=config.async_checkpoint,
+        )
         # Of the steps that may have to be named: (step, sample ids, loss), a micro batch each.
         self._recent: deque[tuple[int, Ints, Tensor]] = deque(maxlen=config.max_skipped_steps * sizes.accum)
 
@@ -56,7 +63,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps in a row had a loss or gradients that were not finite.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: the last checkpoint could not be written.
             Preempted: SIGTERM or SIGUSR1 came; a checkpoint is written.
         """
         if self.start_step >= self.total_steps:
@@ -67,7 +74,12 @@ class Trainer:
         metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
-        with self._loader() as loader, self._watchdog() as watchdog, StopRequest() as stop_request:
+        with (
+            self._checkpointer,
+            self._loader() as loader,
+            self._watchdog() as watchdog,
+            StopRequest() as stop_request,
+        ):
             batches = iter(loader)
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
@@ -104,7 +116,7 @@ class Trainer:
                     logger.warning("no checkpoint at step %d: its last %d steps were skipped", done, skipped)
                 elif save_due:
                     watchdog.at(f"step {step}, checkpoint")
-                    self._save(done)
+                    self._save(done, last=last or stopped_by is not None)
                     meter.restart_clock()
                 if stopped_by is not None:
                     raise Preempted(
@@ -183,32 +195,40 @@ class Trainer:
             f"{what}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. Newest checkpoint: {newest or 'none'}"
         )
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, last: bool) -> None:
         tensors = {id(piece.tensor): piece.tensor for piece in self.engine.pieces()}.values()
         bad = sum(int(not tensor.isfinite().all()) for tensor in tensors)
         if distributed.sum_over_ranks(torch.tensor([float(bad)], device=self.engine.device))[0]:
             raise self._not_finite(f"the weights are not finite after step {step}")
         dataset = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
         state = RunState(step, dataclasses.asdict(self.config), dataset)
-        path = checkpoint.save(self.folder.checkpoints, self.engine, state)
-        if self.is_first_rank:
-            logger.info("checkpoint %s", path)
+        self._checkpointer.save(self.engine, state, last=last)
 
     def _resume(self) -> int:
         """Load the checkpoint to continue from, if any, and return the number of steps done."""
         # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
-        source: Path | None = None
+        sources: list[Path] = []
         error: CheckpointError | None = None
         if self.is_first_rank:
             try:
-                source = self._checkpoint_to_resume()
+                sources = self._checkpoints_to_resume()
             except CheckpointError as problem:
                 error = problem
         distributed.raise_together(error)
-        source = distributed.gather_objects(source)[0]
-        if source is None:
+        sources = distributed.gather_objects(sources)[0]
+        if not sources:
             return 0
-        state = checkpoint.load(source, self.engine)
+        damaged: list[str] = []
+        for source in sources:
+            try:
+                state = checkpoint.load(source, self.engine)
+                break
+            except DamagedCheckpointError as problem:
+                damaged.append(str(problem))
+                if self.is_first_rank and len(sources) > 1:
+                    logger.warning("%s: looking for the checkpoint before it", problem)
+        else:
+            raise CheckpointError("no checkpoint can be loaded: " + "; ".join(damaged))
         changes = _differences(state.config, dataclasses.asdict(self.config))
         if changes and state.step >= self.total_steps:
             raise CheckpointError(
@@ -226,20 +246,20 @@ class Trainer:
                 )
         return state.step
 
-    def _checkpoint_to_resume(self) -> Path | None:
-        """The run's own newest checkpoint; if it has none, the one that `resume` names."""
-        resume, newest = self.config.resume, checkpoint.latest(self.folder.checkpoints)
-        if resume == "never" and newest is not None:
+    def _checkpoints_to_resume(self) -> list[Path]:
+        """The run's own, newest first; if it has none, the one that `resume` names. The first that is whole will do."""
+        resume, own = self.config.resume, checkpoint.newest_first(self.folder.checkpoints)
+        if resume == "never" and own:
             raise CheckpointError(
-                f"{self.folder.path} already holds {newest.name}: choose another output_dir, or resume=auto"
+                f"{self.folder.path} already holds {own[0].name}: choose another output_dir, or resume=auto"
             )
         if resume in ("auto", "never"):
-            return newest
+            return own
         named = _checkpoint_in(resume)
-        if newest is not None and self.folder.checkpoints.resolve() not in named.resolve().parents:
-            logger.warning("going on from %s: the run has begun, so --resume %s is not read again", newest, resume)
-            return newest
-        return named
+        if own and self.folder.checkpoints.resolve() not in named.resolve().parents:
+            logger.warning("going on from %s: the run has begun, so --resume %s is not read again", own[0], resume)
+            return own
+        return [named]
 
 
 def _checkpoint_in(path: str) -> Path:
@@ -255,6 +275,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "output_dir",
         "log_interval",
         "checkpoint_interval",
+        "keep_last",
+        "keep_every",
+        "async_checkpoint",
         "evaluate",
         "max_skipped_steps",
         "hang_timeout",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.equality import engine_steps, full_state, trajectory_config
@@ -22,12 +26,19 @@ from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.config import ModelConfig
 from fastjepa.engine import Engine, build_engine
-from fastjepa.errors import CheckpointError
+from fastjepa.errors import CheckpointError, DamagedCheckpointError
 from fastjepa.objective import build_model
 
 CONFIG = trajectory_config()
 SIZES = BatchSizes.share(CONFIG, world_size=1)
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def reseal(saved: Path) -> None:
+    """Make the checksums fit the files, as whoever forges a checkpoint can."""
+    names = [path.name for path in saved.iterdir() if path.name != "SHA256SUMS"]
+    lines = [f"{hashlib.sha256((saved / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (saved / "SHA256SUMS").write_text("".join(lines))
 
 
 def torch_engine(**changes: Any) -> Engine:
@@ -117,7 +128,7 @@ def test_plain_torch_reads_what_two_ranks_of_zero_wrote(stage: int, two_ranks: t
     folder, results = two_ranks
     path = checkpoint.latest(folder / f"zero{stage}")
     assert path is not None
-    assert len(list(path.glob("*.safetensors"))) == 2
+    assert len(list(path.glob("rank_*.safetensors"))) == 2
     engine = torch_engine()
     checkpoint.load(path, engine)
     assert engine.optimizer.updates == 3
@@ -209,9 +220,10 @@ def test_there_is_no_latest_where_nothing_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_latest_that_is_no_text_is_an_error(saved: Path) -> None:
-    (saved.parent / "latest").write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match="latest cannot be read"):
-        checkpoint.latest(saved.parent)
+    for text in (b"\xff\xfe", b"", b"..", b"/etc", b"../step_00000006"):
+        (saved.parent / "latest").write_bytes(text)
+        with pytest.raises(CheckpointError, match="latest cannot be read"):
+            checkpoint.latest(saved.parent)
 
 
 def test_a_latest_of_a_deleted_checkpoint_is_an_error(saved: Path, reader: Engine) -> None:
@@ -249,15 +261,80 @@ def test_a_missing_shard_is_refused(saved: Path, reader: Engine) -> None:
 @pytest.mark.parametrize("text", ['{"format": 1, "st', "", "[" * 100_000, "\0"])
 def test_an_index_that_is_no_json_is_refused(saved: Path, reader: Engine, text: str) -> None:
     (saved / "index.json").write_text(text)
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"index\.json cannot be read"):
         checkpoint.load(saved, reader)
 
 
-@pytest.mark.parametrize("index", [{"format": 2}, {}, [], "fastjepa", None])
-def test_another_format_is_refused(saved: Path, reader: Engine, index: Any) -> None:
+@pytest.mark.parametrize("index", [{"format": "2"}, {}, [], "fastjepa", None])
+def test_an_index_without_a_format_is_damaged(saved: Path, reader: Engine, index: Any) -> None:
     (saved / "index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="but this version of fastjepa reads format 1"):
+    reseal(saved)
+    with pytest.raises(DamagedCheckpointError, match="it names no format"):
         checkpoint.load(saved, reader)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_refused_with_the_version_that_wrote_it(saved: Path, reader: Engine, number: int) -> None:
+    (saved / "index.json").write_text(json.dumps({"format": number, "fastjepa": "0.0.7"}))
+    (saved / "SHA256SUMS").unlink()
+    with pytest.raises(
+        CheckpointError, match=f"format {number}, written by fastjepa 0.0.7, .* reads format 2"
+    ) as found:
+        checkpoint.load(saved, reader)
+    assert not isinstance(found.value, DamagedCheckpointError)
+
+
+@pytest.mark.parametrize("name", ["index.json", "rank_00000.safetensors", "model.safetensors"])
+def test_one_wrong_bit_anywhere_is_found_and_leaves_the_engine_alone(saved: Path, reader: Engine, name: str) -> None:
+    content = bytearray((saved / name).read_bytes())
+    before = state_of(reader)
+    for position in (0, len(content) // 3, len(content) - 1):
+        content[position] ^= 4
+        (saved / name).write_bytes(content)
+        with pytest.raises(DamagedCheckpointError, match=f"{name} is damaged: its SHA-256 is not"):
+            checkpoint.load(saved, reader)
+        content[position] ^= 4
+    (saved / name).write_bytes(content)
+    assert_identical(state_of(reader), before)
+    assert checkpoint.load(saved, torch_engine()).step == 6
+
+
+@pytest.mark.parametrize("text", ["", "x" * 64, "0" * 64 + "  index.json\n", "\xff", "0" * 64 + "  ../index.json\n"])
+def test_checksums_that_do_not_fit_are_refused(saved: Path, reader: Engine, text: str) -> None:
+    (saved / "SHA256SUMS").write_text(text)
+    with pytest.raises(DamagedCheckpointError):
+        checkpoint.load(saved, reader)
+
+
+def test_the_checksums_are_those_of_sha256sum(saved: Path) -> None:
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=saved, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["index.json: OK", "model.safetensors: OK", "rank_00000.safetensors: OK"]
+
+
+def test_users_read_the_weights_with_safetensors_alone(uninterrupted: tuple[Path, Any, Any]) -> None:
+    path, at_6, _ = uninterrupted
+    weights = load_file(path / "model.safetensors")
+    assert weights.keys() == at_6["weight"].keys()
+    assert all(torch.equal(weight, at_6["weight"][name].view_as(weight)) for name, weight in weights.items())
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "6", "config": '{"key": [1, null]}'}
+
+
+@pytest.mark.parametrize("share", [0.9, 1.2])
+def test_too_little_space_is_known_before_anything_is_written(
+    share: float, saved: Path, reader: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(path.stat().st_size for path in saved.iterdir())
+    before = sorted(saved.parent.rglob("*"))
+    usage = shutil._ntuple_diskusage(2**40, 2**40, round(share * needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    if share > 1:
+        checkpoint.save(saved.parent, reader, RunState(7, {}, {}))
+        return
+    with pytest.raises(CheckpointError, match=r"has 0.00 GiB free, but the checkpoint needs 0.00 GiB: delete"):
+        checkpoint.save(saved.parent, reader, RunState(7, {}, {}))
+    assert sorted(saved.parent.rglob("*")) == before
 
 
 def _set(*path: Any, to: Any) -> Callable[[Any], None]:
@@ -314,7 +391,8 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(saved: Path, reader: E
     index = json.loads((saved / "index.json").read_text())
     DAMAGE[damage](index)
     (saved / "index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"is damaged|cannot be read as safetensors"):
+    reseal(saved)
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged|cannot be read as safetensors"):
         checkpoint.load(saved, reader)
 
 
@@ -346,9 +424,46 @@ def test_a_pickle_in_the_place_of_a_shard_is_refused_and_does_not_run(
     shard = saved / "rank_00000.safetensors"
     payload = pickle.dumps(Payload(tmp_path / "ran"))
     shard.write_bytes(payload + bytes(shard.stat().st_size - len(payload)))
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors cannot be read as safetensors"):
         checkpoint.load(saved, reader)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["index.json", "model.safetensors", "SHA256SUMS"])
+def test_a_pickle_in_the_place_of_another_file_does_not_run(
+    name: str, saved: Path, tmp_path: Path, reader: Engine
+) -> None:
+    (saved / name).write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    if name != "SHA256SUMS":
+        reseal(saved)
+    with pytest.raises(DamagedCheckpointError):
+        checkpoint.load_weights(saved, "predictor")
+    if name != "model.safetensors":  # which a run does not read
+        with pytest.raises(DamagedCheckpointError):
+            checkpoint.load(saved, reader)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("length", [2**63, 2**40, 2**26])
+def test_a_safetensors_header_beyond_all_memory_is_refused(length: int, saved: Path, reader: Engine) -> None:
+    shard = saved / "rank_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[:8] = length.to_bytes(8, "little")
+    for file in (shard, saved / "model.safetensors"):
+        file.write_bytes(content)
+    reseal(saved)
+    with pytest.raises(DamagedCheckpointError, match=r"rank_00000\.safetensors cannot be read as safetensors"):
+        checkpoint.load(saved, reader)
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors cannot be read as safetensors"):
+        checkpoint.load_weights(saved, "predictor")
+
+
+def test_a_huge_index_is_refused_before_it_is_read(saved: Path, reader: Engine) -> None:
+    os.truncate(saved / "index.json", 2**40)  # a hole: takes no space
+    (saved / "SHA256SUMS").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"index\.json cannot be read: it is larger than 1 GiB"):
+        checkpoint.load(saved, reader)
 
 
 def test_a_shape_beyond_all_memory_is_refused_before_it_is_allocated(saved: Path) -> None:
@@ -356,5 +471,6 @@ def test_a_shape_beyond_all_memory_is_refused_before_it_is_allocated(saved: Path
     index["parameters"]["predictor.huge"] = [2**45]
     index["shards"][0]["pieces"].append([0, "predictor.huge", 0, 2**45, 0])
     (saved / "index.json").write_text(json.dumps(index))
+    reseal(saved)
     with pytest.raises(CheckpointError, match=r"index\.json is damaged: .*shards"):
         checkpoint.load_weights(saved, "predictor")

@@ -389,3 +389,26 @@ def test_the_command_line_imports_nothing_heavy_before_it_must() -> None:
     imported = set(output_of(sys.executable, "-c", IMPORTED).split())
     assert {"fastjepa", "yaml"} <= imported
     assert not imported & {"deepspeed", "nvidia", "triton", "PIL", "safetensors", "scipy", "sklearn", "tqdm"}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    again: Path, finished: Path, recipe: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = again / "checkpoints" / "step_00000012" / "rank_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert main(["--config", recipe, f"output_dir={again}"]) == 0
+    assert f"{shard} is damaged: its SHA-256 is not the one in SHA256SUMS: looking for the" in caplog.text
+    assert f"resuming from {again / 'checkpoints' / 'step_00000008'}" in caplog.text
+    assert_bit_identical(again, finished)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
+    again: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("step_00000004", "step_00000008", "step_00000012"):
+        (again / "checkpoints" / name / "index.json").unlink()
+    message = refused(capsys, again, "--config", recipe).message
+    assert "no checkpoint can be loaded: " in message
+    assert message.count("index.json is missing") == 3
