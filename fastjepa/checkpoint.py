@@ -307,8 +307,8 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} is damaged: it names no format")
     if found != FORMAT:
         raise CheckpointError(
-            f"{path}: format {found}, written by fastjepa {str(index.get('fastjepa'))[:40]}, but this version ({__version__}) "
-            f"reads format {FORMAT}. Use that version to go on with the run, or start anew in another output_dir"
+            f"{path}: format {found}, written by fastjepa {str(index.get('fastjepa'))[:40]}, but this version "
+            f"({__version__}) reads format {FORMAT}. Use that version to go on with the run, or start anew in another output_dir"
         )
     wrong = [key for key, is_valid in _ENTRIES.items() if not is_valid(index.get(key))]
     if wrong:

@@ -29,6 +29,7 @@ epochs: 1.5  # 12 steps
 global_batch_size: 8
 log_interval: 1
 checkpoint_interval: 4
+keep_last: 100
 evaluate: false
 data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
 model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
