@@ -308,7 +308,7 @@ def read_index(checkpoint: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise CheckpointError(
             f"{path}: format {found}, written by fastjepa {str(index.get('fastjepa'))[:40]}, but this version "
-            f"({__version__}) reads format {FORMAT}. Use that version to go on with the run, or start anew in another output_dir"
+            f"({__version__}) reads format {FORMAT}. Use that one to go on, or start anew in another output_dir"
         )
     wrong = [key for key, is_valid in _ENTRIES.items() if not is_valid(index.get(key))]
     if wrong:

@@ -175,7 +175,7 @@ def test_a_second_signal_does_no_harm() -> None:
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
     rank: int, recipe: str, tmp_path: Path, record: Record
 ) -> None:
-    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    arguments = ["--config", recipe, f"output_dir={tmp_path}", "async_checkpoint=false"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank), arguments, world=2)
     results = ended(processes)
     assert results[rank][0] == -signal.SIGKILL
