@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -87,11 +88,12 @@ def storages() -> dict[int, int]:
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about deprecated classes that are looked at
-        tensors = [x for x in gc.get_objects() if issubclass(type(x), Tensor) and x.is_floating_point()]
+        # Not those of other classes: fake tensors, which a compiler left behind, have no memory.
+        tensors = [x for x in gc.get_objects() if type(x) in (Tensor, Parameter) and x.is_floating_point()]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        if storage.nbytes():
+        if storage.nbytes() and tensor.device.type != "meta":
             found[storage.data_ptr()] = storage.nbytes()
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bytes import launch, storages
@@ -135,3 +136,13 @@ def test_stage_3_shards_everything_but_what_is_small() -> None:
 @pytest.mark.parametrize(("free", "micro"), [(100.0, 4), (0.5, 0), (2.5, 2), (1e9, 12)])
 def test_micro_batch_divides_the_share(free: float, micro: int) -> None:
     assert costs.largest_micro_batch(1.0 if free != 100.0 else 25.0, free, 12) == micro
+
+
+def test_storages_are_those_of_tensors_that_have_memory() -> None:
+    real = torch.ones(1000)
+    with FakeTensorMode():
+        fake = torch.ones(1000)
+    meta = torch.ones(1000, device="meta")
+    assert storages()[real.untyped_storage().data_ptr()] == 4000
+    assert 0 not in storages()
+    assert fake.shape == meta.shape  # alive until here
