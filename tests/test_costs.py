@@ -95,8 +95,8 @@ def test_activations_are_those_that_are_kept_for_backward(savings: Savings, chec
 def test_bytes_are_those_that_are_sent_and_held() -> None:
     """On two ranks, in bf16, with gradient accumulation: to the byte.
 
-    Not here: all that is resident (`python -m benchmarks.bytes` shows it), which was within 0.03 % but, once, at stage 2 beside
-    other tests, 10 KB more, for a reason that is not known yet.
+    Not here: all that is resident (`python -m benchmarks.bytes` shows it), which was within 0.03 % but once, at stage 2
+    beside other tests, 10 KB more, for a reason that is not known yet.
     """
     rows = launch(2, "--precisions", "bf16", "--grad_accum_steps", "2")
     assert {row["stage"] for row in rows} == set(costs.STAGES)
