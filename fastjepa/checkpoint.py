@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, verified by checksum, read without unpickling, independent of world size and ZeRO stage.
+"""Checkpoints: what one is, which is the newest, and how it is read: verified by checksum, without unpickling.
 
     checkpoints/step_00001000/index.json               step, configuration, data set, where every element lies
     checkpoints/step_00001000/rank_00000.safetensors   that rank's share of weights, moments and EMA, fp32
@@ -6,9 +6,9 @@
     checkpoints/step_00001000/SHA256SUMS               of all of these, as `sha256sum -c SHA256SUMS` checks them
     checkpoints/latest                                 the name of the newest complete checkpoint
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed: it is there as a whole or not at all. Only JSON
-and safetensors are read, so a checkpoint from a stranger cannot run code. DeepSpeed's own checkpoints are pickles, and are
-neither written nor read. When checkpoints are written, in the background or not, is fastjepa.checkpointer's business.
+A checkpoint is read at any world size and ZeRO stage, whatever wrote it. Only JSON and safetensors are read, so one from a
+stranger cannot run code. DeepSpeed's own checkpoints are pickles, and are neither written nor read.
+`fastjepa.checkpoint_writer` writes them, `fastjepa.checkpointer` says when.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +25,7 @@ from typing import Any
 import safetensors
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
 from fastjepa.engine import Engine
@@ -38,7 +34,6 @@ from fastjepa.errors import CheckpointError, DamagedCheckpointError
 FORMAT = 2
 INDEX, MODEL, SUMS, LATEST = "index.json", "model.safetensors", "SHA256SUMS", "latest"
 GIB = 2**30
-SPACE_MARGIN = 1.05
 MAX_TEXT_BYTES = GIB  # an index of 1,000 ranks has 0.1 GiB; a stranger's must not fill the memory
 
 
@@ -52,197 +47,6 @@ class RunState:
     """The resolved configuration, as nested dictionaries."""
     dataset: dict[str, Any]
     """Size and fingerprint of the training images."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that this rank has to write of one checkpoint."""
-
-    state: RunState
-    updates: int
-    """Optimizer steps that were applied."""
-    parameters: dict[str, list[int]]
-    tensors: dict[str, Tensor]
-    """Flat fp32 tensors, by their names in the shard; none where another rank writes the same."""
-    pieces: list[tuple[int, str, int, int, int]]
-    """Number of the tensor, parameter, its first element there, elements, first element in the tensor."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, engine: Engine, state: RunState, *, copy: bool) -> Snapshot:
-        """The engine's state now. With `copy`, in host memory of its own, so that training may go on."""
-        distinct = {id(piece.tensor): piece.tensor for piece in engine.pieces()} if engine.writes_state else {}
-        numbers = {identity: number for number, identity in enumerate(distinct)}
-        tensors = {}
-        for number, tensor in enumerate(distinct.values()):
-            for kind, values in {"weight": tensor, **engine.optimizer.moments(tensor)}.items():
-                flat = values.detach().view(-1)
-                tensors[f"{number}.{kind}"] = flat.to("cpu", copy=True) if copy else flat
-        pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces() if numbers]
-        return cls(state, engine.optimizer.updates, engine.parameter_shapes(), tensors, pieces)
-
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def model_bytes(self) -> int:
-        return sum(4 * math.prod(shape) for shape in self.parameters.values())
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old text or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_shard(path: Path, snapshot: Snapshot) -> dict[str, Any]:
-    save_file(snapshot.tensors, path)
-    _fsync(path)
-    return {"file": path.name, "bytes": path.stat().st_size, "pieces": snapshot.pieces, "sha256": _sha256(path)}
-
-
-def save(folder: Path, engine: Engine, state: RunState) -> Path:
-    """Write a checkpoint of the engine's state now; see `write`."""
-    return write(folder, Snapshot.of(engine, state, copy=False))
-
-
-def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
-    """Write a checkpoint below `folder` and make it the latest. All ranks call it; each writes its own share.
-
-    Args:
-        group: for the messages among the ranks; None: the default group.
-
-    Raises:
-        CheckpointError: too little free space, or a rank could not write. Older checkpoints are left as they were.
-    """
-    final = folder / f"step_{snapshot.state.step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    rank = distributed.rank()
-
-    def together(action: Callable[[], Any]) -> Any:
-        """`action` on every rank that has one; its failure anywhere is raised everywhere."""
-        result = error = None
-        try:
-            result = action()
-        except (OSError, SafetensorError, CheckpointError) as problem:
-            error = str(problem)
-        errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error, group)) if e is not None}
-        if errors:
-            if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            details = "; ".join(f"rank {rank}: {e}" for rank, e in errors.items())
-            raise CheckpointError(f"could not write checkpoint {final}: {details}. Older checkpoints are intact")
-        return result
-
-    total = sum(distributed.gather_objects(snapshot.bytes, group)) + snapshot.model_bytes
-    together(lambda: _prepare(folder, temporary, total) if rank == 0 else None)
-    shard = together(
-        lambda: _write_shard(temporary / f"rank_{rank:05d}.safetensors", snapshot) if snapshot.tensors else None
-    )
-    shards = [entry for entry in distributed.gather_objects(shard, group) if entry is not None]
-    together(lambda: _commit(temporary, final, snapshot, shards) if rank == 0 else None)
-    return final
-
-
-def _prepare(folder: Path, temporary: Path, total_bytes: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
-    needed, free = SPACE_MARGIN * total_bytes, shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"{folder} has {free / GIB:.2f} GiB free, but the checkpoint needs {needed / GIB:.2f} GiB: delete something, "
-            "lower keep_last, or move output_dir to a larger disk"
-        )
-    temporary.mkdir()
-
-
-def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[str, Any]]) -> None:
-    state = snapshot.state
-    sums = {shard["file"]: shard.pop("sha256") for shard in shards}
-    index = {
-        "format": FORMAT,
-        "fastjepa": __version__,
-        "step": state.step,
-        "updates": snapshot.updates,
-        "config": state.config,
-        "dataset": state.dataset,
-        "parameters": snapshot.parameters,
-        "shards": shards,
-    }
-    _write_text(temporary / INDEX, json.dumps(index))
-    _write_model(temporary, index)
-    sums |= {name: _sha256(temporary / name) for name in (INDEX, MODEL)}
-    _write_text(temporary / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-    replaced = _set_aside(final)
-    if final.exists():  # the same step saved again, after a resume from before it
-        final.rename(replaced)
-    temporary.rename(final)
-    _fsync(final.parent)
-    _write_text(final.parent / LATEST, final.name)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_model(checkpoint: Path, index: dict[str, Any]) -> None:
-    """The weights, whole, from the shards; one parameter in memory at a time (safetensors' own writer needs all)."""
-    reader = _Reader(checkpoint, index)
-    config = json.dumps(index["config"])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(index["step"]), "config": config}}
-    end = 0
-    for name, shape in index["parameters"].items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the weights are aligned
-    with (checkpoint / MODEL).open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape in index["parameters"].items():
-            flat = torch.empty(math.prod(shape))
-            for out, stored in reader.find(name, "weight", 0, flat):
-                out.copy_(stored())
-            file.write(flat.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _set_aside(checkpoint: Path) -> Path:
-    """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
-    return checkpoint.with_name(f".{checkpoint.name}.replaced")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """What killed saves and deletions left behind; a checkpoint that was set aside and not replaced is put back."""
-    for path in folder.glob(".step_*"):
-        final = folder / path.stem.removeprefix(".")
-        if path.suffix == ".replaced" and not final.exists():
-            path.rename(final)
-        elif path.suffix in (".tmp", ".deleted", ".replaced"):
-            shutil.rmtree(path)
-
-
-def delete(checkpoint: Path) -> None:
-    """At once, for readers: it is renamed first."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden)
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -276,10 +80,20 @@ def latest(folder: Path) -> Path | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / LATEST} cannot be read: {error}") from error
-    newest, replaced = folder / name, _set_aside(folder / name)
+    newest, replaced = folder / name, set_aside(folder / name)
     if step_of(newest) is None or newest.parent != folder:
         raise CheckpointError(f"{folder / LATEST} cannot be read: {name[:80]!r} is no name of a checkpoint")
     return replaced if replaced.exists() and not newest.exists() else newest
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_index(checkpoint: Path) -> dict[str, Any]:
@@ -357,7 +171,7 @@ def check_sums(checkpoint: Path, names: Iterable[str]) -> None:
         if name not in sums:
             raise DamagedCheckpointError(f"{checkpoint / SUMS} is damaged: it has no checksum of {name}")
         try:
-            found = _sha256(checkpoint / name)
+            found = sha256(checkpoint / name)
         except OSError as error:
             raise DamagedCheckpointError(f"{checkpoint / name} cannot be read: {error}") from error
         if found != sums[name]:
@@ -401,7 +215,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
 }
 
 
-class _Reader:
+class Reader:
     """Any range of any parameter's state, from whichever shards hold it.
 
     Raises:
@@ -469,7 +283,7 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
         names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
         check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
         _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
-        reader = _Reader(checkpoint, index)
+        reader = Reader(checkpoint, index)
         parts = [
             part
             for piece in engine.pieces()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fastjepa import checkpoint, distributed
-from fastjepa.checkpoint import GIB, RunState, Snapshot
+from fastjepa import checkpoint, checkpoint_writer, distributed
+from fastjepa.checkpoint import GIB, RunState
+from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.engine import Engine
 from fastjepa.errors import CheckpointError
 
@@ -91,7 +92,7 @@ class Checkpointer:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            path = checkpoint.write(self._folder, snapshot, self._group)
+            path = checkpoint_writer.write(self._folder, snapshot, self._group)
             if distributed.rank() == 0:
                 logger.info("checkpoint %s", path)
                 self._delete_old(path)
@@ -104,7 +105,7 @@ class Checkpointer:
             assert step is not None
             if self._keep_every is None or step % self._keep_every:
                 try:
-                    checkpoint.delete(path)
+                    checkpoint_writer.delete(path)
                 except OSError as error:  # of no harm to what is kept, and tried again at the next save
                     logger.warning("could not delete checkpoint %s: %s", path, error)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.equality import engine_steps, full_state, trajectory_config
 from benchmarks.launch import launch
-from fastjepa import checkpoint
+from fastjepa import checkpoint, checkpoint_writer
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.config import ModelConfig
@@ -71,7 +71,9 @@ def assert_identical(mine: dict[str, dict[str, Tensor]], expected: dict[str, dic
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A checkpoint of step 6, the state there, and that of step 12."""
     engine = train(torch_engine(), 0, 6)
-    path = checkpoint.save(tmp_path_factory.mktemp("run"), engine, RunState(6, {"key": [1, None]}, {"images": 7}))
+    path = checkpoint_writer.save(
+        tmp_path_factory.mktemp("run"), engine, RunState(6, {"key": [1, None]}, {"images": 7})
+    )
     at_6 = state_of(engine)
     return path, at_6, state_of(train(engine, 6, 12))
 
@@ -173,7 +175,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine) 
         with pytest.raises(
             CheckpointError, match=r"step_00000007: rank 0: .*File too large.*Older checkpoints are intact"
         ):
-            checkpoint.save(folder, reader, RunState(7, {}, {}))
+            checkpoint_writer.save(folder, reader, RunState(7, {}, {}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert checkpoint.latest(folder) == saved
@@ -184,7 +186,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine) 
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
     (tmp_path / "checkpoints").touch()
     with pytest.raises(CheckpointError, match=r"could not write checkpoint .*checkpoints/step_00000001"):
-        checkpoint.save(tmp_path / "checkpoints", reader, RunState(1, {}, {}))
+        checkpoint_writer.save(tmp_path / "checkpoints", reader, RunState(1, {}, {}))
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
@@ -192,12 +194,12 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: E
 def test_a_read_only_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match="Permission denied"):
-        checkpoint.save(tmp_path, reader, RunState(1, {}, {}))
+        checkpoint_writer.save(tmp_path, reader, RunState(1, {}, {}))
 
 
 def test_saving_a_step_again_replaces_it(saved: Path, uninterrupted: tuple[Path, Any, Any]) -> None:
     engine = torch_engine(seed=1)
-    assert checkpoint.save(saved.parent, engine, RunState(6, {}, {})) == saved
+    assert checkpoint_writer.save(saved.parent, engine, RunState(6, {}, {})) == saved
     assert {path.name for path in saved.parent.iterdir()} == {"latest", "step_00000006"}
     other = torch_engine()
     checkpoint.load(saved, other)
@@ -330,10 +332,10 @@ def test_too_little_space_is_known_before_anything_is_written(
     usage = shutil._ntuple_diskusage(2**40, 2**40, round(share * needed))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     if share > 1:
-        checkpoint.save(saved.parent, reader, RunState(7, {}, {}))
+        checkpoint_writer.save(saved.parent, reader, RunState(7, {}, {}))
         return
     with pytest.raises(CheckpointError, match=r"has 0.00 GiB free, but the checkpoint needs 0.00 GiB: delete"):
-        checkpoint.save(saved.parent, reader, RunState(7, {}, {}))
+        checkpoint_writer.save(saved.parent, reader, RunState(7, {}, {}))
     assert sorted(saved.parent.rglob("*")) == before
 
 

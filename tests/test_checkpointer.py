@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastjepa import checkpoint, checkpointer
+from fastjepa import checkpoint, checkpoint_writer, checkpointer
 from fastjepa.checkpoint import RunState
 from fastjepa.checkpointer import Checkpointer
 from fastjepa.errors import CheckpointError
@@ -22,15 +22,15 @@ def saver(folder: Path, keep_last: int = 3, keep_every: int | None = None, async
 
 def test_training_goes_on_during_a_save_and_does_not_change_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = threading.Event()
-    write = checkpoint.write
+    write = checkpoint_writer.write
 
     def after_training(*arguments: Any) -> Path:
         assert trained.wait(60)
         return write(*arguments)
 
     engine = train(torch_engine(), 0, 2)
-    at_2 = checkpoint.save(tmp_path / "waited", engine, RunState(2, {}, {}))
-    monkeypatch.setattr(checkpoint, "write", after_training)
+    at_2 = checkpoint_writer.save(tmp_path / "waited", engine, RunState(2, {}, {}))
+    monkeypatch.setattr(checkpoint_writer, "write", after_training)
     with saver(tmp_path / "background") as saves:
         saves.save(engine, RunState(2, {}, {}), last=False)
         train(engine, 2, 4)
@@ -65,7 +65,7 @@ def test_a_failed_save_is_logged_and_only_the_last_one_is_an_error(
     with saver(tmp_path, asynchronous=asynchronous) as saves:
         saves.save(engine, RunState(1, {}, {}), last=True)
         with monkeypatch.context() as full, caplog.at_level(logging.ERROR):
-            full.setattr(checkpoint, "SPACE_MARGIN", 1e12)
+            full.setattr(checkpoint_writer, "SPACE_MARGIN", 1e12)
             saves.save(engine, RunState(2, {}, {}), last=False)
             saves.wait()
             assert "GiB free, but the checkpoint needs" in caplog.text

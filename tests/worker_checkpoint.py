@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.equality import engine_steps, schedule, trajectory_config
-from fastjepa import checkpoint, distributed
+from fastjepa import checkpoint, checkpoint_writer, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.engine import DeepSpeedEngine, build_engine
@@ -87,7 +87,7 @@ def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
     if distributed.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
     try:
-        checkpoint.save(folder, engine, RunState(STEPS + 1, {}, {}))
+        checkpoint_writer.save(folder, engine, RunState(STEPS + 1, {}, {}))
         message = "saved"
     except CheckpointError as error:
         message = str(error)
@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
     for stage in (2, 3):
         writer = zero_engine(folder, stage)
         train(writer, 0, STEPS)
-        path = checkpoint.save(folder / f"zero{stage}", writer, RunState(STEPS, {}, {}))
+        path = checkpoint_writer.save(folder / f"zero{stage}", writer, RunState(STEPS, {}, {}))
         results[f"zero{stage}"] = gathered(writer)
         checkpoint.load(path, reader)
         state = gathered(reader)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastjepa import checkpoint
+from fastjepa import checkpoint, checkpoint_writer
 from fastjepa.checkpoint import RunState
 from tests.test_checkpoint import torch_engine
 
@@ -48,11 +48,11 @@ def kill_saves(folder: Path, step: int) -> list[tuple[str, int]]:
     outcomes: list[tuple[str, int]] = []
     for number in range(1, 1000):
         run = folder / str(number)
-        checkpoint.save(run, old, RunState(1, {}, {}))
+        checkpoint_writer.save(run, old, RunState(1, {}, {}))
         child = os.fork()
         if child == 0:
             die_before_operation(number, folder / "event")
-            checkpoint.save(run, new, RunState(step, {}, {}))
+            checkpoint_writer.save(run, new, RunState(step, {}, {}))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status):
@@ -62,7 +62,7 @@ def kill_saves(folder: Path, step: int) -> list[tuple[str, int]]:
         assert newest is not None
         checkpoint.load(newest, reader)
         outcomes.append(((folder / "event").read_text(), reader.optimizer.updates))
-        checkpoint.save(run, new, RunState(step, {}, {}))  # what was left behind is not in the way
+        checkpoint_writer.save(run, new, RunState(step, {}, {}))  # what was left behind is not in the way
         shutil.rmtree(run)
     raise AssertionError("no save came through")
 
