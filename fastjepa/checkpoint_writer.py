@@ -5,18 +5,19 @@ A checkpoint is written into a hidden folder, flushed to disk and renamed: it is
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -120,9 +121,9 @@ def _prepare(folder: Path, temporary: Path, total_bytes: int) -> None:
 
 
 def _write_shard(path: Path, snapshot: Snapshot) -> dict[str, Any]:
-    save_file(snapshot.tensors, path)
-    _fsync(path)
-    return {"file": path.name, "bytes": path.stat().st_size, "pieces": snapshot.pieces, "sha256": sha256(path)}
+    shapes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}
+    digest = _write_tensors(path, shapes, snapshot.tensors.values(), {})
+    return {"file": path.name, "bytes": path.stat().st_size, "pieces": snapshot.pieces, "sha256": digest}
 
 
 def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[str, Any]]) -> None:
@@ -139,8 +140,8 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
         "shards": shards,
     }
     _write_text(temporary / INDEX, json.dumps(index))
-    _write_model(temporary, index)
-    sums |= {name: sha256(temporary / name) for name in (INDEX, MODEL)}
+    sums[INDEX] = sha256(temporary / INDEX)
+    sums[MODEL] = _write_model(temporary, index)
     _write_text(temporary / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     replaced = set_aside(final)
     if final.exists():  # the same step saved again, after a resume from before it
@@ -151,26 +152,45 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_model(checkpoint: Path, index: dict[str, Any]) -> None:
-    """The weights, whole, from the shards; one parameter in memory at a time (safetensors' own writer needs all)."""
+def _write_model(checkpoint: Path, index: dict[str, Any]) -> str:
+    """The weights, whole, from the shards."""
     reader = Reader(checkpoint, index)
-    config = json.dumps(index["config"])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(index["step"]), "config": config}}
-    end = 0
-    for name, shape in index["parameters"].items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the weights are aligned
-    with (checkpoint / MODEL).open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def weights() -> Iterator[Tensor]:
         for name, shape in index["parameters"].items():
             flat = torch.empty(math.prod(shape))
             for out, stored in reader.find(name, "weight", 0, flat):
                 out.copy_(stored())
-            file.write(flat.numpy().data)
+            yield flat
+
+    metadata = {"step": str(index["step"]), "config": json.dumps(index["config"])}
+    return _write_tensors(checkpoint / MODEL, index["parameters"], weights(), metadata)
+
+
+def _write_tensors(
+    path: Path, shapes: dict[str, list[int]], tensors: Iterable[Tensor], metadata: dict[str, str]
+) -> str:
+    """Write a safetensors file of fp32 tensors, and return its SHA-256.
+
+    safetensors' own writer needs all tensors at once, has to be read again for the checksum, and lets nobody but the
+    owner read the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
+    head: list[bytes | memoryview] = [len(encoded).to_bytes(8, "little"), encoded]
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for part in itertools.chain(head, (tensor.cpu().numpy().data for tensor in tensors)):
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastjepa.config import ModelConfig
 from fastjepa.engine import Engine, build_engine
 from fastjepa.errors import CheckpointError, DamagedCheckpointError
 from fastjepa.objective import build_model
+from tests.reliability import Record
 
 CONFIG = trajectory_config()
 SIZES = BatchSizes.share(CONFIG, world_size=1)
@@ -206,14 +208,51 @@ def test_saving_a_step_again_replaces_it(saved: Path, uninterrupted: tuple[Path,
     assert_identical(state_of(other), state_of(engine))
 
 
-def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    launch("tests.worker_killed_saves", 1, str(tmp_path))
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"the next step", "the same step again"}
-    for outcomes in results.values():
-        loaded = [updates for _, updates in outcomes]
+@pytest.fixture(scope="module")
+def killed_saves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("killed_saves")
+    launch("tests.worker_killed_saves", 1, str(folder))
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def test_a_kill_before_any_file_operation_leaves_a_whole_checkpoint(
+    killed_saves: dict[str, Any], record: Record
+) -> None:
+    assert set(killed_saves["operations"]) == {"the next step", "the same step again"}
+    for name, outcomes in killed_saves["operations"].items():
+        loaded = [state for _, state in outcomes]
         assert set(loaded) == {1, 2}, outcomes
         assert loaded == sorted(loaded), outcomes  # the old one up to some moment, the new one from there
+        assert any("latest" in operation for operation, _ in outcomes)
+        assert any(operation.startswith("os.remove ") for operation, _ in outcomes), "no kill in the deletion"
+        record(
+            f"kill -9 before each of the {len(outcomes)} file operations of a background save of {name} and the deletion "
+            "of the checkpoint before it",
+            f"{loaded.count(1)} times the checkpoint before it loads, {loaded.count(2)} times the new one, whole to the "
+            "last bit; the next save clears what was left behind",
+            "nothing but the save",
+        )
+
+
+def test_a_kill_at_any_byte_of_a_save_leaves_the_checkpoint_before_it(
+    killed_saves: dict[str, Any], record: Record
+) -> None:
+    kills = killed_saves["bytes"]
+    for kill in kills:
+        assert kill["signal"] == signal.SIGXFSZ, kill
+        assert kill["cut there"], kill
+        assert kill["loaded"] == kill["before"], kill
+        assert len(kill["hidden"]) <= 2, kill  # does not grow from kill to kill
+    files = sorted({kill["file"] for kill in kills})
+    assert len(kills) >= 30
+    assert len(files) == 5
+    record(
+        f"a background save killed at {len(kills)} random bytes ({', '.join(files)}), in one run",
+        "each time the checkpoint before it loads, whole to the last bit; at most "
+        f"{max(len(kill['hidden']) for kill in kills)} hidden files or folders were left, cleared by the next save",
+        "nothing but the save",
+    )
 
 
 def test_there_is_no_latest_where_nothing_was_saved(tmp_path: Path) -> None:
@@ -312,6 +351,12 @@ def test_checksums_that_do_not_fit_are_refused(saved: Path, reader: Engine, text
 def test_the_checksums_are_those_of_sha256sum(saved: Path) -> None:
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=saved, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["index.json: OK", "model.safetensors: OK", "rank_00000.safetensors: OK"]
+
+
+def test_whoever_may_read_the_index_may_read_every_file(uninterrupted: tuple[Path, Any, Any]) -> None:
+    assert {path.stat().st_mode for path in uninterrupted[0].iterdir()} == {
+        (uninterrupted[0] / "index.json").stat().st_mode
+    }
 
 
 def test_users_read_the_weights_with_safetensors_alone(uninterrupted: tuple[Path, Any, Any]) -> None:
