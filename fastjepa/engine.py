@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fastjepa.errors import ConfigError
 from fastjepa.masks import MaskBatch
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA, flatten_groups, param_groups
+from fastjepa.zero_gather import WeightGather
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,18 @@ class Piece:
 class Engine(ABC):
     """One micro batch in, and after the last one of a step an optimizer step with EMA."""
 
-    model: IJEPA
     optimizer: AdamWEMA
     device: torch.device
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: IJEPA, device: torch.device) -> None:
+        self._model, self.device = model, device
         self._grad_norm = torch.zeros((), device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def model(self) -> IJEPA:
+        """With the weights of the last step: ask again after each, if you read parameters and do not only compute."""
+        return self._model
 
     @abstractmethod
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
@@ -122,11 +128,11 @@ class TorchEngine(Engine):
     """Plain PyTorch: fp32 weights, bf16 by autocast, gradients averaged over the ranks in one all-reduce per group."""
 
     def __init__(self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device) -> None:
-        super().__init__(device)
-        self.model, self._sizes = model.to(device), sizes
+        super().__init__(model.to(device), device)
+        self._sizes = sizes
         self._dtype = resolve_precision(config, device)
         self._clip = config.optim.clip_grad
-        groups = param_groups(self.model)
+        groups = param_groups(model)
         params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
         self._shapes = {name: list(p.shape) for name, p in params.items()}
         flatten_groups(groups)
@@ -142,7 +148,7 @@ class TorchEngine(Engine):
 
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            loss: Tensor = self.model(images, masks)
+            loss: Tensor = self._model(images, masks)
         (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
@@ -186,7 +192,7 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path
     ) -> None:
-        super().__init__(device)
+        super().__init__(model, device)
         self._dtype = resolve_precision(config, device)
         settings = read_ds_config(
             ds_config, config, sizes, distributed.world_size(), bf16=self._dtype == torch.bfloat16
@@ -200,12 +206,14 @@ class DeepSpeedEngine(Engine):
             model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
         bf16: bool = settings["bf16"]["enabled"]
         exact = {name: p.detach().clone() for p, name in self._names.items()} if bf16 else {}
-        self.model = model
         self.optimizer = AdamWEMA(groups, config.optim)
         if bf16:
             model.bfloat16()  # DeepSpeed would leave the positions in fp32, and with them all tokens
         self._engine = _initialize(model, self.optimizer, settings, ds_config)
         self.optimizer.bind(self._state_tensors(), self._norm_of_this_step)
+        modules = {"encoder": model.context_encoder, "predictor": model.predictor, "target": model.target_encoder}
+        parts = [modules[name.split("_")[0]] for name in self._params]
+        self._gather = WeightGather(self._engine.optimizer, parts) if self._stage in (1, 2) else None
         if bf16:  # the fp32 state was made from weights already rounded to bf16
             for piece in self.pieces():
                 piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
@@ -232,13 +240,20 @@ class DeepSpeedEngine(Engine):
         self._engine.backward(_spoil_gradients_if_not_finite(loss))
         is_last = self._engine.is_gradient_accumulation_boundary()
         if self._stage == 0 and is_last:
-            grads = [p.grad for p in self.model.trained_parameters() if p.grad is not None]
+            grads = [p.grad for p in self._model.trained_parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
-        self._engine.step()
+        with self._gather.launched_by_step() if self._gather and is_last else nullcontext():
+            self._engine.step()
         if is_last:
             self._grad_norm = self._norm_of_this_step()
             self._count_skipped()
         return loss.detach()
+
+    @property
+    def model(self) -> IJEPA:
+        if self._gather:
+            self._gather.wait()
+        return self._model
 
     def _norm_of_this_step(self) -> Tensor:
         """ZeRO knows it before it steps the optimizer: infinite if any gradient is not finite. At fp32, and at stage 3, it
@@ -285,7 +300,8 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def publish_weights(self) -> None:
         zero = self._engine.optimizer
-        if self._stage in (1, 2):
+        if self._gather:
+            self._gather.wait()
             zero.update_lp_params()
         elif self._stage == 3:
             zero.checkpoint_event_prologue()  # partitions the small parameters that are kept whole

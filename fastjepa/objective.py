@@ -31,8 +31,9 @@ class IJEPA(nn.Module):
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """Images [B, C, H, W], uint8 or normalised floats, and the masks sampled for them -> loss, a scalar in fp32."""
-        features, rows = self.target_features(images, masks)
+        # The target last: under ZeRO its weights may still be on their way from the other ranks (fastjepa.zero_gather).
         predictions = self.predictor(self.context(images, masks), masks)
+        features, rows = self.target_features(images, masks)
         return self.loss(predictions, features, rows)
 
     @torch.no_grad()
