@@ -54,8 +54,10 @@ def main(folder: Path) -> None:
             weights = {}
             for kind in ("deepspeed", "overlapped", "late", "never waited for"):
                 zero_gather._DEEPSPEEDS = "absent" if kind == "deepspeed" else "all_gather_dp_groups"
-                dist.all_gather_into_tensor = late if kind in ("late", "never waited for") else all_gather
-                WeightGather._wait_for = (lambda *_: None) if kind == "never waited for" else wait_for  # type: ignore[assignment,method-assign]
+                gather: Any = late if kind in ("late", "never waited for") else all_gather
+                dist.all_gather_into_tensor = gather
+                wait: Any = (lambda *_: None) if kind == "never waited for" else wait_for
+                WeightGather._wait_for = wait  # type: ignore[method-assign]
                 engine = build_engine(build_model(config), config, sizes, device, ds_config)
                 engine_steps(engine, config, sizes, rank, world, 0, 5)
                 weights[kind] = [p.detach().clone() for p in engine.model.parameters()]
