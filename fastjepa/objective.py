@@ -31,10 +31,11 @@ class IJEPA(nn.Module):
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """Images [B, C, H, W], uint8 or normalised floats, and the masks sampled for them -> loss, a scalar in fp32."""
-        # The target last: under ZeRO its weights may still be on their way from the other ranks (fastjepa.zero_gather).
-        predictions = self.predictor(self.context(images, masks), masks)
+        # The target after the context: its weights may still be on their way from the other ranks (fastjepa.zero_gather).
+        # Before the predictor: what its layers need for a moment then lies below the predictor's activations at the peak.
+        context = self.context(images, masks)
         features, rows = self.target_features(images, masks)
-        return self.loss(predictions, features, rows)
+        return self.loss(self.predictor(context, masks), features, rows)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.equality import engine_steps, trajectory_config
 from fastjepa import distributed, zero_gather
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
 from fastjepa.zero_gather import WeightGather
-from tests.test_trajectory import engine_steps, trajectory_config
 
-all_gather = dist.all_gather_into_tensor
+all_gather = dist.all_gather_single
 
 
 class Late:
@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
             for kind in ("deepspeed", "overlapped", "late", "never waited for"):
                 zero_gather._DEEPSPEEDS = "absent" if kind == "deepspeed" else "all_gather_dp_groups"
                 gather: Any = late if kind in ("late", "never waited for") else all_gather
-                dist.all_gather_into_tensor = gather
+                dist.all_gather_single = gather
                 wait: Any = (lambda *_: None) if kind == "never waited for" else wait_for
                 WeightGather._wait_for = wait  # type: ignore[method-assign]
                 engine = build_engine(build_model(config), config, sizes, device, ds_config)
