@@ -376,7 +376,7 @@ def run(cells: list[Cell], steps: int, folder: Path) -> list[Row]:
     """All cells, by one launch per world size (start-up is what takes the time), through files in `folder`."""
     (folder / "wanted.json").write_text(json.dumps({"steps": steps, "cells": [asdict(cell) for cell in cells]}))
     for world in sorted({cell.world for cell in cells}):
-        launch("benchmarks.equality", world, "--rank-in", str(folder), timeout=3600)
+        launch("benchmarks.equality", world, "--rank-in", str(folder), timeout=4 * 3600)
     names = [f.name for f in fields(Cell)]
     rows = []
     for line in (folder / "rows.jsonl").read_text().splitlines():
