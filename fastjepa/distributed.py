@@ -116,15 +116,13 @@ def world_size() -> int:
 
 
 def raise_together(error: FastjepaError | None) -> None:
-    """If a rank has an error, raise on all of them, so that none waits for one that has given up.
+    """If ranks have errors, raise that of the first of them on all, so that none waits for one that has given up.
 
     Also a barrier: no rank returns before all have called.
     """
-    errors = {rank: each for rank, each in enumerate(gather_objects(error)) if each is not None}
-    if error is not None:
-        raise error
-    for rank, other in errors.items():
-        raise type(other)(f"rank {rank}: {other}")
+    for number, first in enumerate(gather_objects(error)):
+        if first is not None:  # one error for all: what is done about it may depend on its type
+            raise first if number == rank() else type(first)(f"rank {number}: {first}")
 
 
 def sum_over_ranks(values: Tensor) -> list[float]:

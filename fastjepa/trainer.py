@@ -75,10 +75,10 @@ class Trainer:
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
         with (
+            self._watchdog() as watchdog,  # first, to be there while the others end: a save that goes on may hang too
+            StopRequest() as stop_request,
             self._checkpointer,
             self._loader() as loader,
-            self._watchdog() as watchdog,
-            StopRequest() as stop_request,
         ):
             batches = iter(loader)
             for step in range(self.start_step, self.total_steps):
@@ -228,7 +228,9 @@ class Trainer:
                 if self.is_first_rank and len(sources) > 1:
                     logger.warning("%s: looking for the checkpoint before it", problem)
         else:
-            raise CheckpointError("no checkpoint can be loaded: " + "; ".join(damaged))
+            raise CheckpointError(
+                f"no checkpoint can be loaded: {'; '.join(damaged)}. --resume can name another one to go on from"
+            )
         changes = _differences(state.config, dataclasses.asdict(self.config))
         if changes and state.step >= self.total_steps:
             raise CheckpointError(

@@ -1,7 +1,9 @@
 """Shared by all tests: GPU tests are skipped, with the reason, where there is no GPU."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,21 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def record(record_property: Callable[[str, object], None]) -> Callable[[str, str, str], None]:
     """For a test that injected a fault: fault, what happened, what was lost. See tests/reliability.py."""
     return lambda fault, happened, lost: record_property("fault", (fault, happened, lost))
+
+
+@pytest.fixture
+def read_only_folder() -> Iterator[Path]:
+    """Which nobody may write to. Root may write anywhere, and is somebody else as long as the test lasts."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        os.seteuid(user or 65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o700)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

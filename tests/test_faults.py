@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,7 @@ def test_a_second_signal_does_no_harm() -> None:
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
     rank: int, recipe: str, tmp_path: Path, record: Record
 ) -> None:
+    # In the background, the save of step 8 may or may not be done in step 10.
     arguments = ["--config", recipe, f"output_dir={tmp_path}", "async_checkpoint=false"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank), arguments, world=2)
     results = ended(processes)
@@ -187,6 +189,61 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
         f"kill -9 of rank {rank} of two in step 10, checkpoints every 4 steps",
         f"the other rank ended with status {results[1 - rank][0]}; resumed from step 8",
         "one step, trained again",
+    )
+
+
+def in_a_save(step: int, action: str, rank: int = 0) -> str:
+    """Code: do this on one rank, in the thread that writes the checkpoint of a step, in the middle of its share."""
+    return f"""
+from fastjepa import checkpoint_writer
+write_shard = checkpoint_writer._write_shard
+def write(path, snapshot):
+    if snapshot.state.step == {step} and distributed.rank() == {rank}:
+        path.write_bytes(bytes(1000))
+        {action}
+    return write_shard(path, snapshot)
+checkpoint_writer._write_shard = write
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_in_a_background_save_ends_the_run_and_the_checkpoint_before_it_is_whole(
+    rank: int, recipe: str, uninterrupted: Path, tmp_path: Path, record: Record
+) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    zero = ["--ds_config", str(ROOT / "configs" / "zero2.json")]  # both ranks write
+    fault = in_a_save(8, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank)
+    results = ended(start(fault, [*zero, *arguments], world=2))
+    assert results[rank][0] == -signal.SIGKILL
+    status, message = results[1 - rank]
+    assert status == 1, message
+    last = message.splitlines()[-1]
+    assert last.startswith(f"fastjepa: error (rank {1 - rank}): lost contact with the other ranks"), message
+    assert "Traceback" not in message
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.latest(folder) == folder / "step_00000004"
+    assert [path.name for path in folder.glob(".*")] == [".step_00000008.tmp"]
+    assert main(arguments) == 0
+    assert [step for (step,) in metrics(tmp_path, "step")] == list(range(1, 33))
+    assert not list(folder.glob(".*"))
+    record(
+        f"kill -9 of rank {rank} of two, in the middle of its share of the background save of step 8 (ZeRO 2)",
+        f"the other rank ended with status {status} and one line; the next start, on one rank, went on from step 4",
+        "the steps since the last checkpoint",
+    )
+
+
+def test_a_save_that_hangs_does_not_keep_a_run_that_ends(recipe: str, tmp_path: Path, record: Record) -> None:
+    fault = in_a_save(4, "time.sleep(300)") + at_step(5, "raise torch.OutOfMemoryError('no memory')")
+    ((status, message),) = ended(start(fault, ["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=3"]))
+    assert status == EXIT_STATUS, message
+    assert "error (rank 0): no progress for 3 s" in message
+    assert re.search(r"checkpointer\.py.* in wait", message), message
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    record(
+        "a background save that hangs, in a run that ends for want of memory, hang_timeout=3",
+        f"status {status}, with the stacks of the save and of what waits for it",
+        "the steps since the last checkpoint",
     )
 
 
@@ -311,11 +368,10 @@ def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path, record:
         record("a second run in the folder of a living one", "refused with status 2; names process and host", "nothing")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
-def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(RunFolderError, match="cannot be written"), RunFolder(tmp_path).locked():
+def test_a_read_only_folder_is_refused(read_only_folder: Path, record: Record) -> None:
+    with pytest.raises(RunFolderError, match="cannot be written") as found, RunFolder(read_only_folder).locked():
         pass
+    record("a run folder that is read-only", f"refused: {found.value}".replace(f"{read_only_folder}", "RUN"), "nothing")
 
 
 def test_a_clock_that_jumps_changes_nothing(
@@ -334,3 +390,69 @@ def test_kills_at_random_moments_do_not_show(recipe: str, tmp_path: Path) -> Non
     kills = survive_kills(tmp_path, recipe, kills=2, steps=160, seed=1)
     assert kills.equal
     assert kills.kills == 2
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_ranks_agree_on_the_checkpoint_before_the_damaged_ones(
+    recipe: str, uninterrupted: Path, tmp_path: Path, record: Record
+) -> None:
+    """The ranks share out the files to verify: the second finds the first damage, the first the second."""
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    damaged = [
+        run / "checkpoints" / "step_00000032" / "model.safetensors",
+        run / "checkpoints" / "step_00000028" / "rank_00000.safetensors",
+    ]
+    for file in damaged:
+        damage(file)
+    results = ended(start("", ["--config", recipe, f"output_dir={run}"], world=2))
+    assert [status for status, _ in results] == [0, 0], results
+    log = results[0][1]
+    found = "is damaged: its SHA-256 is not the one in SHA256SUMS: looking for the checkpoint before it"
+    assert f"\nrank 1: {damaged[0]} {found}" in log
+    assert f"\n{damaged[1]} {found}" in log
+    assert f"resuming from {run / 'checkpoints' / 'step_00000024'}" in log
+    assert [step for (step,) in metrics(run, "step")] == list(range(1, 33))
+    record(
+        "one wrong bit in model.safetensors of the newest checkpoint, and in a shard of the one before it; two ranks",
+        "both files named in the log; both ranks went on from the third checkpoint",
+        "the steps since the third checkpoint, trained again",
+    )
+
+
+@pytest.mark.parametrize("given", ["checkpoint", "run"])
+def test_a_damaged_checkpoint_that_the_user_names_is_an_error(
+    given: str, recipe: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record: Record
+) -> None:
+    source = Path(shutil.copytree(uninterrupted, tmp_path / "source"))
+    saved = source / "checkpoints" / "step_00000032"
+    damage(saved / "rank_00000.safetensors")
+    resume = str(saved if given == "checkpoint" else source)
+    assert main(["--config", recipe, f"output_dir={tmp_path / 'run'}", "--resume", resume]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"{saved / 'rank_00000.safetensors'} is damaged: its SHA-256" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    record(
+        f"--resume names a {given} with one wrong bit in a shard",
+        message.removeprefix("fastjepa: error: ").replace(f"{source}", "RUN"),
+        "nothing: no other checkpoint is taken for it",
+    )
+
+
+def test_later_checkpoints_do_not_stand_in_for_the_one_that_latest_names(
+    recipe: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are of a run that was gone back on. Nor does the run start anew."""
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run / "checkpoints" / "latest").write_text("step_00000020")
+    arguments = ["--config", recipe, f"output_dir={run}"]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"{run / 'checkpoints' / 'step_00000020'} is not a complete checkpoint: index.json is missing" in message
+    assert "--resume can name another one" in message
+    assert main([*arguments, "--resume", str(run / "checkpoints" / "step_00000028")]) == 0
+    assert_same_end(run, uninterrupted)

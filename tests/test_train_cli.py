@@ -149,6 +149,7 @@ train.main(sys.argv[1:])
 
 
 def test_a_run_that_was_killed_and_started_again_does_not_show_it(finished: Path, recipe: str, tmp_path: Path) -> None:
+    # In the background, the save of step 4 may or may not be done in step 6.
     arguments = ("--config", recipe, f"output_dir={tmp_path}", "async_checkpoint=false")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     killed = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_6, *arguments], env=env, check=False)
