@@ -36,6 +36,11 @@ SIZES = BatchSizes.share(CONFIG, world_size=1)
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
+def said(found: pytest.ExceptionInfo[CheckpointError], folder: Path) -> str:
+    """For `record`: the message, whatever the folder of the test."""
+    return f"the error: {found.value}".replace(f"{folder}/", "")
+
+
 def reseal(saved: Path) -> None:
     """Make the checksums fit the files, as whoever forges a checkpoint can."""
     names = [path.name for path in saved.iterdir() if path.name != "SHA256SUMS"]
@@ -169,20 +174,21 @@ def test_a_rank_that_cannot_write_stops_all_and_the_earlier_checkpoint_stays(two
     assert {path.name for path in (folder / "zero2").iterdir()} == {"latest", "step_00000003"}
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine, record: Record) -> None:
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     folder = saved.parent
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
     try:
         with pytest.raises(
             CheckpointError, match=r"step_00000007: rank 0: .*File too large.*Older checkpoints are intact"
-        ):
+        ) as found:
             checkpoint_writer.save(folder, reader, RunState(7, {}, {}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert checkpoint.latest(folder) == saved
     assert checkpoint.load(saved, torch_engine()).step == 6
     assert {path.name for path in folder.iterdir()} == {"latest", "step_00000006"}
+    record("a disk that takes no more, within a save (here a limit of 16 KiB a file)", said(found, folder), "the save")
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
@@ -192,11 +198,10 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: E
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes where nobody may")
-def test_a_read_only_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(CheckpointError, match="Permission denied"):
-        checkpoint_writer.save(tmp_path, reader, RunState(1, {}, {}))
+def test_a_read_only_folder_is_an_error(read_only_folder: Path, reader: Engine, record: Record) -> None:
+    with pytest.raises(CheckpointError, match="Permission denied") as found:
+        checkpoint_writer.save(read_only_folder, reader, RunState(1, {}, {}))
+    record("a checkpoint folder that is read-only", said(found, read_only_folder), "the save")
 
 
 def test_saving_a_step_again_replaces_it(saved: Path, uninterrupted: tuple[Path, Any, Any]) -> None:
@@ -248,7 +253,7 @@ def test_a_kill_at_any_byte_of_a_save_leaves_the_checkpoint_before_it(
     assert len(kills) >= 30
     assert len(files) == 5
     record(
-        f"a background save killed at {len(kills)} random bytes ({', '.join(files)}), in one run",
+        f"a background save killed (SIGXFSZ) at {len(kills)} random bytes ({', '.join(files)}), in one run",
         "each time the checkpoint before it loads, whole to the last bit; at most "
         f"{max(len(kill['hidden']) for kill in kills)} hidden files or folders were left, cleared by the next save",
         "nothing but the save",
@@ -316,7 +321,9 @@ def test_an_index_without_a_format_is_damaged(saved: Path, reader: Engine, index
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_another_format_is_refused_with_the_version_that_wrote_it(saved: Path, reader: Engine, number: int) -> None:
+def test_another_format_is_refused_with_the_version_that_wrote_it(
+    saved: Path, reader: Engine, number: int, record: Record
+) -> None:
     (saved / "index.json").write_text(json.dumps({"format": number, "fastjepa": "0.0.7"}))
     (saved / "SHA256SUMS").unlink()
     with pytest.raises(
@@ -324,21 +331,27 @@ def test_another_format_is_refused_with_the_version_that_wrote_it(saved: Path, r
     ) as found:
         checkpoint.load(saved, reader)
     assert not isinstance(found.value, DamagedCheckpointError)
+    record(f"a checkpoint of format {number}", said(found, saved.parent), "nothing was loaded")
 
 
 @pytest.mark.parametrize("name", ["index.json", "rank_00000.safetensors", "model.safetensors"])
-def test_one_wrong_bit_anywhere_is_found_and_leaves_the_engine_alone(saved: Path, reader: Engine, name: str) -> None:
+def test_one_wrong_bit_anywhere_is_found_and_leaves_the_engine_alone(
+    saved: Path, reader: Engine, name: str, record: Record
+) -> None:
     content = bytearray((saved / name).read_bytes())
     before = state_of(reader)
     for position in (0, len(content) // 3, len(content) - 1):
         content[position] ^= 4
         (saved / name).write_bytes(content)
-        with pytest.raises(DamagedCheckpointError, match=f"{name} is damaged: its SHA-256 is not"):
+        with pytest.raises(DamagedCheckpointError, match=f"{name} is damaged: its SHA-256 is not") as found:
             checkpoint.load(saved, reader)
         content[position] ^= 4
     (saved / name).write_bytes(content)
     assert_identical(state_of(reader), before)
     assert checkpoint.load(saved, torch_engine()).step == 6
+    record(
+        f"one wrong bit at the start, within or at the end of {name}", said(found, saved.parent), "nothing was loaded"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "x" * 64, "0" * 64 + "  index.json\n", "\xff", "0" * 64 + "  ../index.json\n"])
@@ -370,7 +383,7 @@ def test_users_read_the_weights_with_safetensors_alone(uninterrupted: tuple[Path
 
 @pytest.mark.parametrize("share", [0.9, 1.2])
 def test_too_little_space_is_known_before_anything_is_written(
-    share: float, saved: Path, reader: Engine, monkeypatch: pytest.MonkeyPatch
+    share: float, saved: Path, reader: Engine, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     needed = sum(path.stat().st_size for path in saved.iterdir())
     before = sorted(saved.parent.rglob("*"))
@@ -379,9 +392,14 @@ def test_too_little_space_is_known_before_anything_is_written(
     if share > 1:
         checkpoint_writer.save(saved.parent, reader, RunState(7, {}, {}))
         return
-    with pytest.raises(CheckpointError, match=r"has 0.00 GiB free, but the checkpoint needs 0.00 GiB: delete"):
+    with pytest.raises(CheckpointError, match=r"has 0.00 GiB free, but the checkpoint needs 0.00 GiB: delete") as found:
         checkpoint_writer.save(saved.parent, reader, RunState(7, {}, {}))
     assert sorted(saved.parent.rglob("*")) == before
+    record(
+        f"free space for {share:.0%} of a checkpoint, of {needed / 2**20:.2f} MiB",
+        f"nothing was written; {said(found, saved.parent).replace(str(saved.parent), 'checkpoints')}",
+        "the save",
+    )
 
 
 def _set(*path: Any, to: Any) -> Callable[[Any], None]:
@@ -458,23 +476,29 @@ def test_the_payload_of_these_tests_would_run(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, reader: Engine) -> None:
+def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, reader: Engine, record: Record) -> None:
     torch.save(Payload(tmp_path / "ran"), tmp_path / "checkpoint.pth")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is a file: .* loading one can run code"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is a file: .* loading one can run code") as found:
         checkpoint.load(tmp_path / "checkpoint.pth", reader)
     assert not (tmp_path / "ran").exists()
+    record("a pickled checkpoint that runs code", f"did not run; {said(found, tmp_path)}", "nothing was loaded")
 
 
 def test_a_pickle_in_the_place_of_a_shard_is_refused_and_does_not_run(
-    saved: Path, tmp_path: Path, reader: Engine
+    saved: Path, tmp_path: Path, reader: Engine, record: Record
 ) -> None:
     shard = saved / "rank_00000.safetensors"
     payload = pickle.dumps(Payload(tmp_path / "ran"))
     shard.write_bytes(payload + bytes(shard.stat().st_size - len(payload)))
     reseal(saved)
-    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors cannot be read as safetensors") as found:
         checkpoint.load(saved, reader)
     assert not (tmp_path / "ran").exists()
+    record(
+        "a pickle that runs code, in the place of a shard, with checksums that fit",
+        f"did not run; {said(found, saved.parent)}",
+        "nothing was loaded",
+    )
 
 
 @pytest.mark.parametrize("name", ["index.json", "model.safetensors", "SHA256SUMS"])
