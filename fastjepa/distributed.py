@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from fastjepa.errors import ConfigError, FastjepaError
-from fastjepa.launch import Launch, one_gpu_per_task, read_launch
+from fastjepa.launch import Launch, read_launch
 from fastjepa.rendezvous import meet, seconds_to_wait
 
 T = TypeVar("T")
@@ -34,35 +34,31 @@ def init(facts: Mapping[str, str] | None = None) -> torch.device:
         facts: what must be the same on all ranks (`fastjepa.versions`); compared before anything else is done.
 
     Raises:
-        ConfigError: the launcher's variables cannot be right, there are more ranks on this machine than GPUs, or the ranks
-            did not meet, or are not alike.
+        ConfigError: the launcher's variables cannot be right, or the ranks did not meet, are not alike, or are more than the
+            GPUs of a machine.
     """
     launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", _gpu_of(launch) if launch else 0)
+        # Where SLURM leaves each task a GPU of its own, that is number 0. Where there are fewer GPUs than ranks, two get
+        # the same one, which all ranks are told when they meet.
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count() if launch else 0)
         torch.cuda.set_device(device)
     elif launch and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that each use all cores slow one another down more than tenfold.
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
     if launch and not dist.is_initialized():
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-        _init_process_group(launch, device, facts or {}, gpu)
+        _init_process_group(launch, device, facts or {})
     return device
 
 
-def _gpu_of(launch: Launch) -> int:
-    count = torch.cuda.device_count()
-    if launch.local_rank < count:
-        return launch.local_rank
-    if count == 1 and one_gpu_per_task():
-        return 0
-    raise ConfigError(f"LOCAL_RANK = {launch.local_rank}, but this machine has {count} GPUs: start fewer ranks")
-
-
-def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str, str], gpu: str) -> None:
+def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str, str]) -> None:
     seconds = seconds_to_wait()
-    store = meet(launch, facts, gpu, seconds)
+    gpu = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {"gpu": properties.name, "gpu_id": str(properties.uuid)}
+    store = meet(launch, {**facts, "device": device.type}, seconds, **gpu)
     try:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -91,8 +87,9 @@ def is_lost_contact(error: RuntimeError) -> bool:
 
 
 def in_short(error: BaseException) -> str:
-    """What went wrong, of a message of gloo or NCCL: without the place in their sources, and advice."""
-    return re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0]).partition(". ")[0]
+    """What went wrong, of a message of gloo or NCCL: without the place and the condition in their sources, and advice."""
+    place = r"^\[(?:enforce fail at \S+\] [^.]*\. |[^\]]*\] )"
+    return re.sub(place, "", str(error).strip().partition("\n")[0]).partition(". ")[0]
 
 
 def init_single_process_group() -> None:

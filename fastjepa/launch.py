@@ -62,11 +62,6 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch | 
     return launch
 
 
-def one_gpu_per_task(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether SLURM may have left each task one GPU of its own (--gpus-per-task=1), which is number 0 to every one."""
-    return "SLURM_STEP_NUM_TASKS" in environment
-
-
 def _set_from_slurm(environment: MutableMapping[str, str]) -> None:
     needed = ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
     if missing := [name for name in needed if not environment.get(name)]:

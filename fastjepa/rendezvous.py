@@ -39,6 +39,8 @@ class Card:
     """Versions, settings: must be the same on all ranks."""
     gpu: str
     """Model. Another one is slow, not wrong."""
+    gpu_id: str
+    """A GPU serves one rank. Empty: none is used."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Answer:
     """How many were read: later ones are not of this run."""
 
 
-def meet(launch: Launch, facts: Mapping[str, str], gpu: str, seconds: float) -> Store:
+def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str = "none", gpu_id: str = "") -> Store:
     """The store, once all ranks are there and agree.
 
     Raises:
@@ -58,7 +60,7 @@ def meet(launch: Launch, facts: Mapping[str, str], gpu: str, seconds: float) -> 
     try:
         store = _open_store(launch, seconds)
         ticket = store.add("cards", 1)
-        card = Card(launch.rank, launch.world_size, socket.gethostname(), dict(facts), gpu)
+        card = Card(launch.rank, launch.world_size, socket.gethostname(), dict(facts), gpu, gpu_id)
         store.set(f"card {ticket}", json.dumps(card.__dict__))
         if launch.rank == 0:
             answer = _answer_all(store, launch, end)
@@ -184,6 +186,7 @@ def _answer_all(store: Store, launch: Launch, end: float) -> Answer:
     while True:
         for ticket in range(len(cards) + 1, store.add("cards", 0) + 1):
             cards.append(Card(**json.loads(store.get(f"card {ticket}"))))
+        cards.sort(key=lambda card: card.rank)
         problem = _contradiction(cards)
         if problem:
             end = min(end, time.monotonic() + GRACE_SECONDS)
@@ -217,7 +220,10 @@ def _contradiction(cards: list[Card]) -> str | None:
     claims = Counter(card.rank for card in cards)
     if twice := sorted(rank for rank, n in claims.items() if n > 1):
         hosts = ", ".join(card.host for card in cards if card.rank == twice[0])
-        return f"rank {twice[0]} was started more than once (on {hosts}): give every machine its own --node_rank"
+        return (
+            f"rank {twice[0]} was started more than once (on {hosts}): give every machine its own --node_rank, and every "
+            "run its own port (--master_port)"
+        )
     different = []
     for name in sorted({name for card in cards for name in card.facts}):
         values = [(card, card.facts.get(name, "not there")) for card in cards]
@@ -225,6 +231,13 @@ def _contradiction(cards: list[Card]) -> str | None:
             different.append(f"{name}: {_who(values)}")
     if different:
         return f"the ranks are not alike: {'; '.join(different)}. Expected the same everywhere"
+    for host, ranks in Counter(card.host for card in cards if card.gpu_id).items():
+        gpus = len({card.gpu_id for card in cards if card.host == host})
+        if gpus < ranks:
+            return (
+                f"there are {ranks} ranks but {gpus} {'GPU' if gpus == 1 else 'GPUs'} on {host}: expected one for each "
+                "rank. --num_gpus (deepspeed), --nproc_per_node (torchrun) or --ntasks-per-node (srun) sets the ranks"
+            )
     return None
 
 

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import traceback
 from collections.abc import Sequence
 
 from fastjepa import distributed
@@ -138,14 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastjepa: {what}{where}: {error}", file=sys.stderr)
         return error.exit_status
     except RuntimeError as error:
-        if not distributed.is_lost_contact(error) or os.environ.get("FASTJEPA_DEBUG"):
+        if not distributed.is_lost_contact(error):
             raise
+        if os.environ.get("FASTJEPA_DEBUG"):
+            traceback.print_exc()
         print(
             f"fastjepa: error (rank {distributed.rank()}): lost contact with the other ranks "
             f"({distributed.in_short(error)}): the cause is in the first error above, or in their logs",
             file=sys.stderr,
+            flush=True,
         )
-        return 1
+        os._exit(1)  # finish() would wait, on GPUs, for what the lost rank was to send
     finally:
         distributed.finish()
     return 0

@@ -24,7 +24,7 @@ import pytest
 from fastjepa import checkpoint
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_faults.py", "tests/test_checkpoint.py")
+TESTS = ("tests/test_faults.py", "tests/test_checkpoint.py", "tests/test_launch.py")
 Record = Callable[[str, str, str], None]
 """The fixture `record`."""
 
