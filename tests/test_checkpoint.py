@@ -153,6 +153,17 @@ def test_another_stage_reads_it_and_publishes_it_on_every_rank(stage: int, two_r
     assert published == [True, True]
 
 
+@pytest.mark.parametrize("engine", ["zero2 fp32", "zero3 fp32", "zero2 bf16"])
+def test_resumed_at_the_same_ranks_and_stage_it_trains_on_bit_for_bit(engine: str, two_ranks: tuple[Path, Any]) -> None:
+    resumed, uninterrupted = two_ranks[1][f"{engine} goes on"]
+    assert_identical(resumed, uninterrupted)
+
+
+def test_ranks_with_other_errors_all_raise_that_of_the_first(two_ranks: tuple[Path, Any]) -> None:
+    """Else one would look for an earlier checkpoint, and wait there for another that has ended."""
+    assert two_ranks[1]["errors of two types"] == ["CheckpointError: lost", "CheckpointError: rank 0: lost"]
+
+
 def test_the_average_of_a_bf16_run_is_kept_in_fp32(two_ranks: tuple[Path, Any]) -> None:
     _, results = two_ranks
     assert len(results["average"]) == 2

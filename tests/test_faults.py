@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.equality import full_state, trajectory_config
+from benchmarks.equality import FP32_BOUND, full_state, relative_errors, trajectory_config
 from benchmarks.launch import free_port, launch
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
@@ -31,6 +31,7 @@ from fastjepa.run_folder import RunFolder
 from fastjepa.stop_request import StopRequest
 from fastjepa.train import main
 from fastjepa.watchdog import EXIT_STATUS, Watchdog
+from tests import worker_other_ranks
 from tests.reliability import Record, survive_kills
 from tests.small import small_batch
 
@@ -197,6 +198,41 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
         f"kill -9 of rank {rank} of two in step 10, checkpoints every 4 steps",
         f"the other rank ended with status {status} and one line, without a traceback; resumed from step 8",
         "one step, trained again",
+    )
+
+
+def seen(run: Path) -> dict[int, list[Any]]:
+    """Step -> what each image of the global batch was."""
+    steps: dict[int, list[Any]] = {}
+    for path in sorted(run.glob("seen_*.jsonl")):
+        for step, images in map(json.loads, path.read_text().splitlines()):
+            steps.setdefault(step, []).extend(images)
+    return steps
+
+
+def test_a_run_goes_on_on_other_ranks_and_by_other_stages(recipe: str, tmp_path: Path, record: Record) -> None:
+    """What a step sees and its schedule are exact. Weights differ by the order of sums, which the bound of
+    benchmarks.equality is for."""
+    calm, moved = tmp_path / "calm", tmp_path / "moved"
+    worker_other_ranks.go_on(recipe, calm, stage=None, signal_in_step=None)
+    worker_other_ranks.go_on(recipe, moved, stage=None, signal_in_step=5)
+    launch("tests.worker_other_ranks", 2, recipe, str(moved))
+    worker_other_ranks.go_on(recipe, moved, stage=None, signal_in_step=None)
+    shards = {path.name: len(list(path.glob("rank_*"))) for path in (moved / "checkpoints").glob("step_*")}
+    one, two = (4, 6, 24, 28, 32), (8, 12, 14, 16, 20, 22)  # 6, 14, 22: where it was stopped
+    assert shards == {f"step_{step:08d}": 1 for step in one} | {f"step_{step:08d}": 2 for step in two}
+    assert seen(moved) == seen(calm)
+    assert list(seen(calm)) == list(range(32))
+    exact = ("step", "lr", "weight_decay", "ema_momentum", "context_tokens", "target_tokens")
+    assert metrics(moved, *exact) == metrics(calm, *exact)
+    assert np.array(metrics(moved, "loss")) == pytest.approx(np.array(metrics(calm, "loss")), rel=FP32_BOUND)
+    error = max(relative_errors(weights(moved), weights(calm)).values())
+    assert 0 < error < FP32_BOUND
+    record(
+        "one run: plain PyTorch on one rank, ZeRO 2 on two, ZeRO 3 on two, plain PyTorch on one; 32 steps, fp32",
+        "images, crops, masks, learning rate and EMA momentum of every step as in an undisturbed run; weights and EMA "
+        f"within {error:.0e} of it (relative, by norm, of the worst parameter)",
+        "nothing",
     )
 
 

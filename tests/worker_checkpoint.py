@@ -19,15 +19,15 @@ from fastjepa import checkpoint, checkpoint_writer, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.engine import DeepSpeedEngine, build_engine
-from fastjepa.errors import CheckpointError
+from fastjepa.errors import CheckpointError, DamagedCheckpointError
 from fastjepa.objective import build_model
 
 STEPS = 3
 State = dict[str, dict[str, Tensor]]
 
 
-def zero_engine(folder: Path, stage: int, precision: str = "fp32") -> DeepSpeedEngine:
-    config = trajectory_config(precision=precision)
+def zero_engine(folder: Path, stage: int, precision: str = "fp32", seed: int = 0) -> DeepSpeedEngine:
+    config = trajectory_config(precision=precision, seed=seed)
     path = folder / f"zero{stage}.json"
     if distributed.rank() == 0:
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
@@ -81,6 +81,17 @@ def average_beside_float64(engine: DeepSpeedEngine) -> list[float]:
     return distributed.gather_objects(max(errors))
 
 
+def resumed_beside_uninterrupted(
+    checkpoint_: Path, stage: int, precision: str, uninterrupted: DeepSpeedEngine
+) -> tuple[State, State]:
+    """What another engine that loads the checkpoint comes to in some steps, and what the one that wrote it comes to."""
+    resumed = zero_engine(checkpoint_.parents[1], stage, precision, seed=1)
+    checkpoint.load(checkpoint_, resumed)
+    for engine in (resumed, uninterrupted):
+        train(engine, STEPS, 2 * STEPS)
+    return gathered(resumed), gathered(uninterrupted)
+
+
 def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
     """Per rank, the error of a save during which the second rank cannot write."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -93,6 +104,16 @@ def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return distributed.gather_objects(message)
+
+
+def errors_of_two_types() -> list[str]:
+    """Per rank, what is raised where both have an error, of another type each."""
+    try:
+        distributed.raise_together((CheckpointError, DamagedCheckpointError)[distributed.rank()]("lost"))
+        raised = "nothing"
+    except CheckpointError as error:
+        raised = f"{type(error).__name__}: {error}"
+    return distributed.gather_objects(raised)
 
 
 def main(folder: Path) -> None:
@@ -109,10 +130,14 @@ def main(folder: Path) -> None:
         results[f"zero{stage} read by zero1"] = state, reader.optimizer.updates, model_is_published(reader, state)
         if stage == 2:
             results["full disk"] = save_with_a_full_disk(folder / "zero2", writer)
+        results[f"zero{stage} fp32 goes on"] = resumed_beside_uninterrupted(path, stage, "fp32", writer)
     half = zero_engine(folder, 2, "bf16")
     results["average"] = average_beside_float64(half)
     results["bf16 dtypes"] = sorted({str(p.dtype) for p in half.model.parameters()})
     results["bf16 published"] = model_is_published(half, gathered(half))
+    path = checkpoint_writer.save(folder / "bf16", half, RunState(STEPS, {}, {}))
+    results["zero2 bf16 goes on"] = resumed_beside_uninterrupted(path, 2, "bf16", half)
+    results["errors of two types"] = errors_of_two_types()
     if distributed.rank() == 0:
         torch.save(results, folder / "results.pt")
     distributed.raise_together(None)
