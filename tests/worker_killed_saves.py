@@ -28,7 +28,6 @@ from tests.test_checkpoint import assert_identical, state_of, torch_engine, trai
 STEPS = {"the next step": 2, "the same step again": 1}
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 FILES = ("rank_00000.safetensors", "index.json", "model.safetensors", "SHA256SUMS", "latest")
-KILLS_PER_FILE = 8
 
 
 class Saves:
@@ -118,14 +117,14 @@ def kill_at_operations(saves: Saves, folder: Path, step: int) -> list[tuple[str,
     raise AssertionError("no save came through")
 
 
-def kill_at_bytes(saves: Saves, run: Path) -> list[dict[str, Any]]:
+def kill_at_bytes(saves: Saves, run: Path, kills_per_file: int) -> list[dict[str, Any]]:
     """One run, whose saves are killed at random bytes of every file in turn; every seventh comes through."""
     rng = random.Random(0)
     step = 1
     assert saves.save(run, step, 1) == 0
     sizes = {path.name: path.stat().st_size for path in run.rglob("*") if path.is_file()}
     outcomes = []
-    for kill in range(KILLS_PER_FILE * len(FILES)):
+    for kill in range(kills_per_file * len(FILES)):
         name = FILES[kill % len(FILES)]
         byte = rng.randrange(sizes[name])
         before, new = 2 - step % 2, 1 + step % 2
@@ -149,16 +148,16 @@ def kill_at_bytes(saves: Saves, run: Path) -> list[dict[str, Any]]:
     return outcomes
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kills_per_file: int = 8) -> None:
     torch.set_num_threads(1)
     saves = Saves()
     checkpoint_writer.save(folder / "first", torch_engine(), RunState(1, {}, {}))  # imports what saves import
     results: dict[str, Any] = {
         "operations": {name: kill_at_operations(saves, folder / str(step), step) for name, step in STEPS.items()},
-        "bytes": kill_at_bytes(saves, folder / "bytes"),
+        "bytes": kill_at_bytes(saves, folder / "bytes", kills_per_file),
     }
     (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
