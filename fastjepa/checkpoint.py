@@ -82,7 +82,10 @@ def latest(folder: Path) -> Path | None:
         raise CheckpointError(f"{folder / LATEST} cannot be read: {error}") from error
     newest, replaced = folder / name, set_aside(folder / name)
     if step_of(newest) is None or newest.parent != folder:
-        raise CheckpointError(f"{folder / LATEST} cannot be read: {name[:80]!r} is no name of a checkpoint")
+        raise CheckpointError(
+            f"{folder / LATEST} cannot be read: {name[:80]!r} is no name of a checkpoint, such as step_00001000. Write one "
+            "into the file, or delete it to go on from the newest"
+        )
     return replaced if replaced.exists() and not newest.exists() else newest
 
 

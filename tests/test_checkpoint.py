@@ -495,6 +495,29 @@ def test_a_pickle_is_refused_and_does_not_run(tmp_path: Path, reader: Engine, re
     record("a pickled checkpoint that runs code", f"did not run; {said(found, tmp_path)}", "nothing was loaded")
 
 
+def test_a_checkpoint_of_deepspeed_is_refused_and_does_not_run(tmp_path: Path, reader: Engine, record: Record) -> None:
+    """Its own ones are pickles: a folder, and a file that names it."""
+    folder = tmp_path / "run" / "global_step10"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text("global_step10")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save(Payload(tmp_path / "ran"), folder / name)
+    with pytest.raises(CheckpointError, match="'global_step10' is no name of a checkpoint"):
+        checkpoint.latest(folder.parent)
+    for path in folder.iterdir():
+        with pytest.raises(CheckpointError, match=r"\.pt is a file: .* loading one can run code"):
+            checkpoint.load(path, reader)
+    for load in (lambda: checkpoint.load(folder, reader), lambda: checkpoint.load_weights(folder, "predictor")):
+        with pytest.raises(CheckpointError, match=r"index\.json is missing") as found:
+            load()
+    assert not (tmp_path / "ran").exists()
+    record(
+        "a checkpoint of DeepSpeed whose pickles run code",
+        f"did not run; {said(found, folder.parent)}",
+        "nothing was loaded",
+    )
+
+
 def test_a_pickle_in_the_place_of_a_shard_is_refused_and_does_not_run(
     saved: Path, tmp_path: Path, reader: Engine, record: Record
 ) -> None:
