@@ -12,32 +12,30 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.launch import ROOT, launch
 from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from fastjepa.costs import STAGES, Stage, ZeroSettings, bytes_sent, bytes_sent_theory, state_bytes
-from fastjepa.engine import Engine, build_engine
+from fastjepa.engine import build_engine
 from fastjepa.masks import sample_masks
 from fastjepa.objective import build_model
 
-ROOT = Path(__file__).parent.parent
 ZERO = ZeroSettings(reduce_bucket_size=5_000, stage3_param_persistence_threshold=500, stage3_prefetch_bucket_size=5_000)
 COLUMNS = ("ranks", "stage", "precision", "grad_accum_steps", "quantity", "measured", "formula", "theory")
 
@@ -82,8 +80,11 @@ class CollectiveCounter(TorchDispatchMode):
         self.sent["small" if kind == "gradients" and whole <= 8 else kind] += factor * (world - 1) / world * whole
 
 
-def storages() -> dict[int, int]:
-    """Address -> bytes of the storage of every floating-point tensor that is alive, gradients included."""
+def storages() -> dict[int, UntypedStorage]:
+    """Address -> storage of every floating-point tensor that is alive, gradients included.
+
+    While the result is kept, so are the storages: no later one can have the address of one of them.
+    """
     gc.collect()
     found = {}
     with warnings.catch_warnings():
@@ -94,7 +95,7 @@ def storages() -> dict[int, int]:
     for tensor in tensors:
         storage = tensor.untyped_storage()
         if storage.nbytes() and tensor.device.type != "meta":
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr()] = storage
     return found
 
 
@@ -127,16 +128,15 @@ def ds_config(stage: Stage, zero: ZeroSettings, folder: Path) -> Path | None:
     return path
 
 
-def measure(stage: Stage, config: Config, folder: Path, alive: list[Engine]) -> list[dict[str, Any]]:
+def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     """One engine: two steps to warm up, one that is counted, and the state before the last micro batch of a fourth."""
     world, rank = distributed.world_size(), distributed.rank()
-    sizes = BatchSizes.share(config, world)
-    before = storages()
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config(stage, ZERO, folder))
-    alive.append(engine)  # a storage of the next engine cannot take the place of one of these
+    sizes, bf16 = BatchSizes.share(config, world), config.precision == "bf16"
     images = torch.rand(sizes.micro, 1, *config.data.image_hw)
     indices = torch.arange(sizes.micro) + rank * sizes.micro
     masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
+    before = storages()
+    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config(stage, ZERO, folder))
 
     def micro_steps(count: int) -> None:
         for _ in range(count):
@@ -146,78 +146,65 @@ def measure(stage: Stage, config: Config, folder: Path, alive: list[Engine]) -> 
     with CollectiveCounter() as counter:
         micro_steps(sizes.accum)
     micro_steps(sizes.accum - 1)
-    mine = {address: size for address, size in storages().items() if address not in before}
+    distributed.let_go()
+    resident = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+    resident -= sum(buffer.nbytes for buffer in engine.model.buffers())  # positions
     micro_steps(1)
-    positions = sum(buffer.nbytes for buffer in engine.model.buffers())
     masters = {piece.tensor.data_ptr(): piece for piece in engine.pieces()}.values()
     ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
     moments = sum(x.nbytes for p in masters for x in engine.optimizer.moments(p.tensor).values())
-    held = {
-        "state: resident": sum(mine.values()) - positions - images.nbytes,
-        "state: ema": ema,
-        "state: moments": moments,
-    }
-    held = {name: max(distributed.gather_objects(value)) for name, value in held.items()}
 
-    bf16 = config.precision == "bf16"
-    arguments = config, stage, world
-    formula = bytes_sent(*arguments, sizes.accum, bf16=bf16, zero=ZERO)
-    theory = bytes_sent_theory(*arguments, sizes.accum, bf16=bf16)
-    state = state_bytes(*arguments, bf16=bf16, zero=ZERO)
-    ema_formula = state.ema if stage not in ("torch", 0) else state.weights - state.moments // 2
-    if sizes.accum == 1:
-        held = {}  # gradients are there within the step only
-    quantities = [
+    formula = bytes_sent(config, stage, world, sizes.accum, bf16=bf16, zero=ZERO)
+    theory = bytes_sent_theory(config, stage, world, sizes.accum, bf16=bf16)
+    state = state_bytes(config, stage, world, bf16=bf16, zero=ZERO)
+    quantities: list[tuple[str, float, float | None, float | None]] = [
         ("sent: gradients", counter.sent["gradients"], formula.gradients, theory.gradients),
         ("sent: weights", counter.sent["weights"], formula.weights, theory.weights),
         ("sent: norms and flags", counter.sent["small"], None, None),
         ("sent: collectives", counter.collectives, None, None),
-        *((name, value, by, None) for (name, value), by in zip(
-            held.items(), (state.resident, ema_formula, state.moments), strict=False)),
-    ]  # fmt: skip
+        # With plain PyTorch and ZeRO 0 the average is the target encoder's weights.
+        ("state: ema", largest(ema), state.ema or state.weights - state.moments // 2, None),
+        ("state: moments", largest(moments), state.moments, None),
+    ]
+    if sizes.accum > 1:  # else gradients are there within a step only
+        quantities.append(("state: resident", largest(resident), state.resident, None))
     return [
-        dict(zip(COLUMNS, (world, stage, config.precision, sizes.accum, *(q if q is None or isinstance(q, str) else round(q)
-             for q in each)), strict=True))
-        for each in quantities
-    ]  # fmt: skip
+        dict(zip(COLUMNS, (world, stage, config.precision, sizes.accum, name, *map(rounded, numbers)), strict=True))
+        for name, *numbers in quantities
+    ]
 
 
-def launch(world: int, *args: str) -> list[dict[str, Any]]:
-    """This module as `world` processes, as a launcher would start it -> the rows of rank 0."""
-    with socket.socket() as listener, tempfile.TemporaryDirectory() as folder:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-        listener.close()
-        processes = []
-        for rank in range(world):
-            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-            command = [sys.executable, "-m", "benchmarks.bytes", "--child", folder, *args]
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            )
-        outputs = [process.communicate(timeout=500)[0] for process in processes]
-        for process, output in zip(processes, outputs, strict=True):
-            if process.returncode:
-                raise RuntimeError(f"a rank failed:\n{output[-4000:]}")
+def rounded(value: float | None) -> int | None:
+    """Rings send halves and quarters of bytes, on the mean over the ranks."""
+    return None if value is None else round(value)
+
+
+def largest(value: int) -> int:
+    return max(distributed.gather_objects(value))
+
+
+def run_rank(folder: Path, precisions: Sequence[str], accums: Sequence[int]) -> None:
+    """One rank of a launch, one engine after the other. The first rank writes the rows."""
+    distributed.init()
+    rows = []
+    for precision, accum, stage in itertools.product(precisions, accums, STAGES):
+        rows += measure(stage, small_run(precision, accum, distributed.world_size()), folder)
+    if distributed.rank() == 0:
+        (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    distributed.finish()
+
+
+def run(world: int, precisions: Sequence[str], accums: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of every stage, on `world` ranks.
+
+    Raises:
+        RuntimeError: a rank failed; with what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--precisions", *precisions, "--grad_accum_steps", *map(str, accums)]
+        launch("benchmarks.bytes", world, "--rank-in", folder, *arguments)
         rows: list[dict[str, Any]] = json.loads((Path(folder) / "rows.json").read_text(encoding="utf-8"))
         return rows
-
-
-def child(args: argparse.Namespace) -> None:
-    distributed.init()
-    alive: list[Engine] = []
-    rows = []
-    for precision in args.precisions:
-        for accum in args.grad_accum_steps:
-            for stage in STAGES:
-                config = small_run(precision, accum, distributed.world_size())
-                rows += measure(stage, config, args.child, alive)
-    if distributed.rank() == 0:
-        (args.child / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-    distributed.raise_together(None)
-    distributed.finish()
 
 
 def main() -> None:
@@ -226,15 +213,12 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--output", type=Path, help="folder for bytes.csv")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args)
+    if args.rank_in:
+        run_rank(args.rank_in, args.precisions, args.grad_accum_steps)
         return
-    rows = []
-    for world in args.ranks:
-        accums = map(str, args.grad_accum_steps)
-        rows += launch(world, "--precisions", *args.precisions, "--grad_accum_steps", *accums)
+    rows = [row for world in args.ranks for row in run(world, args.precisions, args.grad_accum_steps)]
     print(
         f"{'ranks':>5} {'stage':>6} {'':<5} {'accum':>5}  {'quantity':<22} {'measured':>9} {'formula':>9} {'theory':>9}"
     )

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+GRACE_SECONDS = 5.0
 
 
 def free_port() -> int:
@@ -23,12 +24,12 @@ def launch(module: str, world: int, *args: str, timeout: float = 500) -> None:
     """Run `python -m module *args` as `world` processes of one thread each.
 
     Raises:
-        RuntimeError: a rank failed (the others are then killed) or the time is over; with the end of what the rank wrote.
+        RuntimeError: a rank failed, or the time is over; with the end of what every rank wrote that did not end well. Those
+            that still run are killed.
     """
     env = os.environ | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world)]
         processes = []
@@ -42,20 +43,24 @@ def launch(module: str, world: int, *args: str, timeout: float = 500) -> None:
                         stderr=subprocess.STDOUT,
                     )
                 )
+        end = time.monotonic() + timeout
+        failed = False
         try:
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                if any(process.poll() for process in processes):
-                    break
+            while any(process.poll() is None for process in processes) and time.monotonic() < end:
+                if not failed and any(process.poll() for process in processes):
+                    # The first to end may only have lost another, which is still writing why.
+                    failed, end = True, time.monotonic() + GRACE_SECONDS
                 time.sleep(0.05)
-            for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
-                code = process.poll()
-                if code:
-                    raise RuntimeError(
-                        f"{module}: rank {rank} of {world} ended with {code}:\n{log.read_text()[-4000:]}"
-                    )
-            if any(process.poll() is None for process in processes):
-                raise RuntimeError(f"{module}: not done after {timeout} s:\n{logs[0].read_text()[-4000:]}")
+            codes = [process.poll() for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+        if any(codes) or None in codes:
+            ends = [
+                f"rank {rank} {'did not end' if code is None else f'ended with {code}'}:\n{log.read_text()[-4000:]}"
+                for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
+                if code != 0
+            ]
+            why = "a rank failed" if any(codes) else f"not done after {timeout:g} s"
+            raise RuntimeError(f"{module} on {world} ranks: {why}\n" + "\n".join(ends))
