@@ -453,7 +453,9 @@ def test_ranks_agree_on_the_checkpoint_before_the_damaged_ones(
     ]
     for file in damaged:
         damage(file)
-    results = ended(start("", ["--config", recipe, f"output_dir={run}"], world=2))
+    # The save of step 28 takes long enough for its messages to meet those of the steps after it.
+    slow = in_a_save(28, "time.sleep(1)")
+    results = ended(start(slow, ["--config", recipe, f"output_dir={run}"], world=2))
     assert [status for status, _ in results] == [0, 0], results
     log = results[0][1]
     found = "is damaged: its SHA-256 is not the one in SHA256SUMS: looking for the checkpoint before it"
