@@ -28,6 +28,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -373,16 +374,22 @@ def _read(folder: Path) -> tuple[int, list[Cell]]:
 
 
 def run(cells: list[Cell], steps: int, folder: Path) -> list[Row]:
-    """All cells, by one launch per world size (start-up is what takes the time), through files in `folder`."""
+    """All cells, by one launch per world size (start-up takes seconds), side by side, through files in `folder`."""
     (folder / "wanted.json").write_text(json.dumps({"steps": steps, "cells": [asdict(cell) for cell in cells]}))
-    for world in sorted({cell.world for cell in cells}):
-        launch("benchmarks.equality", world, "--rank-in", str(folder), timeout=4 * 3600)
+    worlds = sorted({cell.world for cell in cells})
+    with ThreadPoolExecutor(len(worlds)) as pool:
+        launches = [
+            pool.submit(launch, "benchmarks.equality", world, "--rank-in", str(folder), timeout=4 * 3600)
+            for world in worlds
+        ]
+    for each in launches:
+        each.result()
     names = [f.name for f in fields(Cell)]
     rows = []
     for line in (folder / "rows.jsonl").read_text().splitlines():
         values = json.loads(line)
         rows.append(Row(Cell(**{name: values.pop(name) for name in names}), **values))
-    return rows
+    return sorted(rows, key=lambda row: cells.index(row.cell))
 
 
 def report(rows: list[Row], steps: int) -> str:

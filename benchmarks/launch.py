@@ -20,8 +20,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(module: str, world: int, *args: str, timeout: float = 500) -> None:
-    """Run `python -m module *args` as `world` processes of one thread each.
+def launch(module: str, world: int, *args: str, timeout: float = 500, cuda: bool = False) -> None:
+    """Run `python -m module *args` as `world` processes of one thread each, which see the GPUs if `cuda`.
 
     Raises:
         RuntimeError: a rank failed, or the time is over; with the end of what every rank wrote that did not end well. Those
@@ -30,6 +30,8 @@ def launch(module: str, world: int, *args: str, timeout: float = 500) -> None:
     env = os.environ | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    if not cuda:
+        env["CUDA_VISIBLE_DEVICES"] = ""
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world)]
         processes = []

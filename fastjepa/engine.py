@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 import fastjepa_kernels
 from fastjepa import distributed
@@ -149,10 +150,12 @@ class TorchEngine(Engine):
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             loss: Tensor = self._model(images, masks)
-        (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
+        with record_function("backward"):
+            (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
-            self._optimizer_step()
+            with record_function("optimizer"):
+                self._optimizer_step()
         return loss.detach()
 
     @torch.no_grad()
@@ -237,12 +240,14 @@ class DeepSpeedEngine(Engine):
         autocast = self._stage == 0 and self._dtype == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
             loss: Tensor = self._engine(images, masks)
-        self._engine.backward(_spoil_gradients_if_not_finite(loss))
+        with record_function("backward"):
+            self._engine.backward(_spoil_gradients_if_not_finite(loss))
         is_last = self._engine.is_gradient_accumulation_boundary()
         if self._stage == 0 and is_last:
             grads = [p.grad for p in self._model.trained_parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(grads)
-        with self._gather.launched_by_step() if self._gather and is_last else nullcontext():
+        gathers = self._gather.launched_by_step() if self._gather and is_last else nullcontext()
+        with record_function("optimizer"), gathers:
             self._engine.step()
         if is_last:
             self._grad_norm = self._norm_of_this_step()

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
@@ -33,9 +34,13 @@ class IJEPA(nn.Module):
         """Images [B, C, H, W], uint8 or normalised floats, and the masks sampled for them -> loss, a scalar in fp32."""
         # The target after the context: its weights may still be on their way from the other ranks (fastjepa.zero_gather).
         # Before the predictor: what its layers need for a moment then lies below the predictor's activations at the peak.
-        context = self.context(images, masks)
-        features, rows = self.target_features(images, masks)
-        return self.loss(self.predictor(context, masks), features, rows)
+        with record_function("context encoder"):
+            context = self.context(images, masks)
+        with record_function("target encoder"):
+            features, rows = self.target_features(images, masks)
+        with record_function("predictor"):
+            predictions = self.predictor(context, masks)
+        return self.loss(predictions, features, rows)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:

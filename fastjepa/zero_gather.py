@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class WeightGather:
 
     def _wait_for(self, part: nn.Module) -> None:
         works = self._pending[part]
-        while works:
-            works[0].wait()
-            del works[0]
+        if works:
+            with record_function("waiting for weights"):
+                while works:
+                    works.pop(0).wait()

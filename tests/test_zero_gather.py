@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from benchmarks.launch import launch
 from fastjepa.zero_gather import WeightGather
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-def test_gathers_under_the_next_step_change_no_bit_however_late_they_come(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=[pytest.mark.gpu, two_gpus])])
+def test_gathers_under_the_next_step_change_no_bit_however_late_they_come(tmp_path: Path, cuda: bool) -> None:
     """Stages 1 and 2, fp32 and bf16, with accumulation and clipping, on two ranks."""
-    launch("tests.worker_gather", 2, str(tmp_path))
+    launch("tests.worker_gather", 2, str(tmp_path), cuda=cuda)
     ranks = json.loads((tmp_path / "results.json").read_text())
     assert len(ranks) == 2
     for results in ranks:

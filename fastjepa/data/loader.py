@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastjepa.config import Config, DataConfig
 from fastjepa.data.bad_samples import BadSamples
@@ -184,7 +185,7 @@ class Loader:
         """On a thread: one micro batch."""
         lane = self._lanes.get()  # there are as many as threads
         try:
-            with torch.cuda.stream(lane.stream):  # None: does nothing
+            with torch.cuda.stream(lane.stream), record_function("loader"):  # a stream of None does nothing
                 return self._load(lane, step, micro_step)
         finally:
             self._lanes.put(lane)
