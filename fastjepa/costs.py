@@ -8,7 +8,6 @@ real model. All of it is arithmetic on a `Config`: no model is built and no GPU 
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -37,6 +36,9 @@ class ZeroSettings:
     stage3_prefetch_bucket_size: int = 50_000_000
 
 
+ZERO_SETTINGS = ZeroSettings()
+
+
 # Parameters
 
 
@@ -57,12 +59,8 @@ def parameter_sizes(config: Config) -> dict[str, list[int]]:
     return {
         "encoder_decay": decay,
         "encoder_no_decay": no_decay,
-        "predictor_decay": [
-            width,
-            dim * width,
-            *narrow,
-            width * dim,
-        ],  # mask_token, predictor_embed, blocks, predictor_proj
+        # mask_token, predictor_embed, blocks, predictor_proj
+        "predictor_decay": [width, dim * width, *narrow, width * dim],
         "predictor_no_decay": [width, *narrow_vectors, dim],
         "target_decay": decay,
         "target_no_decay": no_decay,
@@ -118,10 +116,9 @@ class State:
 
 
 def state_bytes(
-    config: Config, stage: Stage, gpus: int, *, bf16: bool = True, zero: ZeroSettings | None = None
+    config: Config, stage: Stage, gpus: int, *, bf16: bool = True, zero: ZeroSettings = ZERO_SETTINGS
 ) -> State:
     """State of one rank (the largest share) between two micro batches of a step, and what comes on top for a moment."""
-    zero = zero or ZeroSettings()
     sizes = parameter_sizes(config)
     held = {group: _shares(numels, stage, gpus) for group, numels in sizes.items()}
     all_held = sum(held.values())
@@ -196,7 +193,7 @@ class Traffic(NamedTuple):
 
 
 def bytes_sent(
-    config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True, zero: ZeroSettings | None = None
+    config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True, zero: ZeroSettings = ZERO_SETTINGS
 ) -> Traffic:
     """What DeepSpeed sends with our settings; some bytes of norms and flags are left out.
 
@@ -204,7 +201,6 @@ def bytes_sent(
     batch. Stage 3 gathers small parameters once a step, and large ones as they are used: the target encoder's and most of
     the others once per micro batch, those that are given back before their backward pass twice.
     """
-    zero = zero or ZeroSettings()
     sizes = parameter_sizes(config)
     ring = (gpus - 1) / gpus
     encoder, predictor = count_parameters(config)
@@ -231,12 +227,13 @@ def bytes_sent(
     )
 
 
-def waited_collectives(config: Config, stage: Stage, *, zero: ZeroSettings | None = None) -> int:
+def waited_collectives(config: Config, stage: Stage) -> int:
     """Collectives that a step waits for one after the other, however little they send.
 
-    Norms and weights of the parameter groups; at stage 3 every small parameter, which DeepSpeed gathers by itself.
+    Norms of the parameter groups, and weights of the context encoder's; at stage 3 every small parameter, which DeepSpeed
+    gathers by itself.
     """
-    sizes, zero = parameter_sizes(config), zero or ZeroSettings()
+    sizes, zero = parameter_sizes(config), ZERO_SETTINGS
     if stage == "torch":
         return sum(not group.startswith("target") for group in sizes)
     if stage == 0:
@@ -244,7 +241,7 @@ def waited_collectives(config: Config, stage: Stage, *, zero: ZeroSettings | Non
     if stage == 3:
         small = (n <= zero.stage3_param_persistence_threshold for numels in sizes.values() for n in numels)
         return len(sizes) + sum(small)
-    return 2 * len(sizes)
+    return len(sizes) + 2
 
 
 def bytes_sent_theory(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True) -> Traffic:
@@ -280,12 +277,10 @@ class Tokens(NamedTuple):
 
 
 @functools.lru_cache
-def sample_tokens(
-    masks: MaskConfig, grid_h: int, grid_w: int, steps: int = 64, images: int = 128
-) -> tuple[Tokens, Tokens]:
-    """Mean over `steps` steps, and the step with the largest predictor, from the sampler itself: block sizes are drawn per
+def sample_tokens(masks: MaskConfig, grid_h: int, grid_w: int) -> tuple[Tokens, Tokens]:
+    """Mean over 64 steps, and the step with the largest predictor, from the sampler itself: block sizes are drawn per
     step, so some steps are heavier than others."""
-    sampled = []
+    sampled, steps, images = [], 64, 128
     for step in range(steps):
         batch = sample_masks(masks, grid_h, grid_w, seed=0, step=step, sample_indices=torch.arange(images))
         context, target, predictor = (
@@ -300,11 +295,17 @@ def sample_tokens(
     return mean, max(sampled, key=lambda tokens: tokens.predictor)
 
 
-def flops_per_image(config: Config, tokens: Tokens) -> float:
-    """Of one training step: target forward, three times context and predictor (four with activation checkpointing).
+class Flops(NamedTuple):
+    """Of the forward pass, per image: matrix products only; a multiplication and an addition count as two."""
 
-    Matrix products only; a multiplication and an addition count as two.
-    """
+    target: float
+    context: float
+    predictor: float
+    ends: float
+    """Embeddings of context encoder and predictor, and the predictor's projection: never recomputed."""
+
+
+def forward_flops(config: Config, tokens: Tokens) -> Flops:
     size, width, savings = config.model.size, config.model.predictor_embed_dim, config.objective.savings
     dim, ratio, patches = size.embed_dim, size.mlp_ratio, tokens.patches
 
@@ -321,16 +322,21 @@ def flops_per_image(config: Config, tokens: Tokens) -> float:
     embedded = tokens.context if savings.gather_before_embed else patches
     context = blocks(dim, ratio, size.depth, tokens.context, tokens.context_squares)
     predictor = blocks(width, 4.0, size.predictor_depth - 1, tokens.predictor, tokens.predictor_squares)
-    if (
-        savings.predictor_first_block and size.predictor_depth > 1
-    ):  # QKV of distinct tokens; a micro batch shares positions
+    if savings.predictor_first_block and size.predictor_depth > 1:
+        # QKV of distinct tokens; a micro batch shares positions.
         predictor -= 6 * width * width * (tokens.predictor - tokens.context)
     if savings.predictor_last_block:
         predictor += last(width, 4.0, tokens.predictor, tokens.target, tokens.predictor_target_pairs)
     else:
         predictor += blocks(width, 4.0, 1, tokens.predictor, tokens.predictor_squares)
-    ends = 2 * dim * (pixels * embedded + width * (tokens.context + tokens.target))
-    return target + (4 if config.model.activation_checkpointing else 3) * (context + predictor) + 3 * ends
+    return Flops(target, context, predictor, 2 * dim * (pixels * embedded + width * (tokens.context + tokens.target)))
+
+
+def flops_per_image(config: Config, tokens: Tokens) -> float:
+    """Of one training step: target forward, three times context and predictor (four with activation checkpointing)."""
+    forward = forward_flops(config, tokens)
+    passes = 4 if config.model.activation_checkpointing else 3
+    return forward.target + passes * (forward.context + forward.predictor) + 3 * forward.ends
 
 
 def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
@@ -388,11 +394,3 @@ def largest_micro_batch(per_image: float, free: float, share: int) -> int:
     """The largest divisor of a rank's share of the global batch whose activations fit; 0: not even one image."""
     fitting = [d for d in range(1, share + 1) if share % d == 0 and d * per_image <= free]
     return max(fitting, default=0)
-
-
-def human(count: float) -> str:
-    """1234567 -> 1.23 M."""
-    if count < 1000:
-        return f"{count:.0f}"
-    power = min(4, int(math.log10(count) // 3))
-    return f"{count / 1000**power:.3g} {' kMGT'[power]}"

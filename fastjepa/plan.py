@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,15 +87,15 @@ class Plan:
     stage: Stage
     state: int
     activations_per_image: float
-    micro: int
-    """0: does not fit."""
-    accum: int
-    sent: float
-    compute_seconds: float
-    update_seconds: float
-    exposed_seconds: float
+    micro: int = 0
+    """0: does not fit, and the rest is 0 too."""
+    accum: int = 0
+    sent: float = 0.0
+    compute_seconds: float = 0.0
+    update_seconds: float = 0.0
+    exposed_seconds: float = 0.0
     """Of communication, behind nothing."""
-    images_per_second: float
+    images_per_second: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -102,7 +103,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        return "torch" if self.stage == "torch" else f"ZeRO {self.stage}"
+        return "plain PyTorch" if self.stage == "torch" else f"ZeRO {self.stage}"
 
 
 def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
@@ -119,39 +120,45 @@ def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
     state = costs.state_bytes(config, stage, gpus).peak
     per_image = costs.activation_bytes(config, heaviest, stage)
     micro = costs.largest_micro_batch(per_image, cluster.usable - state, share)
-    accum = share // micro if micro else 0
-    flops = costs.flops_per_image(config, mean)
-    compute = share * flops / (device.flops * cluster.utilisation)
+    if not micro:
+        return Plan(stage, state, per_image)
+    accum = share // micro
+    reached = device.flops * cluster.utilisation
+    compute = share * costs.flops_per_image(config, mean) / reached
+    context = micro * costs.forward_flops(config, mean).context / reached
     encoder, predictor = costs.count_parameters(config)
     held = 1 if stage in ("torch", 0) else gpus
     update = (38 * encoder + 28 * predictor) / held / device.memory_bandwidth
-    traffic = costs.bytes_sent(config, stage, gpus, max(1, accum))
-    exposed = _exposed_seconds(stage, traffic, cluster.link, compute, max(1, accum))
+    traffic = costs.bytes_sent(config, stage, gpus, accum)
+    gradients, weights = traffic.gradients / cluster.link, traffic.weights / cluster.link
+    if stage == 3:
+        exposed = max(0.0, gradients + weights - compute)
+    elif stage in (1, 2):
+        backward = 0.6 * compute / (accum if stage == 1 else 1)
+        first = weights * encoder / (2 * encoder + predictor)
+        exposed = max(0.0, gradients - backward) + first + max(0.0, weights - first - context)
+    else:
+        exposed = gradients
     exposed += cluster.latency * costs.waited_collectives(config, stage) * (gpus > 1)
-    speed = config.global_batch_size / (compute + update + exposed) if micro else 0.0
+    speed = config.global_batch_size / (compute + update + exposed)
     return Plan(stage, state, per_image, micro, accum, traffic.total, compute, update, exposed, speed)
 
 
-def _exposed_seconds(stage: Stage, traffic: costs.Traffic, link: float, compute: float, accum: int) -> float:
-    """Seconds of communication that no computation hides: plain PyTorch and stage 0 send after the backward pass; stages 1
-    to 3 send gradients during it (stage 1: during the step's last one); stages 1 and 2 gather weights after the update,
-    stage 3 during forward and backward pass."""
-    gradients, weights = traffic.gradients / link, traffic.weights / link
-    if stage in ("torch", 0):
-        return gradients
-    backward = 0.6 * compute
-    if stage == 3:
-        return max(0.0, gradients + weights - compute)
-    return max(0.0, gradients - (backward / accum if stage == 1 else backward)) + weights
+# What plan_stage takes to be hidden.
+COMMUNICATION = (
+    "plain PyTorch and ZeRO 0 send gradients after the backward pass, ZeRO 1 during the last one of a step, ZeRO 2 and 3 "
+    "during each; at ZeRO 1 and 2 the context encoder waits for its new weights, those of predictor and target encoder "
+    "travel under its forward pass; ZeRO 3 gathers weights during the step"
+)
 
 
 def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
-    """The fastest stage that fits, of those within 2 % the simplest; and why. None: nothing fits."""
+    """The fastest stage that fits, of equally fast ones the simplest; and why. None: nothing fits."""
     feasible = [plan for plan in plans if plan.micro]
     if not feasible:
         return None
     fastest = max(feasible, key=lambda plan: plan.images_per_second)
-    chosen = next(plan for plan in feasible if plan.images_per_second >= 0.98 * fastest.images_per_second)
+    chosen = next(plan for plan in feasible if plan.images_per_second >= 0.999 * fastest.images_per_second)
     skipped = plans[: plans.index(chosen)]
     too_large = [plan.name for plan in skipped if not plan.micro]
     slower = [plan.name for plan in skipped if plan.micro]
@@ -172,7 +179,7 @@ def remedies(config: Config, cluster: Cluster) -> list[str]:
     gpus = cluster.gpus * 2
     while gpus <= config.global_batch_size and config.global_batch_size % gpus == 0:
         if _fits(config, dataclasses.replace(cluster, gpus=gpus)):
-            found.append(f"{gpus} GPUs")
+            found.append(count(gpus, "GPU"))
             break
         gpus *= 2
     for memory in (24, 40, 80, 141, 192):
@@ -187,12 +194,22 @@ def _fits(config: Config, cluster: Cluster) -> bool:
     return any(plan_stage(config, cluster, stage).micro for stage in STAGES)
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def assumptions(config: Config, cluster: Cluster) -> list[str]:
     mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
     encoder, predictor = costs.count_parameters(config)
     flops = costs.flops_per_image(config, mean)
     device = cluster.device
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
+    sending = [
+        f"{count(nodes, 'node')} of up to {count(cluster.gpus_per_node, 'GPU')}; a ring sends {cluster.link / 1e9:.0f} GB/s "
+        f"(NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} Gbit/s per GPU); a collective "
+        f"that is waited for takes {1e6 * cluster.latency:.0f} us at least",
+        COMMUNICATION,
+    ]
     return [
         f"{config.model.name}/{config.model.patch_size} at {'x'.join(map(str, config.data.image_hw))}: encoder "
         f"{encoder / 1e6:.0f} M, predictor {predictor / 1e6:.0f} M parameters; masks.mode {config.masks.mode}",
@@ -202,11 +219,7 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
         + (", recomputation included" if config.model.activation_checkpointing else ""),
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
         f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
-        f"{nodes} node{'s' * (nodes > 1)} of up to {cluster.gpus_per_node} GPUs; a ring sends {cluster.link / 1e9:.0f} GB/s "
-        f"(NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} Gbit/s per GPU); a collective "
-        f"that is waited for takes {1e6 * cluster.latency:.0f} us at least",
-        "gradients are sent during the backward pass (plain PyTorch, ZeRO 0: after it), weights gathered after the update "
-        "(ZeRO 3: during the step)",
+        *sending * (cluster.gpus > 1),
         f"AdamW with EMA moves 38 B per encoder parameter, 28 B per predictor parameter; usable memory "
         f"{cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
         "data loading is never waited for",
@@ -233,16 +246,16 @@ def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: l
 
 
 def format_table(plans: Sequence[Plan]) -> str:
-    columns = f"{'':<8}{'state':>11}{'per image':>12}{'micro batch':>13}{'accum':>7}"
+    columns = f"{'':<13}{'state':>12}{'per image':>12}{'micro batch':>13}{'accum':>7}"
     lines = [columns + f"{'sent / step':>13}{'step':>10}{'images/s':>10}"]
     for p in plans:
-        head = f"{p.name:<8}{p.state / GIB:>7.1f} GiB{p.activations_per_image / 2**20:>8.0f} MiB"
+        head = f"{p.name:<13}{p.state / GIB:>8.1f} GiB{p.activations_per_image / 2**20:>8.0f} MiB"
         if not p.micro:
             lines.append(f"{head}{'does not fit':>13}")
             continue
         lines.append(
-            f"{head}{p.micro:>13}{p.accum:>7}{p.sent / 1e9:>10.2f} GB"
-            f"{1e3 * p.step_seconds:>7.0f} ms{p.images_per_second:>10.0f}"
+            f"{head}{p.micro:>13,}{p.accum:>7}{p.sent / 1e9:>10.2f} GB"
+            f"{1e3 * p.step_seconds:>7,.0f} ms{p.images_per_second:>10,.0f}"
         )
     return "\n".join(lines)
 
@@ -345,7 +358,8 @@ def run(args: argparse.Namespace) -> int:
     notes = assumptions(config, cluster)
     chosen = recommend(plans)
     print(f"{config.model.name}/{config.model.patch_size} on {cluster.gpus} x {cluster.device.name}, "
-          f"{cluster.memory:g} GiB, global batch {config.global_batch_size}: upper bounds, not promises\n")  # fmt: skip
+          f"{cluster.memory:g} GiB, global batch {config.global_batch_size}: upper bounds, not promises.")  # fmt: skip
+    print("images/s are those of all GPUs together, all else is per GPU; sizes are those of the heaviest moment\n")
     print(format_table(plans))
     print("\nassumed:\n" + "\n".join(f"  - {note}" for note in notes))
     command = None
@@ -369,7 +383,7 @@ def run(args: argparse.Namespace) -> int:
     fitting = remedies(config, cluster)
     least = min(plans, key=lambda plan: plan.state + plan.activations_per_image)
     raise ConfigError(
-        f"{config.model.name} does not fit {cluster.gpus} GPUs with {cluster.memory:g} GiB: {least.name} needs "
+        f"{config.model.name} does not fit {count(cluster.gpus, 'GPU')} with {cluster.memory:g} GiB: {least.name} needs "
         f"{least.state / GIB:.1f} GiB of state and {least.activations_per_image / GIB:.1f} GiB for one image, "
         f"{cluster.usable / GIB:.1f} GiB are usable. "
         + (
@@ -393,4 +407,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     sys.exit(main())

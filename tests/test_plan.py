@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +33,7 @@ def test_the_command_of_the_documentation(tmp_path: Path, capsys: pytest.Capture
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "vit_giant", "--gpus", "1", "--memory", "24"]) == 2
     message = capsys.readouterr().err
-    assert "does not fit" in message
+    assert "does not fit 1 GPU with 24 GiB" in message
     assert "2 GPUs" in message
     assert "GPUs with 40 GiB" in message
 
@@ -78,11 +81,24 @@ def test_more_memory_never_means_a_smaller_micro_batch() -> None:
         assert micro[-1] > 0
 
 
-def test_one_gpu_needs_no_deepspeed() -> None:
-    cluster = Cluster(device=DEVICES["h100"], gpus=1)
-    chosen = recommend([plan_stage(HUGE, cluster, stage) for stage in costs.STAGES])
+@pytest.mark.parametrize(("gpus", "stage"), [(1, "torch"), (2, 1), (8, 1), (64, 1), (1024, 1)])
+@pytest.mark.parametrize("model", ["vit_small", "vit_giant"])
+def test_one_gpu_needs_no_deepspeed_and_several_are_best_with_zero_1(model: Any, gpus: int, stage: costs.Stage) -> None:
+    """As README and docs/plan.md say it."""
+    config, cluster = Config(model=ModelConfig(name=model)), Cluster(device=DEVICES["h100"], gpus=gpus)
+    chosen = recommend([plan_stage(config, cluster, stage) for stage in costs.STAGES])
     assert chosen is not None
-    assert chosen[0].stage == "torch"
+    assert chosen[0].stage == stage
+
+
+def test_who_reads_no_further_is_not_bothered() -> None:
+    """`| head`."""
+    command = [sys.executable, "-m", "fastjepa.plan", "--model", "vit_small"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_the_tables_of_the_documentation_are_up_to_date(tmp_path: Path) -> None:
