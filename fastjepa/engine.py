@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -329,6 +330,9 @@ def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], pat
         if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
             compatible["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Two warnings that are not for the user: about an optimizer that it was not tested with, and about its own calls.
+    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed")
     distributed.init_single_process_group()
     # Not always LOCAL_RANK: SLURM may show each rank only its own GPU.
     args = argparse.Namespace(device_rank=torch.cuda.current_device() if torch.cuda.is_available() else 0)
