@@ -37,10 +37,15 @@ class Card:
     host: str
     facts: dict[str, str]
     """Versions, settings: must be the same on all ranks."""
-    gpu: str
+    gpu: str = "none"
     """Model. Another one is slow, not wrong."""
-    gpu_id: str
+    gpu_id: str = ""
     """A GPU serves one rank. Empty: none is used."""
+
+    @staticmethod
+    def read(text: bytes) -> Card:
+        """Another version of fastjepa may have laid it, with other fields: which the facts then tell."""
+        return Card(**{name: value for name, value in json.loads(text).items() if name in Card.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _answer_all(store: Store, launch: Launch, end: float) -> Answer:
     cards: list[Card] = []
     while True:
         for ticket in range(len(cards) + 1, store.add("cards", 0) + 1):
-            cards.append(Card(**json.loads(store.get(f"card {ticket}"))))
+            cards.append(Card.read(store.get(f"card {ticket}")))
         cards.sort(key=lambda card: card.rank)
         problem = _contradiction(cards)
         if problem:

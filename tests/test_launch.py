@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -105,8 +106,10 @@ def test_variables_that_cannot_be_right_are_named(changes: dict[str, str], messa
 
 
 def test_what_differs_is_named_with_its_ranks_and_hosts() -> None:
-    cards = [Card(r, 4, "ab"[r // 2], {"torch": "2.13" if r < 2 else "2.12", "seed": "0"}, "", "") for r in range(4)]
+    cards = [Card(r, 4, "ab"[r // 2], {"torch": "2.13" if r < 2 else "2.12", "seed": "0"}) for r in range(4)]
     assert _contradiction(cards[:2]) is None
+    other = {"rank": 2, "world_size": 4, "host": "b", "facts": {"torch": "2.12", "seed": "0"}, "of a later version": 1}
+    cards[2] = Card.read(json.dumps(other).encode())
     problem = _contradiction(cards)
     assert problem is not None
     assert "torch: 2.13 on ranks 0-1 (a), 2.12 on ranks 2-3 (b)" in problem

@@ -83,9 +83,9 @@ def torchrun(node: int, master: str, port: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", "1", TRAIN]
 
 
-def deepspeed(node: int, master: str, port: int, hostfile: Path) -> list[str]:
-    where = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node), "--master_addr", master]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port), TRAIN, *ZERO]
+def deepspeed(port: int, hostfile: Path, *where: str) -> list[str]:
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    return [*launcher, "--master_port", str(port), *where, TRAIN, *ZERO]
 
 
 def srun(node: int, master: str, port: int, tasks: int = 2) -> dict[str, str]:
@@ -100,6 +100,31 @@ def srun(node: int, master: str, port: int, tasks: int = 2) -> dict[str, str]:
         "SLURM_LOCALID": "0",
         "MASTER_PORT": str(port),
     }
+
+
+def ssh_and_pdsh(hosts: list[Host], folder: Path) -> dict[str, str]:
+    """For DeepSpeed's launcher to start both hosts from one: an ssh and a pdsh of our own, which know them by their order.
+
+    As with the real ones the command is read by a shell there, and only what is exported comes along.
+    """
+    reach = [
+        [*host.prefix, "env", "-i", f"PATH={os.environ['PATH']}", f"HOME={folder}", "OMP_NUM_THREADS=1"]
+        + [f"{name}={value}" for name, value in host.environment.items()]
+        for host in hosts
+    ]
+    programs = {
+        "ssh": f"#!/bin/sh\necho {hosts[0].address}\n",  # asked for nothing but the first host's address
+        "pdsh": f"""#!{sys.executable}
+import subprocess, sys
+words = " ".join(sys.argv[sys.argv.index("-w") + 2 :])
+hosts = [subprocess.Popen([*reach, "bash", "-c", words.replace("%n", str(n))]) for n, reach in enumerate({reach})]
+sys.exit(max(host.wait() for host in hosts))
+""",
+    }
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -123,16 +148,19 @@ def trains(hosts: list[Host], folder: Path) -> Iterator[bool]:
     hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
     ended([Host([], "").start([sys.executable, TRAIN, *config, f"output_dir={folder}/single"])])
     expected = losses(folder / "single")
-    for launcher in ("torchrun", "deepspeed", "srun"):
-        run, port, master = folder / launcher, free_port(), hosts[0].address
+    for launcher in ("torchrun", "deepspeed by ssh", "deepspeed --no_ssh", "srun"):
+        run, port, master = folder / f"run by {launcher}".replace(" ", "_"), free_port(), hosts[0].address
+        rest = [*config, f"output_dir={run}"]
         processes = []
+        if launcher == "deepspeed by ssh":
+            processes.append(hosts[0].start([*deepspeed(port, hostfile), *rest], **ssh_and_pdsh(hosts, folder)))
         for node, host in enumerate(hosts):
-            rest = [*config, f"output_dir={run}"]
             if launcher == "torchrun":
                 processes.append(host.start([*torchrun(node, master, port), *rest]))
-            elif launcher == "deepspeed":
-                processes.append(host.start([*deepspeed(node, master, port, hostfile), *rest]))
-            else:
+            elif launcher == "deepspeed --no_ssh":
+                where = ["--no_ssh", "--node_rank", str(node), "--master_addr", master]
+                processes.append(host.start([*deepspeed(port, hostfile, *where), *rest]))
+            elif launcher == "srun":
                 processes.append(host.start([sys.executable, TRAIN, *ZERO, *rest], **srun(node, master, port)))
         results = ended(processes)
         if any(status for status, _ in results):
@@ -169,6 +197,10 @@ def fails(hosts: list[Host], folder: Path) -> Iterator[bool]:
         "different world sizes": (
             [(a, base, srun(0, master, 0), {}), (b, base, srun(1, master, 0, tasks=3), {})],
             r"different WORLD_SIZE: 2 on rank 0 \(.*\), 3 on rank 1",
+        ),
+        "MASTER_ADDR is the second host's": (
+            [(a, base, srun(0, b.address, 0), {}), (b, base, srun(1, b.address, 0), {})],
+            r"rank 0 runs on \S+, which MASTER_ADDR = \S+ does not lead to|rank 1 on \S+ could not reach",
         ),
         "another version on the second host": (
             [(a, base, srun(0, master, 0), {}), (b, old_base, srun(1, master, 0), old)],
