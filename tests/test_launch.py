@@ -159,23 +159,23 @@ def test_ranks_that_are_alike_meet() -> None:
     ("fault", "ranks", "message"),
     [
         (
-            "another version of torch on the second of two hosts",
+            "a rank of two with another version of torch",
             [Rank(0, 2), Rank(1, 2, torch="2.12", host="node2")],
             "the ranks are not alike: torch: 2.13 on rank 0 (node1), 2.12 on rank 1 (node2). Expected the same everywhere",
         ),
         (
-            "two hosts started with different WORLD_SIZE",
+            "two ranks with different WORLD_SIZE",
             [Rank(0, 2), Rank(1, 3, host="node2")],
             "the ranks were started with different WORLD_SIZE: 2 on rank 0 (node1), 3 on rank 1 (node2)",
         ),
         (
-            "two hosts started as the same rank",
+            "a rank that is started twice",
             [Rank(0, 3), Rank(1, 3, host="node2"), Rank(1, 3, host="node2")],
             "rank 1 was started more than once (on node2, node2): give every machine its own --node_rank, and every run "
             "its own port (--master_port)",
         ),
         (
-            "three ranks on a host of two GPUs",
+            "three ranks on a host of two GPUs (which the test plays)",
             [Rank(0, 3, gpu="a"), Rank(1, 3, gpu="b"), Rank(2, 3, gpu="a")],
             "there are 3 ranks but 2 GPUs on node1: expected one for each rank. --num_gpus (deepspeed), --nproc_per_node "
             "(torchrun) or --ntasks-per-node (srun) sets the ranks",
@@ -187,7 +187,7 @@ def test_ranks_that_were_not_started_alike_are_all_told(
 ) -> None:
     told = meeting(ranks, free_port())
     assert told == [message] * len(ranks)
-    record(fault, f"every rank ends before it trains, with one line: {told[0]}", "nothing")
+    record(fault, f"every rank is refused, with one line: {told[0]}", "nothing")
 
 
 def test_a_rank_whose_partner_is_absent_says_who_is_missing(record: Record) -> None:
@@ -202,8 +202,8 @@ def test_a_rank_whose_partner_is_absent_says_who_is_missing(record: Record) -> N
         "is rank 0 running there, and is the port open to this host?"
     )
     record(
-        "a host of the run is not started",
-        f"the others end after FASTJEPA_RENDEZVOUS_SECONDS: {str(first).partition(' to ')[0]}",
+        "ranks that are not started",
+        f"the others are refused after FASTJEPA_RENDEZVOUS_SECONDS, with one line: {str(first).partition(' to ')[0]}",
         "nothing",
     )
 
@@ -216,7 +216,7 @@ def test_rank_0_on_another_host_than_master_addr_says_where_it_runs(record: Reco
         rf"rank 0 runs on node1, which MASTER_ADDR = nowhere\.invalid does not lead to {reason}: expected rank 0's host",
         told,
     ), told
-    record("MASTER_ADDR is not the host of rank 0", f"ends before it trains, with one line: {told}", "nothing")
+    record("MASTER_ADDR is not the host of rank 0", f"rank 0 is refused, with one line: {told}", "nothing")
 
 
 def test_a_second_run_at_the_same_port_is_refused_and_the_first_goes_on(record: Record) -> None:
@@ -236,7 +236,7 @@ def test_a_second_run_at_the_same_port_is_refused_and_the_first_goes_on(record: 
     assert two.get("still") == b"here"
     record(
         "a second run at the port of a living one",
-        "the second ends before it trains: rank 0 cannot listen on MASTER_PORT, rank 1 came to a run that is complete",
+        "its ranks are refused: rank 0 cannot listen on MASTER_PORT, rank 1 came to a run that is complete",
         "nothing; the first goes on",
     )
 
