@@ -22,8 +22,8 @@ from typing import NamedTuple
 import pytest
 
 from fastjepa import checkpoint
+from tests.tiny_run import ROOT, write_recipe
 
-ROOT = Path(__file__).parents[1]
 TESTS = ("tests/test_faults.py", "tests/test_checkpoint.py", "tests/test_launch.py")
 Record = Callable[[str, str, str], None]
 """The fixture `record`."""
@@ -127,8 +127,6 @@ def main() -> int:
     if pytest.main([*(str(ROOT / path) for path in TESTS), "-q", "-p", "no:cacheprovider"], plugins=[plugin]) != 0:
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        from tests.test_faults import write_recipe
-
         recipe = write_recipe(Path(folder))
         kills = survive_kills(Path(folder), recipe, kills=options.kills, steps=40 * options.kills, seed=0)
     assert kills.equal

@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.equality import FP32_BOUND, full_state, relative_errors, trajectory_config
-from benchmarks.launch import free_port, launch
+from benchmarks.launch import launch
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import build_engine
@@ -34,56 +31,12 @@ from fastjepa.watchdog import EXIT_STATUS, Watchdog
 from tests import worker_other_ranks
 from tests.reliability import Record, survive_kills
 from tests.small import small_batch
-
-ROOT = Path(__file__).parents[1]
-RUN = """
-epochs: 4  # 32 steps
-global_batch_size: 8
-log_interval: 1
-checkpoint_interval: 4
-evaluate: false
-data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
-model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
-masks: {min_keep: 3}
-optim: {warmup_epochs: 0.25}
-"""
-# Runs train.main after changing what the fault needs; FAULT is code.
-FAULTY = """
-import os, signal, sys, time
-import torch
-from fastjepa import distributed, engine, metrics, train
-FAULT
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def at_step(step: int, action: str, rank: int = 0) -> str:
-    """Code: do this once, on one rank, before the first micro batch of a step (counted from 0) of a TorchEngine."""
-    return f"""
-plain, steps = engine.TorchEngine.micro_step, 0
-def micro_step(self, images, masks):
-    global steps
-    steps += 1
-    if steps == {step} + 1 and distributed.rank() == {rank}:
-        {action}
-    return plain(self, images, masks)
-engine.TorchEngine.micro_step = micro_step
-"""
-
-
-def write_recipe(folder: Path) -> str:
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    for index in range(70):
-        pixels = rng.integers(0, 256, (18 + index % 5, 18), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{index:03d}.png")
-    (folder / "run.yaml").write_text(RUN.replace("DATA", str(folder / "images")))
-    return str(folder / "run.yaml")
+from tests.tiny_run import ROOT, at_step, ended, metrics, start, write_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return write_recipe(tmp_path_factory.mktemp("recipe"), "epochs: 4  # 32 steps")
 
 
 @pytest.fixture(scope="module")
@@ -91,35 +44,6 @@ def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     run = tmp_path_factory.mktemp("uninterrupted")
     assert main(["--config", recipe, f"output_dir={run}"]) == 0
     return run
-
-
-def start(fault: str, arguments: list[str], world: int = 1) -> list[subprocess.Popen[str]]:
-    """The ranks of a run with a fault."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    if world > 1:
-        env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-c", FAULTY.replace("FAULT", fault), *arguments]
-    return [
-        subprocess.Popen(
-            command,
-            env=env | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-
-
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit status and messages of every rank."""
-    messages = [process.communicate(timeout=100)[1] for process in processes]
-    return [(process.returncode, message) for process, message in zip(processes, messages, strict=True)]
-
-
-def metrics(run: Path, *keys: str) -> list[list[Any]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [[line[key] for key in keys] for line in lines]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

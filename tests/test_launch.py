@@ -31,9 +31,8 @@ from fastjepa.train import main
 from fastjepa.watchdog import EXIT_STATUS
 from tests.reliability import Record
 from tests.small import small_config
-from tests.test_faults import at_step, ended, start, write_recipe
+from tests.tiny_run import ROOT, at_step, ended, start, write_recipe
 
-ROOT = Path(__file__).parents[1]
 DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml")]
 SLURM = {
     "SLURM_JOB_ID": "1234567",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,21 +21,9 @@ from benchmarks.launch import free_port
 from fastjepa import checkpoint
 from fastjepa.config_file import load_config
 from fastjepa.train import main
+from tests.tiny_run import ROOT, metrics, write_recipe
 
-ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fastjepa" / "train.py")
-RUN = """
-epochs: 1.5  # 12 steps
-global_batch_size: 8
-log_interval: 1
-checkpoint_interval: 4
-keep_last: 100
-evaluate: false
-data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
-model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
-masks: {min_keep: 3}
-optim: {warmup_epochs: 0.25}
-"""
 LEARNT = ("step", "epoch", "loss", "lr", "weight_decay", "ema_momentum", "grad_norm", "context_tokens", "target_tokens")
 
 
@@ -46,11 +34,6 @@ def output_of(*command: str) -> str:
     return process.stdout
 
 
-def metrics(run: Path, *keys: str) -> list[list[Any]]:
-    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [[line[key] for key in keys] for line in lines]
-
-
 def assert_bit_identical(run: Path, expected: Path) -> None:
     assert metrics(run, *LEARNT) == metrics(expected, *LEARNT)
     last = "checkpoints/step_00000012/rank_00000.safetensors"
@@ -58,21 +41,13 @@ def assert_bit_identical(run: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 grey images of different sizes, without labels."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for index in range(70):
-        pixels = rng.integers(0, 256, (18 + index % 5, 18 + index % 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
-    return folder
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_recipe(tmp_path_factory.mktemp("recipe"), "epochs: 1.5  # 12 steps", "keep_last: 100")
 
 
 @pytest.fixture(scope="module")
-def recipe(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("recipe") / "run.yaml"
-    path.write_text(RUN.replace("DATA", str(images)))
-    return str(path)
+def images(recipe: str) -> Path:
+    return Path(recipe).parent / "images"
 
 
 @pytest.fixture(scope="module")
