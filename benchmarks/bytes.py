@@ -131,7 +131,7 @@ def ds_config(stage: Stage, zero: ZeroSettings, folder: Path) -> Path | None:
 def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     """One engine: two steps to warm up, one that is counted, and the state before the last micro batch of a fourth."""
     world, rank = distributed.world_size(), distributed.rank()
-    sizes, bf16 = BatchSizes.share(config, world), config.precision == "bf16"
+    sizes = BatchSizes.share(config, world)
     images = torch.rand(sizes.micro, 1, *config.data.image_hw)
     indices = torch.arange(sizes.micro) + rank * sizes.micro
     masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
@@ -154,33 +154,45 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
     moments = sum(x.nbytes for p in masters for x in engine.optimizer.moments(p.tensor).values())
 
-    formula = bytes_sent(config, stage, world, sizes.accum, bf16=bf16, zero=ZERO)
-    theory = bytes_sent_theory(config, stage, world, sizes.accum, bf16=bf16)
-    state = state_bytes(config, stage, world, bf16=bf16, zero=ZERO)
-    quantities: list[tuple[str, float, float | None, float | None]] = [
-        ("sent: gradients", counter.sent["gradients"], formula.gradients, theory.gradients),
-        ("sent: weights", counter.sent["weights"], formula.weights, theory.weights),
-        ("sent: norms and flags", counter.sent["small"], None, None),
-        ("sent: collectives", counter.collectives, None, None),
-        # With plain PyTorch and ZeRO 0 the average is the target encoder's weights.
-        ("state: ema", largest(ema), state.ema or state.weights - state.moments // 2, None),
-        ("state: moments", largest(moments), state.moments, None),
-    ]
-    if sizes.accum > 1:  # else gradients are there within a step only
-        quantities.append(("state: resident", largest(resident), state.resident, None))
+    measured: dict[str, float] = {
+        "sent: gradients": counter.sent["gradients"],
+        "sent: weights": counter.sent["weights"],
+        "sent: norms and flags": counter.sent["small"],
+        "sent: collectives": counter.collectives,
+        "state: ema": max(distributed.gather_objects(ema)),
+        "state: moments": max(distributed.gather_objects(moments)),
+        "state: resident": max(distributed.gather_objects(resident)),
+    }
+    if sizes.accum == 1:  # gradients are there within a step only
+        del measured["state: resident"]
+    by_formula, by_theory = formulas(stage, config, world), theory(stage, config, world)
     return [
-        dict(zip(COLUMNS, (world, stage, config.precision, sizes.accum, name, *map(rounded, numbers)), strict=True))
-        for name, *numbers in quantities
+        dict(zip(COLUMNS, (world, stage, config.precision, sizes.accum, name, *numbers), strict=True))
+        for name, value in measured.items()
+        for numbers in [(round(value), by_formula.get(name), by_theory.get(name))]
     ]
 
 
-def rounded(value: float | None) -> int | None:
-    """Rings send halves and quarters of bytes, on the mean over the ranks."""
-    return None if value is None else round(value)
+def formulas(stage: Stage, config: Config, world: int) -> dict[str, int]:
+    """What fastjepa.costs says of the quantities that are measured."""
+    bf16, accum = config.precision == "bf16", BatchSizes.share(config, world).accum
+    sent = bytes_sent(config, stage, world, accum, bf16=bf16, zero=ZERO)
+    state = state_bytes(config, stage, world, bf16=bf16, zero=ZERO)
+    return {
+        "sent: gradients": round(sent.gradients),
+        "sent: weights": round(sent.weights),
+        # With plain PyTorch and ZeRO 0 the average is the target encoder's weights.
+        "state: ema": state.ema or state.weights - state.moments // 2,
+        "state: moments": state.moments,
+        "state: resident": state.resident,
+    }
 
 
-def largest(value: int) -> int:
-    return max(distributed.gather_objects(value))
+def theory(stage: Stage, config: Config, world: int) -> dict[str, int]:
+    """What the stage could do with, of the quantities of which that is known."""
+    bf16, accum = config.precision == "bf16", BatchSizes.share(config, world).accum
+    sent = bytes_sent_theory(config, stage, world, accum, bf16=bf16)
+    return {"sent: gradients": round(sent.gradients), "sent: weights": round(sent.weights)}
 
 
 def run_rank(folder: Path, precisions: Sequence[str], accums: Sequence[int]) -> None:

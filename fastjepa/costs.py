@@ -132,11 +132,15 @@ def state_bytes(
             passing += FP32 * min(trained, zero.reduce_bucket_size_stage0)
         return State(FP32 * all_held, FP32 * trained, 0, 0, 2 * FP32 * trained, 0, passing)
     low = BF16 if bf16 else FP32
-    whole = sum(_shares(numels, stage, 1) for numels in sizes.values())
     at_update = FP32 * max(held.values())  # one group at a time, in fp32
     if stage == 3:
-        persistent = sum(n for numels in sizes.values() for n in numels if n <= zero.stage3_param_persistence_threshold)
-        live = min(_kept(config, zero) + zero.stage3_prefetch_bucket_size, whole) - persistent
+        persistent = live = 0
+        if gpus > 1:  # alone, a rank computes with its shares, which are whole
+            persistent = sum(
+                n for numels in sizes.values() for n in numels if n <= zero.stage3_param_persistence_threshold
+            )
+            whole = sum(map(sum, sizes.values()))
+            live = min(_kept(config, zero) + zero.stage3_prefetch_bucket_size, whole) - persistent
         weights = low * (all_held + persistent)
         gradients = low * all_held
         buckets, passing = low * zero.reduce_bucket_size, max(low * live, at_update)

@@ -72,10 +72,14 @@ class Cluster:
         return 0.9 * self.memory * GIB - 1.5 * GIB
 
     @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
     def link(self) -> float:
         """Bytes per second at which a rank sends in a ring. Between nodes, rings run through all of a node's network cards
         side by side."""
-        if self.gpus <= self.gpus_per_node:
+        if self.nodes == 1:
             return self.device.nvlink
         return min(self.device.nvlink, self.gpus_per_node * self.network * 1e9 / 8)
 
@@ -203,11 +207,10 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
     encoder, predictor = costs.count_parameters(config)
     flops = costs.flops_per_image(config, mean)
     device = cluster.device
-    nodes = -(-cluster.gpus // cluster.gpus_per_node)
     sending = [
-        f"{count(nodes, 'node')} of up to {count(cluster.gpus_per_node, 'GPU')}; a ring sends {cluster.link / 1e9:.0f} GB/s "
-        f"(NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} Gbit/s per GPU); a collective "
-        f"that is waited for takes {1e6 * cluster.latency:.0f} us at least",
+        f"{count(cluster.nodes, 'node')} of up to {count(cluster.gpus_per_node, 'GPU')}; a ring sends "
+        f"{cluster.link / 1e9:.0f} GB/s (NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} "
+        f"Gbit/s per GPU); a collective that is waited for takes {1e6 * cluster.latency:.0f} us at least",
         COMMUNICATION,
     ]
     return [
@@ -226,23 +229,17 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
     ]
 
 
-def settings(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str]) -> str:
-    """The command that starts the run."""
-    nodes = -(-cluster.gpus // cluster.gpus_per_node)
-    if plan.stage == "torch":
-        launcher = (
-            "python" if cluster.gpus == 1 else f"torchrun --nproc_per_node {min(cluster.gpus, cluster.gpus_per_node)}"
-        )
-        launcher += f" --nnodes {nodes}" * (nodes > 1)
-        words = [launcher, "fastjepa/train.py"]
+def start_command(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str]) -> str:
+    each, nodes = min(cluster.gpus, cluster.gpus_per_node), cluster.nodes
+    if plan.stage != "torch":
+        where = f"--num_gpus {each}" if nodes == 1 else "--hostfile HOSTS"  # which lists the GPUs of each
+        start = f"deepspeed {where} fastjepa/train.py --ds_config configs/zero{plan.stage}.json"
+    elif cluster.gpus > 1:
+        start = f"torchrun --nproc_per_node {each}{f' --nnodes {nodes}' * (nodes > 1)} fastjepa/train.py"
     else:
-        hosts = f"--hostfile HOSTS --num_nodes {nodes} " if nodes > 1 else ""
-        each = min(cluster.gpus, cluster.gpus_per_node)
-        words = [f"deepspeed {hosts}--num_gpus {each} fastjepa/train.py --ds_config configs/zero{plan.stage}.json"]
-    if config_file:
-        words.append(f"--config {config_file}")
-    words += [*overrides, f"micro_batch_size={plan.micro}"]
-    return " ".join(words)
+        start = "python fastjepa/train.py"
+    config = [f"--config {config_file}"] if config_file else []
+    return " ".join([start, *config, *overrides, f"micro_batch_size={plan.micro}"])
 
 
 def format_table(plans: Sequence[Plan]) -> str:
@@ -277,14 +274,11 @@ def markdown_table(device: str) -> str:
         for gpus in TABLE_GPUS:
             cluster = Cluster(device=DEVICES[device], gpus=gpus)
             chosen = recommend([plan_stage(config, cluster, stage) for stage in STAGES])
-            name = f"{model}/{patch_size} | {gpus:,}"
-            if chosen is None:
-                lines.append(f"| {name} | does not fit | | | | | | | |")
-                continue
+            assert chosen, "80 GiB hold any of them"
             p = chosen[0]
             alone = alone or p.images_per_second / gpus
             lines.append(
-                f"| {name} | {p.name} | {p.micro} x {p.accum} | {p.state / GIB:.1f} GiB "
+                f"| {model}/{patch_size} | {gpus:,} | {p.name} | {p.micro} x {p.accum} | {p.state / GIB:.1f} GiB "
                 f"| {p.micro * p.activations_per_image / GIB:.1f} GiB | {p.sent / 1e9:.2f} GB "
                 f"| {1e3 * p.step_seconds:,.0f} ms | {p.images_per_second:,.0f} "
                 f"| {p.images_per_second / gpus / alone:.0%} |"
@@ -320,11 +314,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="YAML file of a run (default: the official settings)")
     parser.add_argument("--model", choices=sorted(MODEL_SIZES), help="short for model.name=...")
     parser.add_argument("--patch_size", help="short for model.patch_size=...")
-    parser.add_argument("--image_size", help="short for data.image_size=...")
-    parser.add_argument("--global_batch_size", help="short for global_batch_size=...")
-    parser.add_argument(
-        "--activation_checkpointing", action="store_true", help="short for model.activation_checkpointing=true"
-    )
     parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: %(default)s")
     parser.add_argument("--memory", type=float, default=80, help="GiB per GPU (default: %(default)s)")
@@ -343,12 +332,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    short = {
-        "model.name": args.model, "model.patch_size": args.patch_size,
-        "data.image_size": args.image_size, "global_batch_size": args.global_batch_size,
-    }  # fmt: skip
-    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
-    overrides += ["model.activation_checkpointing=true"] * args.activation_checkpointing + args.overrides
+    short = {"model.name": args.model, "model.patch_size": args.patch_size}
+    overrides = [*(f"{key}={value}" for key, value in short.items() if value is not None), *args.overrides]
     config = load_config(args.config, overrides)
     cluster = Cluster(
         device=DEVICES[args.device], gpus=args.gpus, memory=args.memory, gpus_per_node=args.gpus_per_node,
@@ -365,7 +350,7 @@ def run(args: argparse.Namespace) -> int:
     command = None
     if chosen:
         plan, reason = chosen
-        command = settings(plan, cluster, args.config, overrides)
+        command = start_command(plan, cluster, args.config, overrides)
         print(f"\n{plan.name}, micro batch {plan.micro}: {reason}\n\n  {command}")
     if args.json:
         report: dict[str, Any] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bytes import run, small_run, storages
+from benchmarks.bytes import formulas, run, small_run, storages
+from benchmarks.launch import ROOT
 from fastjepa import costs
 from fastjepa.config import MODEL_SIZES, Config, MaskConfig, ModelConfig, ObjectiveConfig, Savings
 from fastjepa.costs import Tokens
@@ -22,6 +25,7 @@ from fastjepa.objective import IJEPA, build_model
 from fastjepa.optim import param_groups
 from tests.small import small_batch, small_config
 
+RESULTS = ROOT / "benchmarks" / "results"
 NO_SAVINGS = Savings(
     gather_before_embed=False, target_last_block=False, predictor_last_block=False, predictor_first_block=False
 )
@@ -98,13 +102,30 @@ def measured() -> list[dict[str, Any]]:
     return run(2, ["bf16"], [2])
 
 
-def test_bytes_are_those_that_are_sent_and_held(measured: list[dict[str, Any]]) -> None:
+def assert_agree(row: dict[str, Any], formula: int | None) -> None:
     """To the byte; all that is resident to within scalars."""
+    slack = 0.005 if row["quantity"] == "state: resident" else 0.0
+    if formula is not None:
+        assert int(row["measured"]) == pytest.approx(formula, rel=slack, abs=0.0), row
+
+
+def test_bytes_are_those_that_are_sent_and_held(measured: list[dict[str, Any]]) -> None:
     assert {row["stage"] for row in measured} == set(costs.STAGES)
     for row in measured:
-        if row["formula"] is not None:
-            slack = 0.005 if row["quantity"] == "state: resident" else 0.0
-            assert row["measured"] == pytest.approx(row["formula"], rel=slack, abs=0.0), row
+        assert_agree(row, row["formula"])
+
+
+def test_what_was_measured_of_all_agrees_with_the_formulas_of_today() -> None:
+    """benchmarks/results/bytes.csv: every stage, 1, 2 and 4 ranks, both precisions, with and without accumulation."""
+    with (RESULTS / "bytes.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cells = {(row["ranks"], row["stage"], row["precision"], row["grad_accum_steps"]) for row in rows}
+    assert cells == set(itertools.product("124", map(str, costs.STAGES), ("fp32", "bf16"), "12"))
+    for row in rows:
+        stage: Any = row["stage"] if row["stage"] == "torch" else int(row["stage"])
+        world = int(row["ranks"])
+        config = small_run(row["precision"], int(row["grad_accum_steps"]), world)
+        assert_agree(row, formulas(stage, config, world).get(row["quantity"]))
 
 
 def test_the_target_encoder_sends_no_gradients(measured: list[dict[str, Any]]) -> None:
