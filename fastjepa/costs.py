@@ -145,8 +145,7 @@ def state_bytes(
         gradients = low * all_held
         buckets, passing = low * zero.reduce_bucket_size, max(low * live, at_update)
     else:
-        padded = sum(-(-sum(numels) // (2 * gpus)) * 2 * gpus for numels in sizes.values())
-        weights = low * padded
+        weights = low * gpus * all_held  # whole, with the padding
         buckets, passing = 2 * low * zero.reduce_bucket_size, at_update
         if stage == 1:
             gradients = low * sum(count_parameters(config))

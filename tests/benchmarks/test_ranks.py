@@ -1,0 +1,20 @@
+"""benchmarks.launch: what a test or a benchmark hears of its ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.launch import launch
+
+
+def test_what_ranks_wrote_before_they_failed_is_in_the_error() -> None:
+    with pytest.raises(RuntimeError, match="a rank failed") as error:
+        launch("json.tool", 2, "no such file")
+    for rank in (0, 1):
+        assert f"rank {rank} ended with" in str(error.value)
+    assert str(error.value).count("No such file or directory") == 2
+
+
+def test_a_rank_that_does_not_end_is_killed_and_named() -> None:
+    with pytest.raises(RuntimeError, match=r"not done after 0.5 s\nrank 0 did not end"):
+        launch("timeit", 1, "-n1", "-r1", "import time; time.sleep(100)", timeout=0.5)
