@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -144,7 +145,6 @@ def meeting(ranks: Sequence[Rank], port: int, seconds: float = 30.0) -> list[Sto
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(ranks)) as pool:
         patch.setattr(socket, "gethostname", lambda: here.host)
-        patch.setattr(rendezvous, "GRACE_SECONDS", 0.5)
         patch.setattr(rendezvous, "POLL_SECONDS", 0.01)
         return list(pool.map(one, ranks))
 
@@ -163,9 +163,9 @@ def test_ranks_that_are_alike_meet() -> None:
             "the ranks are not alike: torch: 2.13 on rank 0 (node1), 2.12 on rank 1 (node2). Expected the same everywhere",
         ),
         (
-            "two ranks with different WORLD_SIZE",
-            [Rank(0, 2), Rank(1, 3, host="node2")],
-            "the ranks were started with different WORLD_SIZE: 2 on rank 0 (node1), 3 on rank 1 (node2)",
+            "ranks with different WORLD_SIZE",
+            [Rank(0, 2), Rank(1, 3, host="node2"), Rank(2, 3, host="node2")],
+            "the ranks were started with different WORLD_SIZE: 2 on rank 0 (node1), 3 on ranks 1-2 (node2)",
         ),
         (
             "a rank that is started twice",
@@ -243,7 +243,12 @@ def test_a_second_run_at_the_same_port_is_refused_and_the_first_goes_on(record: 
 def test_a_rank_0_that_ends_while_the_ranks_meet_is_named() -> None:
     port = free_port()
     rank_0 = [TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)]
-    threading.Timer(1.0, rank_0.clear).start()
+
+    def end_once_a_card_is_there() -> None:
+        rank_0[0].wait(["fastjepa 0/card 1"], timedelta(seconds=50))
+        rank_0.clear()
+
+    threading.Thread(target=end_once_a_card_is_there).start()
     (told,) = meeting([Rank(1, 2, host="node2")], port)
     assert isinstance(told, str)
     assert re.fullmatch(
