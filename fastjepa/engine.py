@@ -79,9 +79,9 @@ class Engine(ABC):
         """Global gradient norm of the last optimizer step, before clipping. Reads it back from the device."""
         return self._grad_norm.item()
 
-    def skipped_in_a_row(self) -> int:
-        """How many of the last optimizer steps, up to now, changed nothing. Reads it back from the device."""
-        return int(self._skipped_in_a_row)
+    def skipped_in_a_row(self) -> Tensor:
+        """How many of the last optimizer steps, up to now, changed nothing: int64 [], not read back."""
+        return self._skipped_in_a_row.clone()
 
     def _count_skipped(self) -> None:
         """After an optimizer step, whose gradient norm is known."""

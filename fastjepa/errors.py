@@ -37,6 +37,6 @@ class TrainingError(FastjepaError, RuntimeError):
 
 
 class Preempted(FastjepaError, RuntimeError):
-    """The run was asked to stop, and has saved what it did: started again it goes on."""
+    """The run was asked to stop; what it had done is saved: started again it goes on."""
 
     exit_status = 75  # EX_TEMPFAIL: to be queued again

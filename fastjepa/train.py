@@ -26,6 +26,7 @@ from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config_file import dump_config, load_config
 from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
+from fastjepa.stop_request import StopRequest
 
 logger = logging.getLogger("fastjepa.train")
 
@@ -57,7 +58,7 @@ def resolve_config(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
-def train(config: Config, ds_config: str | None, held: contextlib.ExitStack) -> None:
+def train(config: Config, ds_config: str | None, stop_request: StopRequest, held: contextlib.ExitStack) -> None:
     """One run, from the data to the evaluation. `held` is given what the run holds to its end: its folder's lock."""
     # Imported here: --help, --print_config and a mistake in the configuration need none of this.
     from fastjepa.batch_sizes import BatchSizes
@@ -112,13 +113,15 @@ def train(config: Config, ds_config: str | None, held: contextlib.ExitStack) -> 
     if first:
         # Only now: a run that is refused leaves the earlier run's file alone.
         folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
-    trainer.run()
+    trainer.run(stop_request)
     # The other ranks need not wait for the evaluation, nor the memory of training be held.
     distributed.finish()
     del trainer, engine, model
     if first and config.evaluate:
         try:
             evaluate_run(folder, device)
+        except Preempted:
+            raise
         except FastjepaError as problem:
             logger.warning("the run is complete, but could not be evaluated: %s", problem)
 
@@ -127,32 +130,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
+        with StopRequest() as stop_request:
+            status = _run(args, stop_request)
+        if status and distributed.world_size() > 1:
+            # finish() would wait, on GPUs, for ranks that may not come. The others lose contact, and end as well.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
+    finally:
+        distributed.finish()
+
+
+def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
+    """The exit status. What went wrong is printed, but for what one process may raise."""
+    try:
         config = resolve_config(args)
         if args.print_config:
             print(dump_config(config), end="")
             return 0
         with contextlib.ExitStack() as held:
-            train(config, args.ds_config, held)
+            train(config, args.ds_config, stop_request, held)
+        return 0
     except FastjepaError as error:
-        where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
-        what = "stopped" if isinstance(error, Preempted) else "error"
-        print(f"fastjepa: {what}{where}: {error}", file=sys.stderr)
-        return error.exit_status
-    except RuntimeError as error:
-        if not distributed.is_lost_contact(error):
+        return _say("stopped" if isinstance(error, Preempted) else "error", str(error), error.exit_status)
+    except Exception as error:
+        if distributed.world_size() == 1:
             raise
-        if os.environ.get("FASTJEPA_DEBUG"):
+        lost = isinstance(error, RuntimeError) and distributed.is_lost_contact(error)
+        if not lost or os.environ.get("FASTJEPA_DEBUG"):
             traceback.print_exc()
-        print(
-            f"fastjepa: error (rank {distributed.rank()}): lost contact with the other ranks "
-            f"({distributed.in_short(error)}): the cause is in the first error above, or in their logs",
-            file=sys.stderr,
-            flush=True,
+        if not lost:
+            return 1
+        return _say(
+            "error",
+            f"lost contact with the other ranks ({distributed.in_short(error)}): the cause is in the first error above, or "
+            "in their logs",
+            1,
         )
-        os._exit(1)  # finish() would wait, on GPUs, for what the lost rank was to send
-    finally:
-        distributed.finish()
-    return 0
+
+
+def _say(what: str, message: str, status: int) -> int:
+    where = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+    print(f"fastjepa: {what}{where}: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,16 @@ from fastjepa.stop_request import StopRequest
 from fastjepa.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+class _Step(NamedTuple):
+    """What may have to be said of a step; losses and count are on the device."""
+
+    number: int
+    samples: list[Ints]
+    """Of each micro batch."""
+    losses: list[Tensor]
+    skipped_in_a_row: Tensor
 
 
 class Trainer:
@@ -55,10 +65,10 @@ class Trainer:
             keep_every=config.keep_every,
             asynchronous=config.async_checkpoint,
         )
-        # Of the steps that may have to be named: (step, sample ids, loss), a micro batch each.
-        self._recent: deque[tuple[int, Ints, Tensor]] = deque(maxlen=config.max_skipped_steps * sizes.accum)
+        # Skipped steps are looked for every max_skipped_steps, or sooner: one look sees all that it may have to name.
+        self._recent: deque[_Step] = deque(maxlen=2 * config.max_skipped_steps)
 
-    def run(self) -> None:
+    def run(self, stop_request: StopRequest) -> None:
         """Train to the last step; returns at once if the run is complete.
 
         Raises:
@@ -76,7 +86,7 @@ class Trainer:
         engine.model.train()
         with (
             self._watchdog() as watchdog,  # first, to be there while the others end: a save that goes on may hang too
-            StopRequest() as stop_request,
+            stop_request.during_training(),
             self._checkpointer,
             self._loader() as loader,
         ):
@@ -84,18 +94,21 @@ class Trainer:
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
                 set_schedule(engine.param_groups, values)
+                samples, losses = [], []
                 for _ in range(self.sizes.accum):
                     watchdog.at(f"step {step}, waiting for data")
                     batch = self._next(batches, meter)
                     watchdog.at(f"step {step}, training")
                     loss = engine.micro_step(batch.images, batch.masks)
-                    self._recent.append((step, batch.sample_ids, loss))
+                    samples.append(batch.sample_ids)
+                    losses.append(loss)
                     meter.update(
                         loss,
                         images=batch.masks.num_images,
                         context_tokens=batch.masks.context.total,
                         target_tokens=batch.masks.target.total,
                     )
+                self._recent.append(_Step(step, samples, losses, engine.skipped_in_a_row()))
                 progress.advance()
 
                 done, last = step + 1, step + 1 == self.total_steps
@@ -112,7 +125,7 @@ class Trainer:
                         line["bad_samples"] = len(loader.bad_samples)
                         metrics.write(line)
                         progress.report(line)
-                if save_due and skipped and not last:
+                if save_due and skipped and not last and stopped_by is None:
                     logger.warning("no checkpoint at step %d: its last %d steps were skipped", done, skipped)
                 elif save_due:
                     watchdog.at(f"step {step}, checkpoint")
@@ -166,23 +179,26 @@ class Trainer:
         Raises:
             TrainingError: too many; skipped_steps.jsonl names their samples.
         """
-        skipped = self.engine.skipped_in_a_row()
-        if skipped < self.config.max_skipped_steps:
-            return skipped
+        in_a_row: list[int] = torch.stack([step.skipped_in_a_row for step in self._recent]).tolist()
+        longest = max(in_a_row)
+        if longest < self.config.max_skipped_steps:
+            return in_a_row[-1]
         mine: list[dict[str, object]] = [
             {
-                "step": step,
+                "step": step.number,
                 "rank": distributed.rank(),
                 "loss": str(loss.item()),
-                "samples": [self.dataset.name(index) for index in ids.tolist()],
+                "samples": [self.dataset.name(index) for index in samples.tolist()],
             }
-            for step, ids, loss in self._recent
+            for step, skipped in zip(self._recent, in_a_row, strict=True)
+            for samples, loss in zip(step.samples, step.losses, strict=True)
+            if skipped
         ]
         lines = [line for lines in distributed.gather_objects(mine) for line in lines]
         if self.is_first_rank:
             self.folder.write_skipped_steps(lines)
         raise self._not_finite(
-            f"the loss or a gradient was not finite in {skipped} steps in a row, up to step {done}: they changed nothing. "
+            f"the loss or a gradient was not finite in {longest} of the steps up to {done}, in a row: they changed nothing. "
             f"{self.folder.skipped_steps} has the losses and the samples of the last"
         )
 

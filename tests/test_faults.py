@@ -87,13 +87,54 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_pat
     record("SIGUSR1 to one of two ranks, in step 10", "both stopped after step 11, exit status 75", "nothing")
 
 
+@pytest.mark.parametrize("where", ["trainer.Trainer._resume", "evaluate.evaluate_run"])
+def test_a_signal_before_or_after_training_ends_with_the_status_for_queueing_again(
+    where: str, recipe: str, tmp_path: Path, record: Record
+) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}", "evaluate=true", "epochs=1"]
+    fault = f"""
+from fastjepa import evaluate, trainer
+def signalled(*arguments):
+    os.kill(os.getpid(), signal.SIGUSR1)
+{where} = signalled
+"""
+    ((status, message),) = ended(start(fault, arguments))
+    assert status == Preempted.exit_status
+    assert message.splitlines()[-1].startswith("fastjepa: stopped: SIGUSR1: stopped outside of training."), message
+    assert main(arguments) == 0
+    assert metrics(tmp_path, "step")[-1] == [8]
+    record(f"SIGUSR1 during {where.rpartition('.')[2].strip('_')}", f"exit status {status}", "nothing")
+
+
+def test_an_error_of_one_rank_is_shown_and_ends_all_though_the_group_cannot_be_closed(
+    recipe: str, tmp_path: Path, record: Record
+) -> None:
+    fault = at_step(9, "raise ValueError('of this rank alone')", rank=1)
+    fault += "distributed.finish = lambda: time.sleep(300)"  # NCCL's waits for the other ranks
+    alone, other = reversed(ended(start(fault, ["--config", recipe, f"output_dir={tmp_path}"], world=2)))
+    assert alone[0] == 1
+    assert "ValueError: of this rank alone" in alone[1]
+    assert other[0] == 1
+    assert "fastjepa: error (rank 0): lost contact with the other ranks" in other[1].splitlines()[-1]
+    record(
+        "an error of one rank of two, whose process group would not close",
+        "its traceback, status 1; the other rank lost contact, status 1 and one line",
+        "the steps since the last checkpoint",
+    )
+
+
 def test_a_second_signal_does_no_harm() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as request:
-        assert request.agreed() is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert request.agreed() == "SIGTERM"
+
+    def train(request: StopRequest) -> None:
+        with request.during_training():
+            assert request.agreed() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.agreed() == "SIGTERM"
+
+    with StopRequest() as request, pytest.raises(Preempted, match="SIGTERM"):
+        train(request)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -303,20 +344,37 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
     assert [count for (count,) in metrics(tmp_path, "skipped_steps")][:9] == [0, 0, 1, 1, 1, 2, 3, 3, 3]
     assert metrics(tmp_path, "loss")[2] == [None]
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite in 3 steps in a row, up to step 12" in message
+    assert "not finite in 3 of the steps up to 12, in a row" in message
     assert f"{tmp_path / 'skipped_steps.jsonl'} has the losses and the samples" in message
     named = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line["rank"], line["loss"], len(line["samples"])) for line in named] == [
-        (step, 0, "nan", 8) for step in (9, 10, 11)
+        (step, 0, "nan", 8) for step in (6, 9, 10, 11)
     ]
     assert all(name.endswith(".png") for line in named for name in line["samples"])
     # The last step was a bad one, and what came before it is not passed off as good.
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
     record(
         "losses of NaN in a row, max_skipped_steps=3",
-        f"stopped; skipped_steps.jsonl names the {sum(len(line['samples']) for line in named)} samples of 3 steps",
+        f"stopped; skipped_steps.jsonl names the {sum(len(line['samples']) for line in named)} samples of the skipped steps",
         "the steps since the last checkpoint",
     )
+
+
+def test_skipped_steps_between_two_looks_count(recipe: str, tmp_path: Path) -> None:
+    with bad_loss({7, 8, 9, 10, 11}):  # looked for at 10, 15, ...: four in a row, then none
+        assert main(["--config", recipe, f"output_dir={tmp_path}", "max_skipped_steps=5", "log_interval=40",
+                     "checkpoint_interval=40"]) == 2  # fmt: skip
+    named = [json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
+    assert named == [7, 8, 9, 10, 11]
+
+
+def test_a_preemption_right_after_a_skipped_step_saves(recipe: str, tmp_path: Path) -> None:
+    arguments = ["--config", recipe, f"output_dir={tmp_path}"]
+    fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1); images = images * float('nan')")
+    ((status, message),) = ended(start(fault, arguments))
+    assert status == Preempted.exit_status, message
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+    assert metrics(tmp_path, "skipped_steps")[-1] == [1]
 
 
 def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path, record: Record) -> None:

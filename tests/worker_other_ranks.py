@@ -24,6 +24,7 @@ from fastjepa.errors import Preempted
 from fastjepa.metrics import Meter
 from fastjepa.objective import build_model
 from fastjepa.run_folder import RunFolder
+from fastjepa.stop_request import StopRequest
 from fastjepa.trainer import Trainer
 from tests.data.worker_loader import describe
 
@@ -60,8 +61,8 @@ def go_on(recipe: str, run: Path, stage: int | None, signal_in_step: int | None)
     folder.create()
     trainer = Seeing(config, dataset, engine, sizes, folder)
     trainer.signal_in_step = signal_in_step
-    with contextlib.suppress(Preempted):
-        trainer.run()
+    with contextlib.suppress(Preempted), StopRequest() as stop_request:
+        trainer.run(stop_request)
 
 
 def main(recipe: str, run: Path) -> None:

@@ -161,13 +161,16 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads: they end after the batches in hand. Batches prepared ahead are dropped."""
-        self._pending.clear()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._pool.shutdown(wait=True)
+        self._stop()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # then nothing is in use
         self._in_use.clear()
         self._delivered = None
+
+    def _stop(self) -> None:
+        self._pending.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Loader:
         return self
@@ -175,7 +178,10 @@ class Loader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self._stop()  # not waiting for the GPU, which may wait for a rank that is gone
 
     def _submit(self, count: int) -> None:
         for step, micro_step in islice(self._todo, count):
