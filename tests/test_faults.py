@@ -413,7 +413,7 @@ def test_a_clock_that_jumps_changes_nothing(
 
 def test_kills_at_random_moments_do_not_show(recipe: str, tmp_path: Path) -> None:
     """50 of them: python -m tests.reliability."""
-    kills = survive_kills(tmp_path, recipe, kills=2, steps=160, seed=1)
+    kills = survive_kills(tmp_path, ["--config", recipe], kills=2, steps=160, seed=1)
     assert kills.equal
     assert kills.kills == 2
 
