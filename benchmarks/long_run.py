@@ -14,7 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fastjepa.config import Config
+
 ROOT = Path(__file__).parents[1]
+MOST_GROWTH = 1.02
+"""Of the peak memory, from the first tenth of the run to its end. (Step times are printed only: the machine has its moods.)"""
 BATCH = 8  # 8,000 images: an epoch is 1,000 steps
 
 
@@ -63,6 +67,10 @@ def main() -> int:
         print(f"{name:18s} {value}")
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    first, *_, last = result["peak_memory_mib"]
+    if last > MOST_GROWTH * first or result["checkpoints"] > Config.keep_last:
+        print(f"not bounded: memory grew {last / first:.3f} times, {result['checkpoints']} checkpoints are kept")
+        return 1
     return 0
 
 
