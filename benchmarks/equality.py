@@ -207,20 +207,21 @@ def engine_steps(
         set_schedule(engine.param_groups, schedule(config).at(step))
         for micro in range(sizes.accum):
             start = (micro * world + rank) * sizes.micro
-            engine.micro_step(*batch(config, step, range(start, start + sizes.micro)))
+            images, masks = batch(config, step, range(start, start + sizes.micro))
+            engine.micro_step(images.to(engine.device), masks.to(engine.device))
 
 
 def full_state(engine: Engine) -> dict[str, Tensor]:
-    """fp32 weights (EMA for the target encoder), put together from the pieces of all ranks, on every rank."""
+    """fp32 weights (EMA for the target encoder), put together from the pieces of all ranks, on every rank's CPU."""
     shapes = engine.parameter_shapes()
-    flat = torch.zeros(sum(math.prod(shape) for shape in shapes.values()))
+    flat = torch.zeros(sum(math.prod(shape) for shape in shapes.values()), device=engine.device)
     state = dict(zip(shapes, flat.split([math.prod(shape) for shape in shapes.values()]), strict=True))
     if engine.writes_state:
         for piece in engine.pieces():
             state[piece.name][piece.start : piece.start + piece.numel] = piece.view(piece.tensor)
     if distributed.world_size() > 1:
         dist.all_reduce(flat)  # every element is 0 on all ranks but one
-    return {name: x.view(shapes[name]) for name, x in state.items()}
+    return {name: x.view(shapes[name]).cpu() for name, x in state.items()}
 
 
 def wrong_weights(engine: Engine, state: dict[str, Tensor]) -> int:
@@ -228,7 +229,7 @@ def wrong_weights(engine: Engine, state: dict[str, Tensor]) -> int:
     stage 3 shards one, this rank's share is compared, and all of it where it is whole at the moment."""
     wrong, rank = 0, distributed.rank()
     for name, param in engine.model.named_parameters():
-        expected = state[name].to(param.dtype).flatten()
+        expected = state[name].to(param.device, param.dtype).flatten()
         same = True
         if hasattr(param, "ds_tensor"):
             share = param.ds_tensor.numel()

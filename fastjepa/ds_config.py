@@ -91,7 +91,11 @@ def read_ds_config(
             "precision" if stage else "precision (at stage 0: autocast over fp32 weights)",
         ),
         "zero_allow_untested_optimizer": (True, "the optimizer that fastjepa brings, which needs it"),
+        "bf16.check_grad_overflow": (False, "the check that fastjepa makes itself, without waiting for the GPU"),
     }
+    if stage in (1, 2):
+        norm = (False, "the gradient norm that fastjepa computes itself, without waiting for the GPU")
+        ours["zero_optimization.compute_grad_norm"] = norm
     for key, (value, source) in ours.items():
         holder, name = _locate(settings, key)
         theirs = holder.get(name, "auto")
@@ -100,6 +104,8 @@ def read_ds_config(
                 f'{path}: {key} = {theirs!r} contradicts {source} = {value!r} of the run: make them equal, or write "auto"'
             )
         holder[name] = value
+    settings["gradient_clipping"] = 0.0  # the optimizer clips: it has the norm on the device
+    settings["timers"] = {"throughput": {"enabled": False}}  # else each micro batch waits for the GPU twice
     return settings
 
 

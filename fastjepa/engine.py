@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
@@ -132,8 +133,7 @@ class TorchEngine(Engine):
     def __init__(self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device) -> None:
         super().__init__(model.to(device), device)
         self._sizes = sizes
-        self._dtype = resolve_precision(config, device)
-        self._clip = config.optim.clip_grad
+        model.autocast = resolve_precision(config, device) == torch.bfloat16
         groups = param_groups(model)
         params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
         self._shapes = {name: list(p.shape) for name, p in params.items()}
@@ -149,8 +149,7 @@ class TorchEngine(Engine):
         self._micro_steps = 0
 
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            loss: Tensor = self._model(images, masks)
+        loss: Tensor = self._model(images, masks)
         with record_function("backward"):
             (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
         self._micro_steps += 1
@@ -166,9 +165,8 @@ class TorchEngine(Engine):
             for work in [dist.all_reduce(grad, async_op=True) for grad in self._grads]:
                 work.wait()
             torch._foreach_div_(self._grads, world)
-        self._grad_norm = torch.nn.utils.get_total_norm(self._grads)
-        scale = (self._clip / (self._grad_norm + 1e-6)).clamp(max=1.0) if self._clip else None
-        self.optimizer.step(grad_scale=scale)
+        self._grad_norm = _norm(self._grads)
+        self.optimizer.step()
         torch._foreach_zero_(self._grads)
         self._count_skipped()
 
@@ -197,10 +195,8 @@ class DeepSpeedEngine(Engine):
         self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path
     ) -> None:
         super().__init__(model, device)
-        self._dtype = resolve_precision(config, device)
-        settings = read_ds_config(
-            ds_config, config, sizes, distributed.world_size(), bf16=self._dtype == torch.bfloat16
-        )
+        precision = resolve_precision(config, device)
+        settings = read_ds_config(ds_config, config, sizes, distributed.world_size(), bf16=precision == torch.bfloat16)
         self._stage: int = settings["zero_optimization"]["stage"]
         groups = param_groups(model)
         self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
@@ -209,6 +205,7 @@ class DeepSpeedEngine(Engine):
         if self._stage == 0:
             model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
         bf16: bool = settings["bf16"]["enabled"]
+        model.autocast = precision == torch.bfloat16 and not bf16
         exact = {name: p.detach().clone() for p, name in self._names.items()} if bf16 else {}
         self.optimizer = AdamWEMA(groups, config.optim)
         if bf16:
@@ -218,6 +215,8 @@ class DeepSpeedEngine(Engine):
         modules = {"encoder": model.context_encoder, "predictor": model.predictor, "target": model.target_encoder}
         parts = [modules[name.split("_")[0]] for name in self._params]
         self._gather = WeightGather(self._engine.optimizer, parts) if self._stage in (1, 2) else None
+        if self._gather:
+            _order_on_the_device(self._engine.optimizer)
         if bf16:  # the fp32 state was made from weights already rounded to bf16
             for piece in self.pieces():
                 piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
@@ -238,15 +237,12 @@ class DeepSpeedEngine(Engine):
         return tensors
 
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        autocast = self._stage == 0 and self._dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            loss: Tensor = self._engine(images, masks)
+        loss: Tensor = self._engine(images, masks)
         with record_function("backward"):
             self._engine.backward(_spoil_gradients_if_not_finite(loss))
         is_last = self._engine.is_gradient_accumulation_boundary()
-        if self._stage == 0 and is_last:
-            grads = [p.grad for p in self._model.trained_parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(grads)
+        if is_last and self._stage < 3:
+            self._grad_norm = self._norm_of_gradients()
         gathers = self._gather.launched_by_step() if self._gather and is_last else nullcontext()
         with record_function("optimizer"), gathers:
             self._engine.step()
@@ -261,10 +257,20 @@ class DeepSpeedEngine(Engine):
             self._gather.wait()
         return self._model
 
+    @torch.no_grad()
+    def _norm_of_gradients(self) -> Tensor:
+        """Of the reduced gradients. DeepSpeed's own norm is read back from the device, once per parameter group."""
+        if self._stage == 0:
+            return _norm([p.grad for p in self._model.trained_parameters() if p.grad is not None])
+        shards = self._engine.optimizer.averaged_gradients
+        trained = [index for index, group in enumerate(self.param_groups) if not group["ema_of"]]
+        square = _norm([grad for index in trained for grad in shards[index]]).square()
+        dist.all_reduce(square)
+        return square.sqrt()
+
     def _norm_of_this_step(self) -> Tensor:
-        """ZeRO knows it before it steps the optimizer: infinite if any gradient is not finite. At fp32, and at stage 3, it
-        then leaves the optimizer alone by itself."""
-        norm = self._grad_norm if self._stage == 0 else self._engine.optimizer._global_grad_norm
+        """Stage 3 knows it before it steps the optimizer: infinite, and the optimizer left alone, if it is not finite."""
+        norm = self._engine.optimizer._global_grad_norm if self._stage == 3 else self._grad_norm
         return norm if isinstance(norm, Tensor) else torch.full_like(self._grad_norm, norm)
 
     @property
@@ -314,6 +320,27 @@ class DeepSpeedEngine(Engine):
             for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
             zero.checkpoint_event_epilogue()  # and gathers them again
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """In fp32, of all elements together."""
+    return torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)).norm()
+
+
+def _order_on_the_device(zero: Any) -> None:
+    """With overlap_comm, ZeRO 1 and 2 end a backward pass by waiting until the whole GPU is idle. But all that comes next on
+    the current stream needs is the reduced gradients: so let that stream wait for the reductions, not the host."""
+    accelerator = sys.modules[type(zero).__module__].get_accelerator()
+    epilogue = zero.independent_gradient_partition_epilogue
+
+    def without_the_host() -> None:
+        accelerator.synchronize = lambda: accelerator.current_stream().wait_stream(zero.reduction_stream)
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize
+
+    zero.independent_gradient_partition_epilogue = without_the_host
 
 
 def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], path: str | Path) -> Any:

@@ -26,6 +26,9 @@ class IJEPA(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.autocast = False
+        """Set by an engine: the forward pass computes in bf16, the weights stay in fp32. Here, because DeepSpeed on a GPU
+        switches an autocast around its call of the model off."""
         self.context_encoder = VisionTransformer(config)
         self.predictor = Predictor(config)
         self.target_encoder = copy.deepcopy(self.context_encoder)
@@ -34,13 +37,14 @@ class IJEPA(nn.Module):
         """Images [B, C, H, W], uint8 or normalised floats, and the masks sampled for them -> loss, a scalar in fp32."""
         # The target after the context: its weights may still be on their way from the other ranks (fastjepa.zero_gather).
         # Before the predictor: what its layers need for a moment then lies below the predictor's activations at the peak.
-        with record_function("context encoder"):
-            context = self.context(images, masks)
-        with record_function("target encoder"):
-            features, rows = self.target_features(images, masks)
-        with record_function("predictor"):
-            predictions = self.predictor(context, masks)
-        return self.loss(predictions, features, rows)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            with record_function("context encoder"):
+                context = self.context(images, masks)
+            with record_function("target encoder"):
+                features, rows = self.target_features(images, masks)
+            with record_function("predictor"):
+                predictions = self.predictor(context, masks)
+            return self.loss(predictions, features, rows)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Args:
         groups: from `param_groups`.
-        config: betas and eps; lr, weight decay and momentum come from the schedule (`set_schedule`).
+        config: betas, eps and clip_grad; lr, weight decay and momentum come from the schedule (`set_schedule`).
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -110,6 +110,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._targets: dict[str, list[Tensor]] = {}
         self._updates: dict[str, Tensor] = {}
         self._hyper_parameters: dict[str, Tensor] = {}
+        self._clip = config.clip_grad
         self._grad_norm: Callable[[], Tensor] | None = None
 
     def bind(self, tensors: dict[str, list[Tensor]], grad_norm: Callable[[], Tensor]) -> None:
@@ -118,7 +119,8 @@ class AdamWEMA(torch.optim.Optimizer):
         Args:
             tensors: group name -> its parameters or this rank's partition of them, fp32.
             grad_norm: gives the global gradient norm of the step at hand, 0-dim, on the tensors' device. Where it is not
-                finite, `step` changes nothing, on all ranks alike.
+                finite, `step` changes nothing, on all ranks alike; where it is above clip_grad, the gradients are scaled
+                down to it as they are read.
 
         Raises:
             ValueError: a target group's tensors are not laid out as its source's.
@@ -155,17 +157,13 @@ class AdamWEMA(torch.optim.Optimizer):
             count.fill_(updates)
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
-    ) -> None:
-        """Update every group that has gradients, and the targets of those groups, unless the gradient norm is not finite.
-
-        Args:
-            grad_scale: 0-dim; the gradients are multiplied by it as they are read (clipping).
-        """
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every group that has gradients, and the targets of those groups, unless the gradient norm is not finite."""
         assert closure is None, "closures are not supported"
         assert self._grad_norm is not None, "bind comes first"
-        found_inf = (~self._grad_norm().isfinite()).float()
+        norm = self._grad_norm()
+        found_inf = (~norm.isfinite()).float()
+        grad_scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip else None
         for group in self.param_groups:
             if group["ema_of"] or all(param.grad is None for param in group["params"]):
                 continue

@@ -20,7 +20,6 @@ FILLED = {
     "train_batch_size": 12,
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 3,
-    "gradient_clipping": 0.5,
     "zero_allow_untested_optimizer": True,
 }
 
@@ -43,13 +42,30 @@ def test_every_auto_of_the_shipped_files_is_filled_in(stage: int) -> None:
     assert settings["bf16"]["enabled"] is False
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_clips_checks_and_measures_nothing_that_waits_for_the_device(stage: int) -> None:
+    """The optimizer clips and skips by a norm on the device; a timer would synchronise around every micro batch."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = small_config(optim=RUN.optim)  # of one rank
+    settings = read_ds_config(CONFIGS / f"zero{stage}.json", config, BatchSizes.share(config, 1), 1, bf16=True)
+    parsed = DeepSpeedConfig(settings)
+    assert parsed.gradient_clipping == 0
+    assert not parsed.bfloat16_config.check_grad_overflow
+    assert not parsed.timers_config.enabled
+    assert parsed.zero_config.compute_grad_norm == (stage in (0, 3))  # refused by those
+
+
 def test_what_an_empty_file_leaves_out_is_filled_in(file: Path) -> None:
     file.write_text("{}")
-    assert read(file) == {**FILLED, "zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+    bf16 = {"enabled": False, "check_grad_overflow": False}
+    never = {"gradient_clipping": 0.0, "timers": {"throughput": {"enabled": False}}}
+    assert read(file) == {**FILLED, **never, "zero_optimization": {"stage": 0}, "bf16": bf16}
 
 
 def test_values_equal_to_the_run_are_accepted(file: Path) -> None:
-    file.write_text(json.dumps({**FILLED, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
+    ours = {**FILLED, "gradient_clipping": 0.5, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    file.write_text(json.dumps(ours))
     settings = read(file, bf16=True)
     assert {key: settings[key] for key in FILLED} == FILLED
     assert settings["bf16"]["enabled"] is True
@@ -70,6 +86,14 @@ def test_a_contradiction_names_file_key_and_both_values(file: Path, key: str, th
     with pytest.raises(ConfigError) as caught:
         read(file)
     assert f"{file}: {key} = {theirs!r} contradicts {ours}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"])
+def test_what_would_wait_for_the_device_is_refused(file: Path, key: str) -> None:
+    section, name = key.split(".")
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | {section: {"stage": 2, name: True}}))
+    with pytest.raises(ConfigError, match=rf"{key} = True contradicts .* without waiting for the GPU = False"):
+        read(file)
 
 
 def test_bf16_must_agree_with_the_precision_of_the_run(file: Path) -> None:

@@ -145,12 +145,12 @@ def test_padding_stays_zero_through_a_step(model: IJEPA) -> None:
         assert not group["params"][0][totals[group["name"]] :].any(), group["name"]
 
 
-def stepped(model: IJEPA, grad_scale: float | None = None, *, group_by_group: bool = False) -> AdamWEMA:
-    """Two steps, each with other gradients and another schedule."""
+def stepped(model: IJEPA, clip_grad: float | None = None, *, group_by_group: bool = False) -> AdamWEMA:
+    """Two steps of a gradient norm of 64 (so it is said), each with other gradients and another schedule."""
     groups = param_groups(model)
     flatten_groups(groups)
-    optimizer = AdamWEMA(groups, OptimConfig())
-    optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: torch.ones(()))
+    optimizer = AdamWEMA(groups, OptimConfig(clip_grad=clip_grad))
+    optimizer.bind({group["name"]: group["params"] for group in groups}, lambda: torch.tensor(64.0))
     every = optimizer.param_groups
     for step in range(2):
         set_schedule(every, schedule_values(step))
@@ -159,7 +159,7 @@ def stepped(model: IJEPA, grad_scale: float | None = None, *, group_by_group: bo
                 group["params"][0].grad.copy_(gradient(group["params"][0], step))
         for some in [[group] for group in every] if group_by_group else [every]:
             optimizer.param_groups = some
-            optimizer.step(grad_scale=None if grad_scale is None else torch.tensor(grad_scale))
+            optimizer.step()
         optimizer.param_groups = every
     return optimizer
 
@@ -196,10 +196,10 @@ def test_each_step_uses_the_schedule_of_that_step(model: IJEPA) -> None:
             torch.testing.assert_close(ends[averages[name]], average)
 
 
-def test_gradients_are_scaled_as_they_are_read(model: IJEPA) -> None:
+def test_gradients_are_clipped_as_they_are_read(model: IJEPA) -> None:
     """Adam's update does not depend on the gradient's scale, but its moments do: powers of two are exact."""
     twin = copy.deepcopy(model)
-    plain, scaled = stepped(model), stepped(twin, 0.5)
+    plain, scaled = stepped(model), stepped(twin, clip_grad=32.0)
     for state, half in zip(plain.state.values(), scaled.state.values(), strict=True):
         assert torch.equal(half["exp_avg"], 0.5 * state["exp_avg"])
         assert torch.equal(half["exp_avg_sq"], 0.25 * state["exp_avg_sq"])
