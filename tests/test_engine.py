@@ -1,0 +1,284 @@
+"""What every engine promises in one process, on the GPU or on the CPU: DeepSpeed has one of them per process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastjepa import checkpoint, distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.checkpoint import RunState
+from fastjepa.checkpointer import Checkpointer
+from fastjepa.config import OptimConfig
+from fastjepa.engine import DeepSpeedEngine, Engine, build_engine
+from fastjepa.masks import MaskBatch
+from fastjepa.objective import build_model
+from fastjepa.optim import Schedule, set_schedule
+from tests.small import small_batch, small_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+CPU = pytest.param(
+    torch.device("cpu"),
+    marks=pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed is on the GPU here"),
+    id="cpu",
+)
+GPU = pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="gpu")
+STAGES = [pytest.param(stage, id="torch" if stage is None else f"zero{stage}") for stage in (None, 0, 1, 2, 3)]
+
+on_its_device = pytest.mark.parametrize("device", [CPU, GPU])
+by_every_engine = pytest.mark.parametrize("stage", STAGES)
+# Stage 3 waits for its reductions after each micro batch and reads the norm back: README, "What is not there yet".
+by_those_that_never_wait = pytest.mark.parametrize("stage", STAGES[:-1])
+in_both_precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one() -> Iterator[None]:
+    """DeepSpeed's process group and variables are not left to other tests."""
+    before = dict(os.environ)
+    yield
+    distributed.finish()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def engine_on(device: torch.device, stage: int | None, precision: str = "fp32", accum: int = 1) -> Engine:
+    """On one rank, with the files that are shipped; clips every step."""
+    config = small_config(precision=precision, optim=OptimConfig(warmup_epochs=0, clip_grad=0.01))
+    sizes = BatchSizes.share(config, 1)
+    if accum > 1:
+        config = small_config(precision=precision, optim=config.optim, micro_batch_size=sizes.micro // accum)
+        sizes = BatchSizes.share(config, 1)
+    ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
+    return build_engine(build_model(config), config, sizes, device, ds_config)
+
+
+def batch(engine: Engine, step: int = 0, size: int = 4) -> tuple[Tensor, MaskBatch]:
+    images, masks = small_batch(engine.model.config, size, step=step)
+    return images.to(engine.device), masks.to(engine.device)
+
+
+def losses(engine: Engine, steps: int) -> Tensor:
+    schedule = Schedule(engine.model.config.optim, steps_per_epoch=steps, total_steps=steps)
+    found = []
+    for step in range(steps):
+        set_schedule(engine.param_groups, schedule.at(step))
+        found.append(engine.micro_step(*batch(engine, step)))
+    return torch.stack(found).cpu()
+
+
+def state(engine: Engine) -> dict[str, list[Tensor]]:
+    """Weights, EMA and moments of every parameter, in the optimizer's memory."""
+    return {
+        piece.name: [piece.view(tensor) for tensor in (piece.tensor, *engine.optimizer.moments(piece.tensor).values())]
+        for piece in engine.pieces()
+    }
+
+
+def equal(mine: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> bool:
+    assert mine.keys() == theirs.keys()
+    return all(
+        torch.equal(x.cpu(), y.cpu())
+        for name, tensors in mine.items()
+        for x, y in zip(tensors, theirs[name], strict=True)
+    )
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Where the host waits for the GPU is an error. PyTorch's own guard sees what is read back, not what is waited for."""
+
+    def wait(*_: Any) -> None:
+        raise AssertionError("the host waits for the GPU")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", wait)
+        patch.setattr(torch.cuda.Stream, "synchronize", wait)
+        patch.setattr(torch.cuda.Event, "synchronize", wait)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@on_its_device
+@by_every_engine
+@in_both_precisions
+def test_losses_are_those_of_plain_torch_on_the_cpu(device: torch.device, stage: int | None, precision: str) -> None:
+    steps = 3 if device.type == "cpu" else 20  # tests.test_trajectory has more of the CPU
+    mine = losses(engine_on(device, stage, precision), steps)
+    plain = losses(engine_on(torch.device("cpu"), None), steps)
+    torch.testing.assert_close(mine, plain, rtol=1e-4 if precision == "fp32" else 3e-2, atol=0)
+
+
+@on_its_device
+@by_every_engine
+@in_both_precisions
+def test_matrix_products_are_in_the_precision_asked_for(
+    device: torch.device, stage: int | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (
+        device.type == "cpu"
+    ):  # answer as on a GPU, where DeepSpeed switches off an autocast around its call of the model
+        asked = torch.is_autocast_enabled
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=device.type: asked(device_type))
+    engine = engine_on(device, stage, precision)
+    seen: list[torch.dtype] = []
+
+    def look(_: nn.Module, __: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen.append((output if isinstance(output, Tensor) else output[0]).dtype)
+
+    for module in engine.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(look)
+    engine.micro_step(*batch(engine))
+    assert len(seen) > 3 * 8  # of context encoder, target encoder and predictor
+    assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    kept_in_bf16 = precision == "bf16" and stage in (1, 2, 3)
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16 if kept_in_bf16 else torch.float32}
+    assert {tensor.dtype for tensors in state(engine).values() for tensor in tensors} == {torch.float32}
+
+
+@on_its_device
+@by_every_engine
+@in_both_precisions
+def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, stage: int | None, precision: str) -> None:
+    engine = engine_on(device, stage, precision, accum=2)
+    (images, masks), bad = batch(engine, size=2), torch.nan
+
+    def step(*factors: float) -> None:
+        for factor in factors:
+            engine.micro_step(images * factor, masks)
+
+    step(1, 1)
+    before = {name: [x.clone() for x in tensors] for name, tensors in state(engine).items()}
+    for skipped, factors in enumerate(((bad, 1), (1, bad)), 1):
+        step(*factors)
+        assert equal(state(engine), before)
+        assert (engine.optimizer.updates, int(engine.skipped_in_a_row())) == (1, skipped)
+    step(1, 1)
+    assert not equal(state(engine), before)
+    assert (engine.optimizer.updates, int(engine.skipped_in_a_row())) == (2, 0)
+
+
+@on_its_device
+@by_every_engine
+def test_a_background_save_holds_the_state_of_its_moment_and_a_cpu_reads_it(
+    device: torch.device, stage: int | None, tmp_path: Path
+) -> None:
+    engine = engine_on(device, stage, "bf16")
+    engine.micro_step(*batch(engine))
+    expected = {name: [x.cpu().clone() for x in tensors] for name, tensors in state(engine).items()}
+    with Checkpointer(tmp_path, keep_last=1, keep_every=None, asynchronous=True) as saves:
+        saves.save(engine, RunState(1, {}, {}), last=False)
+        for step in range(3):
+            engine.micro_step(*batch(engine, step))
+    assert not equal(state(engine), expected)
+    plain = engine_on(torch.device("cpu"), None)
+    checkpoint.load(tmp_path / "step_00000001", plain)
+    assert equal(state(plain), expected)
+    checkpoint.load(tmp_path / "step_00000001", engine)
+    assert equal(state(engine), expected)
+    torch.testing.assert_close(losses(engine, 1), losses(plain, 1), rtol=3e-2, atol=0)
+
+
+@pytest.mark.gpu
+@by_those_that_never_wait
+@in_both_precisions
+def test_a_step_never_waits_for_the_host(stage: int | None, precision: str) -> None:
+    engine = engine_on(torch.device("cuda"), stage, precision, accum=2)
+    batches = [batch(engine, step, size=2) for step in range(8)]
+    batches[4] = (batches[4][0] * torch.nan, batches[4][1])  # nor does a step that is skipped
+    for micro_step, (images, masks) in enumerate(batches):
+        if micro_step < 2:  # the first step may wait: libraries set themselves up
+            engine.micro_step(images, masks)
+            continue
+        with no_waiting():
+            engine.micro_step(images, masks)
+    assert (engine.optimizer.updates, int(engine.skipped_in_a_row())) == (3, 0)
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts, by the file that asks, what a GPU's host would wait for: values read back, constants sent there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_file: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::lift_fresh"):
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename and frame.f_back:
+                frame = frame.f_back
+            self.by_file[Path(frame.f_code.co_filename).name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", [CPU])
+@by_every_engine
+@in_both_precisions
+def test_engines_read_nothing_back(device: torch.device, stage: int | None, precision: str) -> None:
+    """Model and kernels aside, which on a CPU take other paths."""
+    engine = engine_on(device, stage, precision, accum=2)
+    for step in range(2):
+        engine.micro_step(*batch(engine, step, size=2))
+    with ReadBacks() as read_backs:
+        for step in range(2):
+            engine.micro_step(*batch(engine, step, size=2))
+    assert read_backs.by_file["optim.py"] == 4  # the schedule of each group, made on the host: sent without waiting
+    ours = {"engine.py", "stage_1_and_2.py", "stage3.py", "utils.py", "zero_gather.py"} & read_backs.by_file.keys()
+    assert ours == ({"stage3.py", "utils.py"} if stage == 3 else set())
+
+
+@pytest.mark.parametrize("device", [CPU])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_does_not(
+    device: torch.device, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With streams that do nothing, on a CPU that says that it has them."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    engine = engine_on(device, stage, accum=2)
+    assert isinstance(engine, DeepSpeedEngine)
+    zero, current = engine._engine.optimizer, Stream("current")
+    accelerator = sys.modules[type(zero).__module__].get_accelerator()
+    monkeypatch.setattr(zero, "reduction_stream", Stream("reduction"))
+    monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
+    monkeypatch.setattr(accelerator, "current_stream", lambda: current)
+    monkeypatch.setattr(type(accelerator), "synchronize", lambda *_: events.append("the host waits"))
+    monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
+    release = zero._release_ipg_buffers
+
+    def gradients_were_read() -> None:
+        events.append("gradients are read")
+        release()
+
+    monkeypatch.setattr(zero, "_release_ipg_buffers", gradients_were_read)
+    for step in range(2):
+        engine.micro_step(*batch(engine, step, size=2))
+    assert "the host waits" not in events
+    reads = [index for index, event in enumerate(events) if event == "gradients are read"]
+    assert len(reads) == stage  # stage 1 reduces in the last micro batch only
+    for index in reads:
+        assert events[index - 1] == "current waits for reduction"
+        # Not only the wait that comes before a reduction is launched, for the one before it.
+        assert events[index - 2] == "current waits for reduction"
+    assert isinstance(accelerator.synchronize, type(release))  # the host may wait again, where it asks to
