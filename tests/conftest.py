@@ -1,4 +1,4 @@
-"""Shared by all tests: GPU tests are skipped, with the reason, where there is no GPU."""
+"""Shared by all tests: those of GPUs run with `pytest -m gpu` only, and from all others the GPUs are hidden."""
 
 import os
 import tempfile
@@ -42,8 +42,14 @@ def read_only_folder() -> Iterator[Path]:
             folder.chmod(0o700)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests of runs, in this process or in those that they start, are about runs on CPUs."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))

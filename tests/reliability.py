@@ -93,7 +93,7 @@ def _start(arguments: list[str]) -> list[subprocess.Popen[bytes]]:
     from benchmarks.launch import free_port
 
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "fastjepa" / "train.py"), *arguments]
     return [
         subprocess.Popen(command, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.DEVNULL)
