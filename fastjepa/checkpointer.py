@@ -8,8 +8,6 @@ import socket
 import threading
 from pathlib import Path
 
-import torch.distributed as dist
-
 from fastjepa import checkpoint, checkpoint_writer, distributed
 from fastjepa.checkpoint import GIB, RunState
 from fastjepa.checkpoint_writer import Snapshot
@@ -37,8 +35,7 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         # The thread's messages must not come between those of training: they have a group of their own.
-        several = distributed.world_size() > 1
-        self._group = dist.new_group(backend="gloo", timeout=distributed.TIMEOUT) if several else None
+        self._group = distributed.control_group("checkpoints")
 
     def __enter__(self) -> Checkpointer:
         return self

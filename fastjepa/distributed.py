@@ -24,8 +24,13 @@ from fastjepa.rendezvous import meet, seconds_to_wait
 
 T = TypeVar("T")
 
-# Long enough for the first rank to list a large data set, or for a slow disk to take a checkpoint, while the others wait.
-TIMEOUT = timedelta(hours=1)
+# Seconds: long enough for the first rank to list a large data set, or for a slow disk to take a checkpoint, while the
+# others wait.
+PATIENCE = 3600.0
+# Of the host's messages that go on beside training and must not come between its own.
+CONTROL_GROUPS = ("stop request", "checkpoints")
+
+_control_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def init(facts: Mapping[str, str] | None = None) -> torch.device:
@@ -69,17 +74,38 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(seconds=seconds),
         )
+        # Now, for a host that gloo cannot reach to be found before anything else is done, with GPUs too.
+        for name in CONTROL_GROUPS:
+            _control_groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         # Until here as patient as the rendezvous; from here on a rank may have to wait for another's disk.
-        store.set_timeout(TIMEOUT)
-        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+        store.set_timeout(timedelta(seconds=PATIENCE))
+        be_patient()
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
         raise ConfigError(
             f"rank {launch.rank} on {socket.gethostname()}: the ranks met at {launch.master_addr}:{launch.master_port}, but "
-            f"could not connect to one another ({in_short(error)}): NCCL_SOCKET_IFNAME (GPUs) or GLOO_SOCKET_IFNAME (CPU) "
-            "names the network interface to use; NCCL_DEBUG=INFO says more"
+            f"could not connect to one another ({in_short(error)}): GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME "
+            "too, names the network interface to use; NCCL_DEBUG=INFO says more"
         ) from error
+
+
+def be_patient(hang_timeout: float = 0.0) -> None:
+    """Let no message of the groups that exist give up before the watchdog, which knows whom all wait for, has spoken.
+
+    Each group has a timeout of its own, at first torch's (NCCL: 10 minutes, gloo: 30). To be called when groups were made.
+
+    Args:
+        hang_timeout: the watchdog's, in seconds.
+    """
+    timeout = timedelta(seconds=min(max(PATIENCE, 2 * hang_timeout), 1e9))  # torch counts nanoseconds, in 64 bits
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def control_group(name: str) -> dist.ProcessGroup | None:
+    """One of CONTROL_GROUPS: all ranks again, over the host. None: this process is alone."""
+    return _control_groups[name] if world_size() > 1 else None
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
@@ -103,7 +129,7 @@ def init_single_process_group() -> None:
 def let_go() -> None:
     """Give gloo's threads the time to drop the tensors of past collectives, which they hold for milliseconds longer than
     those last (24 were seen on a busy machine)."""
-    if dist.is_initialized() and dist.get_backend() == "gloo":
+    if dist.is_initialized():  # be it for NCCL: the control groups are gloo's
         time.sleep(0.2)
 
 
@@ -111,6 +137,7 @@ def finish() -> None:
     if dist.is_initialized():
         # For this they need the interpreter: once it has ended, they abort the process.
         let_go()
+        _control_groups.clear()
         dist.destroy_process_group()
 
 

@@ -346,7 +346,6 @@ def _order_on_the_device(zero: Any) -> None:
 def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], path: str | Path) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for even where a single process runs without a launcher
     import deepspeed
     import deepspeed.ops
     from pydantic import ValidationError
@@ -361,13 +360,19 @@ def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], pat
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed")
     distributed.init_single_process_group()
-    # Not always LOCAL_RANK: SLURM may show each rank only its own GPU.
-    args = argparse.Namespace(device_rank=torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    # Not always LOCAL_RANK: SLURM may show each rank only its own GPU. ZeRO 3 takes the variable for the GPU's number, and
+    # DeepSpeed asks for it even where a single process runs without a launcher.
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    args = argparse.Namespace(device_rank=gpu)
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    os.environ["LOCAL_RANK"] = str(gpu)
     try:
         engine, *_ = deepspeed.initialize(args, model=model, optimizer=optimizer, config=settings)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{path}: {error.title}: {problems}") from error
+    finally:
+        os.environ["LOCAL_RANK"] = local_rank
     return engine
 
 
@@ -397,5 +402,8 @@ def build_engine(
 ) -> Engine:
     _choose_kernels(config, device)
     if ds_config is None:
-        return TorchEngine(model, config, sizes, device)
-    return DeepSpeedEngine(model, config, sizes, device, ds_config)
+        engine: Engine = TorchEngine(model, config, sizes, device)
+    else:
+        engine = DeepSpeedEngine(model, config, sizes, device, ds_config)
+    distributed.be_patient(config.hang_timeout)  # DeepSpeed made groups of its own
+    return engine

@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,9 +95,25 @@ class RunFolder:
         Raises:
             RunFolderError: the ranks see different folders.
         """
-        here = self.checkpoints.stat().st_ino if self.checkpoints.is_dir() else None
-        if len(set(distributed.gather_objects(here))) > 1:
-            raise RunFolderError(f"output_dir = {self.path}: expected one folder that all machines of the run share")
+        # A file of a name never asked for before, so that no machine remembers that it is not there.
+        mark = self.path / f".shared_{distributed.gather_objects(secrets.token_hex(8))[0]}"
+        first = distributed.rank() == 0
+        error = None
+        try:
+            if first:
+                with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+                    mark.touch()
+        except RunFolderError as problem:
+            error = problem
+        distributed.raise_together(error)
+        seen = distributed.gather_objects(mark.exists())
+        if first:
+            mark.unlink()
+        if not all(seen):
+            raise RunFolderError(
+                f"output_dir = {self.path}: expected one folder that all machines of the run share, but rank "
+                f"{seen.index(False)} does not see there what rank 0 wrote"
+            )
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration, once it is known to fit the run that the folder holds.

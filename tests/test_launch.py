@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -20,14 +21,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
 from benchmarks.launch import free_port
-from fastjepa import checkpoint, distributed, rendezvous
+from fastjepa import checkpoint, distributed, engine, rendezvous
 from fastjepa.batch_sizes import BatchSizes
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, RunFolderError
 from fastjepa.launch import Launch, first_host, read_launch, tasks_per_node
 from fastjepa.rendezvous import Card, _contradiction, _ranks, meet
+from fastjepa.run_folder import RunFolder
 from fastjepa.train import main
 from fastjepa.watchdog import EXIT_STATUS
 from tests.reliability import Record
@@ -266,8 +269,128 @@ def test_a_network_interface_that_is_not_there_is_named(monkeypatch: pytest.Monk
     }
     for name, value in {**alone, "GLOO_SOCKET_IFNAME": "ib7"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"could not connect to one another \(.*ib7.*\): NCCL_SOCKET_IFNAME"):
+    with pytest.raises(ConfigError, match=r"could not connect to one another \(.*ib7.*\): GLOO_SOCKET_IFNAME"):
         distributed.init()
+
+
+def test_a_host_that_gloo_cannot_reach_is_found_at_once_where_nccl_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+
+    def refused(**_: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:1] no error. Connection refused to 127.0.1.1")
+
+    monkeypatch.setattr(distributed, "meet", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", refused)
+    advice = (
+        r"rank 1 on .* could not connect to one another .*: GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME too"
+    )
+    with pytest.raises(ConfigError, match=advice):
+        distributed.init()
+
+
+def test_no_message_gives_up_before_the_watchdog(tmp_path: Path) -> None:
+    """In whichever group, DeepSpeed's too."""
+    look = """
+import torch.distributed as dist
+def micro_step(*_):
+    groups = dist.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    print("timeouts", *(each.options._timeout.total_seconds() for each in backends), file=sys.stderr, flush=True)
+    os._exit(0)
+engine.DeepSpeedEngine.micro_step = micro_step
+"""
+    zero = ["--ds_config", str(ROOT / "configs" / "zero2.json")]
+    arguments = [*zero, "--config", write_recipe(tmp_path), "hang_timeout=5000", f"output_dir={tmp_path}/run"]
+    for status, message in ended(start(look, arguments, world=2)):
+        assert status == 0, message
+        (line,) = re.findall("^timeouts (.*)", message, re.MULTILINE)
+        timeouts = [float(each) for each in line.split()]
+        assert len(timeouts) > 3, "DeepSpeed made no group"
+        assert set(timeouts) == {10000.0}
+
+
+def test_a_watchdog_that_never_barks_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch could not hold twice its seconds."""
+    ranks = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    distributed.init()
+    try:
+        distributed.be_patient(1e12)
+        dist.all_reduce(torch.ones(1))
+    finally:
+        distributed.finish()
+
+
+def test_the_threads_of_the_control_groups_are_let_go_of_where_nccl_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    distributed.let_go()
+    assert slept
+
+
+def test_zero_3_takes_the_only_gpu_that_slurm_shows_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(distributed, "init_single_process_group", lambda: None)
+    monkeypatch.setattr(deepspeed, "initialize", lambda *_, **__: [os.environ["LOCAL_RANK"]])
+    assert engine._initialize(None, None, {}, "zero3.json") == "0"  # type: ignore[arg-type]
+    assert os.environ["LOCAL_RANK"] == "3"
+
+
+def test_folders_of_one_name_and_inode_number_that_the_ranks_do_not_share_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two machines, whose ranks are threads here."""
+    turn, said, this = threading.Barrier(2, timeout=50), ["", ""], threading.local()
+
+    def gather_objects(value: object) -> list[object]:
+        said_by: list[object] = said  # type: ignore[assignment]
+        said_by[this.rank] = value
+        turn.wait()
+        values = list(said_by)
+        turn.wait()
+        return values
+
+    monkeypatch.setattr(distributed, "gather_objects", gather_objects)
+    monkeypatch.setattr(distributed, "rank", lambda: this.rank)
+
+    def numbered_alike(path: Path, **_: object) -> os.stat_result:
+        mode, _inode, *others = os.stat(path)  # noqa: PTH116  # Path's is this one
+        return os.stat_result((mode, 7, *others))
+
+    def check(rank: int, path: Path) -> str:
+        this.rank = rank
+        folder = RunFolder(path)
+        folder.create()
+        try:
+            folder.check_shared()
+        except RunFolderError as error:
+            return str(error)
+        return "shared"
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert [*ranks.map(check, range(2), [tmp_path / "a"] * 2)] == ["shared"] * 2
+        monkeypatch.setattr(Path, "stat", numbered_alike)
+        told = [*ranks.map(check, range(2), [tmp_path / "a", tmp_path / "b"])]
+    assert all("but rank 1 does not see there what rank 0 wrote" in each for each in told), told
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*/.*"))
 
 
 @pytest.mark.parametrize(("local_rank", "gpus", "expected"), [(1, 4, 1), (3, 1, 0), (5, 4, 1)])
@@ -432,6 +555,10 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_runs_that_tests_start_see_no_gpu() -> None:
+    assert run(["-c", "import os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"]).stdout == "''\n"
 
 
 def needs_two_gpus() -> None:
