@@ -324,12 +324,14 @@ def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
 def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path, record: Record) -> None:
     launch("tests.worker_skipped", 2, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {name.split()[0] for name in results} == {"torch", "zero0", "zero1", "zero2", "zero3"}
+    engines = ("torch", "zero0", "zero1", "zero2", "zero3")
+    assert list(results) == [f"{name} {precision}" for name in engines for precision in ("fp32", "bf16")]
+    # After each of the four steps, of which the second and third are bad: updates, and steps skipped in a row.
+    expected = {"counts": [[1, 0], [1, 1], [1, 2], [2, 0]], "changed": [False, False, True]}
     for name, ranks in results.items():
-        # Updates after step 1, and after the bad step 2; steps skipped in a row, after step 3.
-        assert ranks == [[1, 1, 0]] * 2, name
+        assert ranks == [expected] * 2, name
     record(
-        f"a loss of NaN on one rank of two; {', '.join(results)}; fp32, bf16",
+        f"a loss of NaN in one micro batch of two on one rank of two; {', '.join(engines)}; fp32, bf16",
         "weights, moments and EMA of both ranks unchanged by the step, to the last bit",
         "the step",
     )
