@@ -52,29 +52,27 @@ def group_of_one() -> Iterator[None]:
     os.environ.update(before)
 
 
-def engine_on(device: torch.device, stage: int | None, precision: str = "fp32", accum: int = 1) -> Engine:
-    """On one rank, with the files that are shipped; clips every step."""
-    config = small_config(precision=precision, optim=OptimConfig(warmup_epochs=0, clip_grad=0.01))
-    sizes = BatchSizes.share(config, 1)
-    if accum > 1:
-        config = small_config(precision=precision, optim=config.optim, micro_batch_size=sizes.micro // accum)
-        sizes = BatchSizes.share(config, 1)
+def engine_on(device: torch.device, stage: int | None, precision: str = "fp32") -> Engine:
+    """On one rank, with the files that are shipped; a step is two micro batches, and is clipped."""
+    optim = OptimConfig(warmup_epochs=0, clip_grad=0.01)
+    config = small_config(precision=precision, optim=optim, global_batch_size=4, micro_batch_size=2)
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
-    return build_engine(build_model(config), config, sizes, device, ds_config)
+    return build_engine(build_model(config), config, BatchSizes.share(config, 1), device, ds_config)
 
 
-def batch(engine: Engine, step: int = 0, size: int = 4) -> tuple[Tensor, MaskBatch]:
-    images, masks = small_batch(engine.model.config, size, step=step)
+def batch(engine: Engine, number: int = 0) -> tuple[Tensor, MaskBatch]:
+    images, masks = small_batch(engine.model.config, 2, step=number)
     return images.to(engine.device), masks.to(engine.device)
 
 
-def losses(engine: Engine, steps: int) -> Tensor:
+def train(engine: Engine, steps: int) -> Tensor:
+    """The losses of the micro batches."""
     schedule = Schedule(engine.model.config.optim, steps_per_epoch=steps, total_steps=steps)
-    found = []
+    losses = []
     for step in range(steps):
         set_schedule(engine.param_groups, schedule.at(step))
-        found.append(engine.micro_step(*batch(engine, step)))
-    return torch.stack(found).cpu()
+        losses += [engine.micro_step(*batch(engine, number)) for number in (2 * step, 2 * step + 1)]
+    return torch.stack(losses).cpu()
 
 
 def state(engine: Engine) -> dict[str, list[Tensor]]:
@@ -117,8 +115,8 @@ def no_waiting() -> Iterator[None]:
 @in_both_precisions
 def test_losses_are_those_of_plain_torch_on_the_cpu(device: torch.device, stage: int | None, precision: str) -> None:
     steps = 3 if device.type == "cpu" else 20  # tests.test_trajectory has more of the CPU
-    mine = losses(engine_on(device, stage, precision), steps)
-    plain = losses(engine_on(torch.device("cpu"), None), steps)
+    mine = train(engine_on(device, stage, precision), steps)
+    plain = train(engine_on(torch.device("cpu"), None), steps)
     torch.testing.assert_close(mine, plain, rtol=1e-4 if precision == "fp32" else 3e-2, atol=0)
 
 
@@ -154,8 +152,8 @@ def test_matrix_products_are_in_the_precision_asked_for(
 @by_every_engine
 @in_both_precisions
 def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, stage: int | None, precision: str) -> None:
-    engine = engine_on(device, stage, precision, accum=2)
-    (images, masks), bad = batch(engine, size=2), torch.nan
+    engine = engine_on(device, stage, precision)
+    (images, masks), bad = batch(engine), torch.nan
 
     def step(*factors: float) -> None:
         for factor in factors:
@@ -178,27 +176,26 @@ def test_a_background_save_holds_the_state_of_its_moment_and_a_cpu_reads_it(
     device: torch.device, stage: int | None, tmp_path: Path
 ) -> None:
     engine = engine_on(device, stage, "bf16")
-    engine.micro_step(*batch(engine))
+    train(engine, 1)
     expected = {name: [x.cpu().clone() for x in tensors] for name, tensors in state(engine).items()}
     with Checkpointer(tmp_path, keep_last=1, keep_every=None, asynchronous=True) as saves:
         saves.save(engine, RunState(1, {}, {}), last=False)
-        for step in range(3):
-            engine.micro_step(*batch(engine, step))
+        train(engine, 3)
     assert not equal(state(engine), expected)
     plain = engine_on(torch.device("cpu"), None)
     checkpoint.load(tmp_path / "step_00000001", plain)
     assert equal(state(plain), expected)
     checkpoint.load(tmp_path / "step_00000001", engine)
     assert equal(state(engine), expected)
-    torch.testing.assert_close(losses(engine, 1), losses(plain, 1), rtol=3e-2, atol=0)
+    torch.testing.assert_close(train(engine, 1), train(plain, 1), rtol=3e-2, atol=0)
 
 
 @pytest.mark.gpu
 @by_those_that_never_wait
 @in_both_precisions
 def test_a_step_never_waits_for_the_host(stage: int | None, precision: str) -> None:
-    engine = engine_on(torch.device("cuda"), stage, precision, accum=2)
-    batches = [batch(engine, step, size=2) for step in range(8)]
+    engine = engine_on(torch.device("cuda"), stage, precision)
+    batches = [batch(engine, number) for number in range(8)]
     batches[4] = (batches[4][0] * torch.nan, batches[4][1])  # nor does a step that is skipped
     for micro_step, (images, masks) in enumerate(batches):
         if micro_step < 2:  # the first step may wait: libraries set themselves up
@@ -230,12 +227,12 @@ class ReadBacks(TorchDispatchMode):
 @in_both_precisions
 def test_engines_read_nothing_back(device: torch.device, stage: int | None, precision: str) -> None:
     """Model and kernels aside, which on a CPU take other paths."""
-    engine = engine_on(device, stage, precision, accum=2)
-    for step in range(2):
-        engine.micro_step(*batch(engine, step, size=2))
+    engine = engine_on(device, stage, precision)
+    for _ in range(2):
+        engine.micro_step(*batch(engine))
     with ReadBacks() as read_backs:
-        for step in range(2):
-            engine.micro_step(*batch(engine, step, size=2))
+        for _ in range(2):
+            engine.micro_step(*batch(engine))
     assert read_backs.by_file["optim.py"] == 4  # the schedule of each group, made on the host: sent without waiting
     ours = {"engine.py", "stage_1_and_2.py", "stage3.py", "utils.py", "zero_gather.py"} & read_backs.by_file.keys()
     assert ours == ({"stage3.py", "utils.py"} if stage == 3 else set())
@@ -256,7 +253,7 @@ def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_
         def wait_stream(self, other: Stream) -> None:
             events.append(f"{self.name} waits for {other.name}")
 
-    engine = engine_on(device, stage, accum=2)
+    engine = engine_on(device, stage)
     assert isinstance(engine, DeepSpeedEngine)
     zero, current = engine._engine.optimizer, Stream("current")
     accelerator = sys.modules[type(zero).__module__].get_accelerator()
@@ -272,8 +269,8 @@ def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_
         release()
 
     monkeypatch.setattr(zero, "_release_ipg_buffers", gradients_were_read)
-    for step in range(2):
-        engine.micro_step(*batch(engine, step, size=2))
+    for _ in range(2):
+        engine.micro_step(*batch(engine))
     assert "the host waits" not in events
     reads = [index for index, event in enumerate(events) if event == "gradients are read"]
     assert len(reads) == stage  # stage 1 reduces in the last micro batch only
