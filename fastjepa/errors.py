@@ -12,6 +12,11 @@ class FastjepaError(Exception):
     exit_status = 2
 
 
+def described(error: BaseException) -> str:
+    """What went wrong, for a message: of errors that do not say it by themselves, the type too."""
+    return str(error) if isinstance(error, FastjepaError | OSError) else f"{type(error).__name__}: {error}"
+
+
 class ConfigError(FastjepaError, ValueError):
     """A setting cannot work; the message names it, its value and what was expected."""
 

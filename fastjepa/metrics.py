@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from tqdm import tqdm
 
 from fastjepa import distributed
 from fastjepa.data import Seconds
+from fastjepa.errors import described
 from fastjepa.run_folder import writing
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -90,7 +95,8 @@ def peak_memory(device: torch.device) -> int:
 class MetricsFile:
     """metrics.jsonl: one JSON object per line, flushed as it is written.
 
-    A run that resumes at step `first_step` drops the lines of later steps, which it is about to write again.
+    A run that resumes at step `first_step` drops the lines of later steps, which it is about to write again, and those that
+    are damaged, which is logged.
 
     Raises:
         RunFolderError: the file cannot be written (disk full, no permission).
@@ -98,10 +104,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
         temporary = path.with_name(f".{path.name}.tmp")
         with writing(str(self._path), "Checkpoints are intact"):
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(line + b"\n" for line in _lines_up_to(first_step, path)))
             temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
@@ -114,11 +119,15 @@ class MetricsFile:
         self._file.close()
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of a run that may have been killed while writing the last one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line.endswith("}")]
+def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:
+    """Of a run that may have been killed while writing the last line, or whose disk lost some."""
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(complete, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: line %d is damaged and left out (%s)", path, number, described(error))
 
 
 class Progress:

@@ -58,6 +58,18 @@ def test_a_half_written_last_line_is_dropped(path: Path, half: str) -> None:
     assert steps(path) == [2, 6]
 
 
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 3, "lo\0\0', b'{"step": 3, "name": "\xff"}', b'{"loss": 3}', b"3", b'{"step": null}', b""]
+)
+def test_a_damaged_line_is_named_and_costs_no_other(
+    path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_bytes(b'{"step": 2}\n' + damaged + b'\n{"step": 4}\n')
+    write(path, 4, {"step": 6})
+    assert steps(path) == [2, 4, 6]
+    assert f"{path}: line 2 is damaged and left out (" in caplog.text
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that cannot be written")
 def test_a_full_disk_is_reported_with_the_file_name(path: Path) -> None:
     metrics = MetricsFile(path, 0)
