@@ -339,6 +339,7 @@ def run_cell(cell: Cell, reference: Trajectory, steps: int, folder: Path) -> Row
         wrong += wrong_weights(engine, state)
     errors, bounds = relative_errors(state, reference.state), allowed(cell, reference)
     ranks = distributed.gather_objects((own_error, wrong))
+    engine.close()
     return Row(
         cell,
         max(error for name, error in errors.items() if not name.startswith("target_encoder")),
@@ -362,7 +363,7 @@ def run_rank(folder: Path) -> None:
     }
     for cell in mine:
         row = run_cell(cell, references[cell.clip], steps, folder)
-        gc.collect()  # a DeepSpeed engine holds itself by its hooks
+        gc.collect()
         if distributed.rank() == 0:
             with (folder / "rows.jsonl").open("a") as file:
                 file.write(json.dumps(row.as_dict()) + "\n")

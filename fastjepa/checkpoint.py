@@ -89,6 +89,14 @@ def latest(folder: Path) -> Path | None:
     return replaced if replaced.exists() and not newest.exists() else newest
 
 
+def latest_for_message(folder: Path) -> str:
+    """The newest complete checkpoint below `folder`, "none", or why it is not known."""
+    try:
+        return str(latest(folder) or "none")
+    except CheckpointError as error:
+        return f"unknown ({error})"
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
@@ -280,8 +288,7 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
         DamagedCheckpointError: the checkpoint is incomplete or not as it was written. The engine is as it was.
         CheckpointError: it is of another model or format. The engine is as it was.
     """
-    error: CheckpointError | None = None
-    try:
+    with distributed.together():
         index = read_index(checkpoint)
         names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
         check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
@@ -293,11 +300,9 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
             for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items()
             for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
         ]
-    except CheckpointError as problem:
-        error = problem
-    distributed.raise_together(error)
-    for out, stored in parts:
-        out.copy_(stored())
+    with distributed.together():
+        for out, stored in parts:
+            out.copy_(stored())
     engine.optimizer.updates = index["updates"]
     engine.publish_weights()
     return RunState(index["step"], index["config"], index["dataset"])

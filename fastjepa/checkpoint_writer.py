@@ -12,19 +12,18 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
 from fastjepa.checkpoint import FORMAT, GIB, INDEX, LATEST, MODEL, SUMS, Reader, RunState, set_aside, sha256
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError
+from fastjepa.errors import CheckpointError, described
 
 SPACE_MARGIN = 1.05
 
@@ -41,20 +40,47 @@ class Snapshot:
     """Flat fp32 tensors, by their names in the shard; none where another rank writes the same."""
     pieces: list[tuple[int, str, int, int, int]]
     """Number of the tensor, parameter, its first element there, elements, first element in the tensor."""
+    arrived: torch.cuda.Event | None = None
+    """Of a copy that is still on its way from the GPU: then the tensors can be read."""
 
     @classmethod
-    @torch.no_grad()
-    def of(cls, engine: Engine, state: RunState, *, copy: bool) -> Snapshot:
-        """The engine's state now. With `copy`, in host memory of its own, so that training may go on."""
+    def of(cls, engine: Engine, state: RunState) -> Snapshot:
+        """The engine's state now, in the engine's memory."""
         distinct = {id(piece.tensor): piece.tensor for piece in engine.pieces()} if engine.writes_state else {}
         numbers = {identity: number for number, identity in enumerate(distinct)}
         tensors = {}
         for number, tensor in enumerate(distinct.values()):
             for kind, values in {"weight": tensor, **engine.optimizer.moments(tensor)}.items():
-                flat = values.detach().view(-1)
-                tensors[f"{number}.{kind}"] = flat.to("cpu", copy=True) if copy else flat
+                tensors[f"{number}.{kind}"] = values.detach().view(-1)
         pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces() if numbers]
         return cls(state, engine.optimizer.updates, engine.parameter_shapes(), tensors, pieces)
+
+    def copied(self, pinned: dict[str, Tensor]) -> Snapshot:
+        """The same in host memory of its own, so that training may go on.
+
+        The host does not wait for a GPU's tensors: they arrive in the order of the current stream, before what is queued
+        there next, such as the step after, can change them.
+
+        Args:
+            pinned: page-locked memory for them, by name, which is added to: it is slow to get, so keep it for the next copy.
+        """
+        tensors, arrived = {}, None
+        for name, tensor in self.tensors.items():
+            if not tensor.is_cuda:
+                tensors[name] = tensor.clone()
+                continue
+            if name not in pinned:
+                pinned[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            tensors[name] = pinned[name].copy_(tensor, non_blocking=True)
+            arrived = torch.cuda.Event(blocking=True)
+        if arrived is not None:
+            arrived.record()
+        return replace(self, tensors=tensors, arrived=arrived)
+
+    def bytes_to_copy(self, pinned: dict[str, Tensor]) -> int:
+        """Host memory that `copied` takes besides `pinned`. Page-locked, PyTorch takes powers of two."""
+        new = {name: tensor for name, tensor in self.tensors.items() if name not in pinned}
+        return sum(1 << (x.nbytes - 1).bit_length() if x.is_cuda else x.nbytes for x in new.values())
 
     @property
     def bytes(self) -> int:
@@ -67,7 +93,7 @@ class Snapshot:
 
 def save(folder: Path, engine: Engine, state: RunState) -> Path:
     """Write a checkpoint of the engine's state now; see `write`."""
-    return write(folder, Snapshot.of(engine, state, copy=False))
+    return write(folder, Snapshot.of(engine, state))
 
 
 def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
@@ -85,17 +111,19 @@ def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -
 
     def together(action: Callable[[], Any]) -> Any:
         """`action` on every rank that has one; its failure anywhere is raised everywhere."""
-        result = error = None
+        result = error = cause = None
         try:
             result = action()
-        except (OSError, SafetensorError, CheckpointError) as problem:
-            error = str(problem)
+        except Exception as problem:  # noqa: BLE001  # of any kind: the other ranks wait
+            error, cause = described(problem), problem
         errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error, group)) if e is not None}
         if errors:
             if rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             details = "; ".join(f"rank {rank}: {e}" for rank, e in errors.items())
-            raise CheckpointError(f"could not write checkpoint {final}: {details}. Older checkpoints are intact")
+            raise CheckpointError(
+                f"could not write checkpoint {final}: {details}. Older checkpoints are intact"
+            ) from cause
         return result
 
     total = sum(distributed.gather_objects(snapshot.bytes, group)) + snapshot.model_bytes
@@ -121,6 +149,8 @@ def _prepare(folder: Path, temporary: Path, total_bytes: int) -> None:
 
 
 def _write_shard(path: Path, snapshot: Snapshot) -> dict[str, Any]:
+    if snapshot.arrived is not None:
+        snapshot.arrived.synchronize()
     shapes = {name: list(tensor.shape) for name, tensor in snapshot.tensors.items()}
     digest = _write_tensors(path, shapes, snapshot.tensors.values(), {})
     return {"file": path.name, "bytes": path.stat().st_size, "pieces": snapshot.pieces, "sha256": digest}

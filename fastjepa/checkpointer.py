@@ -8,6 +8,8 @@ import socket
 import threading
 from pathlib import Path
 
+from torch import Tensor
+
 from fastjepa import checkpoint, checkpoint_writer, distributed
 from fastjepa.checkpoint import GIB, RunState
 from fastjepa.checkpoint_writer import Snapshot
@@ -34,6 +36,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._pinned: dict[str, Tensor] = {}
         # The thread's messages must not come between those of training: they have a group of their own.
         self._group = distributed.control_group("checkpoints")
 
@@ -58,9 +61,10 @@ class Checkpointer:
             CheckpointError: the last one could not be written.
         """
         self.wait()
-        in_background = not last and self._asynchronous and self._fits(Snapshot.of(engine, state, copy=False).bytes)
-        snapshot = Snapshot.of(engine, state, copy=in_background)
-        if in_background:
+        snapshot = Snapshot.of(engine, state)
+        if not last and self._asynchronous and self._fits(snapshot.bytes_to_copy(self._pinned)):
+            with distributed.together(self._group):  # not in the default one: on GPUs that would wait for the copies
+                snapshot = snapshot.copied(self._pinned)
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()
             return
@@ -84,8 +88,8 @@ class Checkpointer:
 
     def _log(self, error: CheckpointError) -> None:
         if distributed.rank() == 0:
-            newest = checkpoint.latest(self._folder)
-            logger.error("%s: newest is %s. The run goes on and saves again later", error, newest or "none")
+            newest = checkpoint.latest_for_message(self._folder)
+            logger.error("%s: newest is %s. The run goes on and saves again later", error, newest)
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
@@ -97,7 +101,12 @@ class Checkpointer:
             self._error = error
 
     def _delete_old(self, newest: Path) -> None:
-        for path in checkpoint.newest_first(newest.parent)[self._keep_last :]:
+        try:
+            old = checkpoint.newest_first(newest.parent)[self._keep_last :]
+        except (OSError, CheckpointError) as error:
+            logger.warning("older checkpoints than %s are kept: %s", newest, error)
+            return
+        for path in old:
             step = checkpoint.step_of(path)
             assert step is not None
             if self._keep_every is None or step % self._keep_every:
@@ -127,19 +136,42 @@ class Checkpointer:
         return True
 
 
-def _free_memory() -> int:
-    """Bytes of host memory that can still be had: what the machine has, or the control group's limit leaves."""
+# Of both versions of control groups: the controller's name, where it is mounted, and its files of the limit and of what is
+# used, of which the pages in memory.stat that are cached files make room.
+_CONTROL_GROUPS = (
+    ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _free_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that can still be had: what the machine has, or the limits of its control groups leave."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    group = Path("/sys/fs/cgroup")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     try:
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        names = path.strip("/").split("/")
+        for controller, mount, *files in _CONTROL_GROUPS:
+            if controller in controllers.split(","):
+                # A scheduler limits the group of a job, above that of the process. In a container the names may be those
+                # outside, and lead nowhere, while the container's own limit is where its groups are mounted.
+                groups = [root.joinpath(mount, *names[:depth]) for depth in range(len(names) + 1)]
+                free = min(free, *(_left(group, *files) for group in groups))
+    return free
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> int:
+    """What the limit of one group leaves; without a limit, more than there is."""
+    try:
+        most, now = ((group / name).read_text(encoding="ascii").strip() for name in (limit, used))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except OSError:  # no control group
-        return free
-    if limit == "max":
-        return free
-    return min(free, int(limit) - int(used) + int(stat.get("inactive_file", "0")))  # cached files make room
+    except OSError:  # no such group, or the topmost, which has none
+        return 2**63
+    return 2**63 if most == "max" else int(most) - int(now) + int(stat.get(cached, "0"))

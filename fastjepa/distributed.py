@@ -9,7 +9,8 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from fastjepa.errors import ConfigError, FastjepaError
+from fastjepa.errors import ConfigError, FastjepaError, described
 from fastjepa.launch import Launch, read_launch
 from fastjepa.rendezvous import meet, seconds_to_wait
 
@@ -149,14 +150,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def raise_together(error: FastjepaError | None) -> None:
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """If ranks have errors, raise that of the first of them on all, so that none waits for one that has given up.
 
-    Also a barrier: no rank returns before all have called.
+    Other ranks get it as a FastjepaError, of its type if it is one. Also a barrier: no rank returns before all have called.
     """
-    for number, first in enumerate(gather_objects(error)):
+    known = FastjepaError(described(error)) if error and not isinstance(error, FastjepaError) else error
+    for number, first in enumerate(gather_objects(known, group)):
         if first is not None:  # one error for all: what is done about it may depend on its type
-            raise first if number == rank() else type(first)(f"rank {number}: {first}")
+            raise error if error and number == rank() else type(first)(f"rank {number}: {first}")
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """All ranks do what is within, which has no collectives, or none goes on: an error on one is raised on all."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as problem:  # noqa: BLE001  # raised below
+        error = problem
+    raise_together(error, group)
 
 
 def sum_over_ranks(values: Tensor) -> list[float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import gc
 import logging
 import os
 import sys
@@ -110,6 +112,10 @@ class Engine(ABC):
     def publish_weights(self) -> None:
         """After the fp32 state was written to: bring the model's weights on all ranks up to date with it."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """The last call, by all ranks. After it `del` of engine and model and `gc.collect()` free their memory."""
+
 
 def _spoil_gradients_if_not_finite(loss: Tensor) -> Tensor:
     """The loss, whose gradients are all NaN if it is not finite itself, and unchanged to the last bit otherwise.
@@ -186,6 +192,9 @@ class TorchEngine(Engine):
 
     def publish_weights(self) -> None:
         pass  # the model's weights are views of the state
+
+    def close(self) -> None:
+        pass  # nothing else refers to it
 
 
 class DeepSpeedEngine(Engine):
@@ -321,6 +330,18 @@ class DeepSpeedEngine(Engine):
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
             zero.checkpoint_event_epilogue()  # and gathers them again
 
+    def close(self) -> None:
+        if self._gather:
+            self._gather.wait()
+        self._engine.destroy()
+        # At stage 3 DeepSpeed never lets go: the model stays on its list of the modules that compute, and methods that
+        # cache their results hold what they were called on.
+        stack = getattr(sys.modules.get("deepspeed.runtime.zero.parameter_offload"), "FWD_MODULE_STACK", [])
+        stack[:] = [module for module in stack if module is not self._model]
+        for cached in gc.get_objects():
+            if type(cached) is functools._lru_cache_wrapper and cached.__module__.startswith("deepspeed."):
+                cached.cache_clear()
+
 
 def _norm(grads: list[Tensor]) -> Tensor:
     """In fp32, of all elements together."""
@@ -400,7 +421,8 @@ def _choose_kernels(config: Config, device: torch.device) -> None:
 def build_engine(
     model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path | None
 ) -> Engine:
-    _choose_kernels(config, device)
+    with distributed.together():
+        _choose_kernels(config, device)
     if ds_config is None:
         engine: Engine = TorchEngine(model, config, sizes, device)
     else:

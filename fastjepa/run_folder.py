@@ -98,14 +98,9 @@ class RunFolder:
         # A file of a name never asked for before, so that no machine remembers that it is not there.
         mark = self.path / f".shared_{distributed.gather_objects(secrets.token_hex(8))[0]}"
         first = distributed.rank() == 0
-        error = None
-        try:
+        with distributed.together(), writing(f"output_dir = {self.path}", "Choose another output_dir"):
             if first:
-                with writing(f"output_dir = {self.path}", "Choose another output_dir"):
-                    mark.touch()
-        except RunFolderError as problem:
-            error = problem
-        distributed.raise_together(error)
+                mark.touch()
         seen = distributed.gather_objects(mark.exists())
         if first:
             mark.unlink()

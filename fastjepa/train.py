@@ -18,6 +18,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import traceback
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ def resolve_config(args: argparse.Namespace) -> Config:
 def train(config: Config, ds_config: str | None, stop_request: StopRequest, held: contextlib.ExitStack) -> None:
     """One run, from the data to the evaluation. `held` is given what the run holds to its end: its folder's lock."""
     # Imported here: --help, --print_config and a mistake in the configuration need none of this.
+    import torch
+
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.data import open_dataset
     from fastjepa.engine import build_engine
@@ -77,8 +80,7 @@ def train(config: Config, ds_config: str | None, stop_request: StopRequest, held
         logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
-    error: FastjepaError | None = None
-    try:
+    with distributed.together():
         if first:
             folder.create()
             held.enter_context(folder.locked())
@@ -87,15 +89,13 @@ def train(config: Config, ds_config: str | None, stop_request: StopRequest, held
             open_dataset(config.data, "train")
             if config.evaluate:
                 open_dataset(config.data, "val")
-    except FastjepaError as problem:
-        error = problem
-    distributed.raise_together(error)
     folder.check_shared()
-    dataset = open_dataset(config.data, "train")
+    with distributed.together():
+        dataset = open_dataset(config.data, "train")
+        model = build_model(config)
     assert dataset is not None
     if len(set(distributed.gather_objects(dataset.fingerprint))) > 1:
         raise DataError(f"data.source = {config.data.source}: the machines of the run see different images there")
-    model = build_model(config)
     if first:
         trained = sum(p.numel() for p in model.trained_parameters()) / 1e6
         logger.info(
@@ -110,13 +110,17 @@ def train(config: Config, ds_config: str | None, stop_request: StopRequest, held
         )
     engine = build_engine(model, config, sizes, device, ds_config)
     trainer = Trainer(config, dataset, engine, sizes, folder)
-    if first:
-        # Only now: a run that is refused leaves the earlier run's file alone.
-        folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
+    with distributed.together():
+        if first:
+            # Only now: a run that is refused leaves the earlier run's file alone.
+            folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
     trainer.run(stop_request)
     # The other ranks need not wait for the evaluation, nor the memory of training be held.
+    engine.close()
     distributed.finish()
     del trainer, engine, model
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
     if first and config.evaluate:
         try:
             evaluate_run(folder, device)

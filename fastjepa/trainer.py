@@ -81,7 +81,8 @@ class Trainer:
             return
         config, engine = self.config, self.engine
         meter = Meter(engine.device)
-        metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
+        with distributed.together():
+            metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
         with (
@@ -140,19 +141,20 @@ class Trainer:
             metrics.close()
 
     def _loader(self) -> Loader:
-        return Loader(
-            self.dataset,
-            self.config,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            micro_batch_size=self.sizes.micro,
-            grad_accum_steps=self.sizes.accum,
-            steps_per_epoch=self.steps_per_epoch,
-            start_step=self.start_step,
-            total_steps=self.total_steps,
-            device=self.engine.device,
-            bad_samples_file=self.folder.bad_samples,
-        )
+        with distributed.together():
+            return Loader(
+                self.dataset,
+                self.config,
+                rank=distributed.rank(),
+                world_size=distributed.world_size(),
+                micro_batch_size=self.sizes.micro,
+                grad_accum_steps=self.sizes.accum,
+                steps_per_epoch=self.steps_per_epoch,
+                start_step=self.start_step,
+                total_steps=self.total_steps,
+                device=self.engine.device,
+                bad_samples_file=self.folder.bad_samples,
+            )
 
     @staticmethod
     def _next(batches: Iterator[Batch], meter: Meter) -> Batch:
@@ -206,9 +208,9 @@ class Trainer:
         return Watchdog(self.folder.heartbeats, self.config.hang_timeout)
 
     def _not_finite(self, what: str) -> TrainingError:
-        newest = checkpoint.latest(self.folder.checkpoints)
+        newest = checkpoint.latest_for_message(self.folder.checkpoints)
         return TrainingError(
-            f"{what}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. Newest checkpoint: {newest or 'none'}"
+            f"{what}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. Newest checkpoint: {newest}"
         )
 
     def _save(self, step: int, *, last: bool) -> None:
@@ -223,14 +225,8 @@ class Trainer:
     def _resume(self) -> int:
         """Load the checkpoint to continue from, if any, and return the number of steps done."""
         # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
-        sources: list[Path] = []
-        error: CheckpointError | None = None
-        if self.is_first_rank:
-            try:
-                sources = self._checkpoints_to_resume()
-            except CheckpointError as problem:
-                error = problem
-        distributed.raise_together(error)
+        with distributed.together():
+            sources = self._checkpoints_to_resume() if self.is_first_rank else []
         sources = distributed.gather_objects(sources)[0]
         if not sources:
             return 0
@@ -256,10 +252,10 @@ class Trainer:
             logger.info("resuming from %s", source)
             for change in changes:
                 logger.warning("resuming with another setting: %s", change)
-            if state.dataset["fingerprint"] != self.dataset.fingerprint:
+            if state.dataset.get("fingerprint") != self.dataset.fingerprint:
                 logger.warning(
                     "resuming on other data: the checkpoint saw %d images, now there are %d of other names",
-                    state.dataset["images"],
+                    state.dataset.get("images", 0),
                     len(self.dataset),
                 )
         return state.step

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa import distributed
+from fastjepa.run_folder import writing
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,10 @@ class Watchdog:
         self._rank, self._world = distributed.rank(), distributed.world_size()
         self._progress, self._where = 0, "starting"
         self._closed = threading.Event()
-        if self._rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-        distributed.raise_together(None)
+        with distributed.together(), writing(str(folder), "Choose another output_dir"):
+            if self._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._watch, name="fastjepa-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
+from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.checkpointer import Checkpointer
 from fastjepa.config import OptimConfig
 from fastjepa.engine import DeepSpeedEngine, Engine, build_engine
@@ -188,6 +189,34 @@ def test_a_background_save_holds_the_state_of_its_moment_and_a_cpu_reads_it(
     checkpoint.load(tmp_path / "step_00000001", engine)
     assert equal(state(engine), expected)
     torch.testing.assert_close(train(engine, 1), train(plain, 1), rtol=3e-2, atol=0)
+
+
+@pytest.mark.gpu
+@by_those_that_never_wait
+def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(stage: int | None) -> None:
+    engine = engine_on(torch.device("cuda"), stage, "bf16")
+    images, masks = batch(engine)
+    engine.micro_step(images, masks)
+    snapshot = Snapshot.of(engine, RunState(1, {}, {}))
+    pinned: dict[str, Tensor] = {}
+    assert snapshot.bytes_to_copy(pinned) >= snapshot.bytes
+    snapshot.copied(pinned)
+    memory = {name: tensor.data_ptr() for name, tensor in pinned.items()}
+    assert memory.keys() == snapshot.tensors.keys()
+    assert snapshot.bytes_to_copy(pinned) == 0
+    before = {name: tensor.cpu() for name, tensor in snapshot.tensors.items()}
+    torch.cuda.synchronize()
+    with no_waiting():
+        torch.cuda._sleep(10**9)  # about half a second, before the copy on the stream
+        copy = snapshot.copied(pinned)
+        assert copy.arrived is not None
+        on_its_way = not copy.arrived.query()
+        engine.micro_step(images, masks)
+    assert on_its_way
+    copy.arrived.synchronize()
+    assert all(torch.equal(copy.tensors[name], tensor) for name, tensor in before.items())
+    assert not any(torch.equal(snapshot.tensors[name].cpu(), tensor) for name, tensor in before.items())
+    assert {name: tensor.data_ptr() for name, tensor in copy.tensors.items()} == memory
 
 
 @pytest.mark.gpu

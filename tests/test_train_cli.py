@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.launch import free_port
+from benchmarks.launch import free_port, launch
 from fastjepa import checkpoint
 from fastjepa.config_file import load_config
 from fastjepa.train import main
@@ -291,6 +291,12 @@ def test_a_folder_without_labels_trains_and_says_that_there_are_no_probes(
 ) -> None:
     assert main(["--config", recipe, f"output_dir={again}", "evaluate=true"]) == 0
     assert f"no labelled train and val splits in {images}, so no probes; " in capsys.readouterr().out
+
+
+def test_the_memory_of_training_is_free_while_the_run_is_evaluated(recipe: str, tmp_path: Path) -> None:
+    launch("tests.worker_memory", 1, recipe, str(tmp_path))
+    held = json.loads((tmp_path / "held.json").read_text())
+    assert held == {"torch": [], "zero1": [], "zero2": [], "zero3": []}
 
 
 def test_held_out_images_of_other_classes_are_not_probed(
