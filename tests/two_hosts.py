@@ -23,6 +23,7 @@ from benchmarks.launch import free_port
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fastjepa" / "train.py")
 SMALL = ["global_batch_size=8", "micro_batch_size=4", "epochs=0.006", "log_interval=1", "model.depth=1"]
+CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ZERO = ["--ds_config", str(ROOT / "configs" / "zero2.json")]
 
 
@@ -37,7 +38,7 @@ class Host:
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
         return subprocess.Popen(
             [*self.prefix, *command],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **self.environment, **environment},
+            env={**os.environ, "PYTHONPATH": path, **CPU, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -108,8 +109,8 @@ def ssh_and_pdsh(hosts: list[Host], folder: Path) -> dict[str, str]:
     As with the real ones the command is read by a shell there, and only what is exported comes along.
     """
     reach = [
-        [*host.prefix, "env", "-i", f"PATH={os.environ['PATH']}", f"HOME={folder}", "OMP_NUM_THREADS=1"]
-        + [f"{name}={value}" for name, value in host.environment.items()]
+        [*host.prefix, "env", "-i", f"PATH={os.environ['PATH']}", f"HOME={folder}"]
+        + [f"{name}={value}" for name, value in {**CPU, **host.environment}.items()]
         for host in hosts
     ]
     programs = {
