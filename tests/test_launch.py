@@ -359,7 +359,7 @@ def test_folders_of_one_name_and_inode_number_that_the_ranks_do_not_share_are_re
     """Of two machines, whose ranks are threads here."""
     turn, said, this = threading.Barrier(2, timeout=50), ["", ""], threading.local()
 
-    def gather_objects(value: object) -> list[object]:
+    def gather_objects(value: object, _group: object = None) -> list[object]:
         said_by: list[object] = said  # type: ignore[assignment]
         said_by[this.rank] = value
         turn.wait()
