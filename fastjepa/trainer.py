@@ -200,7 +200,7 @@ class Trainer:
         if self.is_first_rank:
             self.folder.write_skipped_steps(lines)
         raise self._not_finite(
-            f"the loss or a gradient was not finite in {longest} of the steps up to {done}, in a row: they changed nothing. "
+            f"the loss or a gradient was not finite in {longest} steps in a row, by step {done}: they changed nothing. "
             f"{self.folder.skipped_steps} has the losses and the samples of the last"
         )
 

@@ -346,7 +346,7 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
     assert [count for (count,) in metrics(tmp_path, "skipped_steps")][:9] == [0, 0, 1, 1, 1, 2, 3, 3, 3]
     assert metrics(tmp_path, "loss")[2] == [None]
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite in 3 of the steps up to 12, in a row" in message
+    assert "not finite in 3 steps in a row, by step 12" in message
     assert f"{tmp_path / 'skipped_steps.jsonl'} has the losses and the samples" in message
     named = [json.loads(line) for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert [(line["step"], line["rank"], line["loss"], len(line["samples"])) for line in named] == [
