@@ -116,10 +116,11 @@ def spans(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 def shares(found: list[tuple[str, float, float]]) -> dict[str, float]:
     """Of the weights that the first step in the trace sent off: ms that they were under way, and that the second waited."""
-    second_step = sorted(start for name, start, _ in found if name == COMPUTE[0])[1]
-    gathers = [(start, end) for name, start, end in found if name == "gloo:all_gather" and start < second_step]
+    first_sent, second_sent = sorted(start for name, start, _ in found if name == "optimizer")
+    gathers = [(start, end) for name, start, end in found if name == "gloo:all_gather" and start < second_sent]
+    waits = [(start, end) for name, start, end in found if name == "waiting for weights" and start > first_sent]
     under_way = max(end for _, end in gathers) - min(start for start, _ in gathers)
-    waited = sum(end - start for name, start, end in found if name == "waiting for weights" and start >= second_step)
+    waited = sum(end - start for start, end in waits)
     return {"weights_under_way_ms": under_way, "waited_ms": waited, "hidden_share": 1 - waited / under_way}
 
 

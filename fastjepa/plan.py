@@ -238,8 +238,7 @@ def start_command(plan: Plan, cluster: Cluster, config_file: str | None, overrid
         start = f"torchrun --nproc_per_node {each}{f' --nnodes {nodes}' * (nodes > 1)} fastjepa/train.py"
     else:
         start = "python fastjepa/train.py"
-    config = [f"--config {config_file}"] if config_file else []
-    return " ".join([start, *config, *overrides, f"micro_batch_size={plan.micro}"])
+    return " ".join([start, f"--config {config_file or 'RUN.yaml'}", *overrides, f"micro_batch_size={plan.micro}"])
 
 
 def format_table(plans: Sequence[Plan]) -> str:
@@ -352,6 +351,8 @@ def run(args: argparse.Namespace) -> int:
         plan, reason = chosen
         command = start_command(plan, cluster, args.config, overrides)
         print(f"\n{plan.name}, micro batch {plan.micro}: {reason}\n\n  {command}")
+        if not args.config:
+            print("\nRUN.yaml: a file with your data.source, and what else is to differ from the official settings")
     if args.json:
         report: dict[str, Any] = {
             "plans": [dataclasses.asdict(plan) for plan in plans],

@@ -59,22 +59,22 @@ class RunFolder:
         path = self.path / ".lock"
         # lockf, not flock: it works across the machines that share a folder by NFS, and no child process inherits it.
         with writing(f"output_dir = {self.path}", "Choose another output_dir"):
-            file = path.open("a+", encoding="utf-8")
+            file = path.open("a+b", buffering=0)  # closing it writes nothing: a full disk is one error
         with file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
                 file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "unknown"
                 raise RunFolderError(
-                    f"output_dir = {self.path}: another run is writing there ({file.read().strip() or 'unknown'}). "
+                    f"output_dir = {self.path}: another run is writing there ({holder}). "
                     "Stop it, or choose another output_dir"
                 ) from error
             except OSError as error:
                 logger.warning("%s: no lock on this file system (%s): start one run at a time there", path, error)
             with writing(f"output_dir = {self.path}", "Choose another output_dir"):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
     def write_skipped_steps(self, lines: list[dict[str, object]]) -> None:

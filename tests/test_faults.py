@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -400,6 +401,17 @@ def test_a_read_only_folder_is_refused(read_only_folder: Path, record: Record) -
     with pytest.raises(RunFolderError, match="cannot be written") as found, RunFolder(read_only_folder).locked():
         pass
     record("a run folder that is read-only", f"refused: {found.value}".replace(f"{read_only_folder}", "RUN"), "nothing")
+
+
+def test_a_disk_that_is_full_before_the_start_is_named(tmp_path: Path, record: Record) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(RunFolderError, match="cannot be written") as found, RunFolder(tmp_path).locked():
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    record("a disk that is full before the start", f"refused: {found.value}".replace(f"{tmp_path}", "RUN"), "nothing")
 
 
 def test_a_clock_that_jumps_changes_nothing(

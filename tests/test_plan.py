@@ -25,7 +25,7 @@ def test_the_command_of_the_documentation(tmp_path: Path, capsys: pytest.Capture
     printed, written = capsys.readouterr().out, json.loads(report.read_text())
     assert written["command"] in printed
     assert "micro_batch_size=32" in written["command"]
-    assert "model.name=vit_huge" in written["command"]
+    assert "--config RUN.yaml model.name=vit_huge" in written["command"]  # without, the default run would start
     assert [plan["stage"] for plan in written["plans"]] == list(costs.STAGES)
     assert all(assumption in printed for assumption in written["assumptions"])
 
