@@ -230,6 +230,8 @@ def main() -> None:
     if args.rank_in:
         run_rank(args.rank_in, args.precisions, args.grad_accum_steps)
         return
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
     rows = [row for world in args.ranks for row in run(world, args.precisions, args.grad_accum_steps)]
     print(
         f"{'ranks':>5} {'stage':>6} {'':<5} {'accum':>5}  {'quantity':<22} {'measured':>9} {'formula':>9} {'theory':>9}"
