@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastjepa import distributed
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
 from fastjepa.masks import MaskBatch, sample_masks
 
@@ -34,3 +37,11 @@ def small_batch(
     images = torch.randn(batch_size, config.data.in_channels, height, width, generator=generator, dtype=dtype)
     indices = torch.arange(batch_size) + step * batch_size
     return images, sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
+
+
+def finish_with(results: object, folder: Path) -> None:
+    """The end of a worker, for all ranks: the first one's results go into results.json, before any rank leaves."""
+    if distributed.rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    distributed.raise_together(None)
+    distributed.finish()

@@ -5,7 +5,6 @@ usage: worker_gather FOLDER
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
 from fastjepa.zero_gather import WeightGather
+from tests.small import finish_with
 from tests.tiny_run import ROOT
 
 all_gather = dist.all_gather_single
@@ -63,11 +63,7 @@ def main(folder: Path) -> None:
                 kind: all(torch.equal(x, y) for x, y in zip(theirs, weights["deepspeed"], strict=True))
                 for kind, theirs in weights.items()
             }
-    everyones = distributed.gather_objects(results)
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(everyones))
-    distributed.raise_together(None)
-    distributed.finish()
+    finish_with(distributed.gather_objects(results), folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ usage: worker_skipped FOLDER
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.engine import Engine, build_engine
 from fastjepa.objective import build_model
+from tests.small import finish_with
 from tests.test_faults import bad_loss
 from tests.tiny_run import ROOT
 
@@ -52,10 +52,7 @@ def main(folder: Path) -> None:
                 changed.append(any(not torch.equal(x, y) for x, y in zip(before, state(engine), strict=True)))
                 counts.append((engine.optimizer.updates, int(engine.skipped_in_a_row())))
             results[f"{name} {precision}"] = distributed.gather_objects({"counts": counts, "changed": changed})
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    distributed.raise_together(None)
-    distributed.finish()
+    finish_with(results, folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ usage: worker_together FOLDER
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
 from fastjepa.trainer import Trainer
 from fastjepa.watchdog import Watchdog
-from tests.small import small_config
+from tests.small import finish_with, small_config
 
 
 def fails(rank: int, error: Exception) -> Callable[..., None]:
@@ -76,10 +75,7 @@ def main(folder: Path) -> None:
         results["copy"] = raised(lambda: saves.save(engine, RunState(3, {}, {}), last=False))
     with mock.patch("fastjepa.trainer.Loader", fails(1, RuntimeError("DALI"))):
         results["loader"] = raised(lambda: Trainer._loader(mock.Mock()))
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-    distributed.raise_together(None)
-    distributed.finish()
+    finish_with(results, folder)
 
 
 if __name__ == "__main__":
