@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.checkpointer import Checkpointer
-from fastjepa.config import OptimConfig
+from fastjepa.config import KernelsConfig, MaskConfig, OptimConfig
 from fastjepa.engine import DeepSpeedEngine, Engine, build_engine
 from fastjepa.masks import MaskBatch
 from fastjepa.objective import build_model
 from fastjepa.optim import Schedule, set_schedule
+from tests.read_backs import ReadBacks
 from tests.small import small_batch, small_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,6 +41,8 @@ by_every_engine = pytest.mark.parametrize("stage", STAGES)
 # Stage 3 waits for its reductions after each micro batch and reads the norm back: README, "What is not there yet".
 by_those_that_never_wait = pytest.mark.parametrize("stage", STAGES[:-1])
 in_both_precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+in_every_mask_mode = pytest.mark.parametrize("mode", ["ragged", "official", "budget"])
+with_and_without_recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,10 +55,13 @@ def group_of_one() -> Iterator[None]:
     os.environ.update(before)
 
 
-def engine_on(device: torch.device, stage: int | None, precision: str = "fp32") -> Engine:
+def engine_on(
+    device: torch.device, stage: int | None, precision: str = "fp32", *, recompute: bool = False, **changes: Any
+) -> Engine:
     """On one rank, with the files that are shipped; a step is two micro batches, and is clipped."""
     optim = OptimConfig(warmup_epochs=0, clip_grad=0.01)
-    config = small_config(precision=precision, optim=optim, global_batch_size=4, micro_batch_size=2)
+    config = small_config(precision=precision, optim=optim, global_batch_size=4, micro_batch_size=2, **changes)
+    config = replace(config, model=replace(config.model, activation_checkpointing=recompute))
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
     return build_engine(build_model(config), config, BatchSizes.share(config, 1), device, ds_config)
 
@@ -222,8 +227,11 @@ def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(sta
 @pytest.mark.gpu
 @by_those_that_never_wait
 @in_both_precisions
-def test_a_step_never_waits_for_the_host(stage: int | None, precision: str) -> None:
-    engine = engine_on(torch.device("cuda"), stage, precision)
+@in_every_mask_mode
+@with_and_without_recomputing
+def test_a_step_never_waits_for_the_host(stage: int | None, precision: str, mode: str, recompute: bool) -> None:
+    masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
+    engine = engine_on(torch.device("cuda"), stage, precision, recompute=recompute, masks=masks_config)
     batches = [batch(engine, number) for number in range(8)]
     batches[4] = (batches[4][0] * torch.nan, batches[4][1])  # nor does a step that is skipped
     for micro_step, (images, masks) in enumerate(batches):
@@ -235,20 +243,22 @@ def test_a_step_never_waits_for_the_host(stage: int | None, precision: str) -> N
     assert (engine.optimizer.updates, int(engine.skipped_in_a_row())) == (3, 0)
 
 
-class ReadBacks(TorchDispatchMode):
-    """Counts, by the file that asks, what a GPU's host would wait for: values read back, constants sent there."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.by_file: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::lift_fresh"):
-            frame = sys._getframe(1)
-            while "/torch/" in frame.f_code.co_filename and frame.f_back:
-                frame = frame.f_back
-            self.by_file[Path(frame.f_code.co_filename).name] += 1
-        return func(*args, **(kwargs or {}))
+@in_every_mask_mode
+@with_and_without_recomputing
+def test_a_step_reads_nothing_back(mode: str, recompute: bool) -> None:
+    """With plain PyTorch, on packed tokens that attend to one another as they may on a GPU."""
+    masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
+    kernels = KernelsConfig(block_attention="padded")
+    engine = engine_on(torch.device("cpu"), None, recompute=recompute, masks=masks_config, kernels=kernels)
+    images, masks = batch(engine)
+    pixels = images.mul(64).add(128).clamp(0, 255).byte()
+    for _ in range(2):
+        engine.micro_step(pixels, masks)
+    with ReadBacks() as read_backs:
+        for _ in range(2):
+            engine.micro_step(pixels, masks)
+    # Constants, which the Triton kernels of these two take from the host as arguments or find on the device.
+    assert read_backs.by_file.keys() == {"optim.py", "adamw_ema.py", "masked_gather.py"}
 
 
 @pytest.mark.parametrize("device", [CPU])

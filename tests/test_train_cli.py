@@ -21,6 +21,7 @@ from benchmarks.launch import free_port, launch
 from fastjepa import checkpoint
 from fastjepa.config_file import load_config
 from fastjepa.train import main
+from tests.read_backs import ReadBacks
 from tests.tiny_run import ROOT, metrics, write_recipe
 
 TRAIN = str(ROOT / "fastjepa" / "train.py")
@@ -395,3 +396,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
     message = refused(capsys, again, "--config", recipe).message
     assert "no checkpoint can be loaded: " in message
     assert message.count("index.json is missing") == 3
+
+
+def test_between_two_lines_of_metrics_nothing_is_read_back(recipe: str, tmp_path: Path) -> None:
+    """By loop, meter and loader: twice the steps read no more."""
+    read_backs = []
+    for epochs in (0.5, 1):  # 4 and 8 steps
+        run = [f"epochs={epochs}", "log_interval=8", "checkpoint_interval=8", f"output_dir={tmp_path}/{epochs}"]
+        with ReadBacks() as counted:
+            assert main(["--config", recipe, *run]) == 0
+        model = {"optim.py", "adamw_ema.py", "masked_gather.py", "block_attention.py"}
+        read_backs.append({file: count for file, count in counted.by_file.items() if file not in model})
+    assert read_backs[0] == read_backs[1]
+    assert {"engine.py", "metrics.py", "trainer.py"} <= read_backs[0].keys()  # the one line, and the look at its steps

@@ -190,7 +190,6 @@ def implementations(op: str, device_type: str, dtype: torch.dtype, head_dim: int
     return {name: problem(given) for name, problem in _IMPLEMENTATIONS[op].items()}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # else logging would break the graph
 def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> str:
     """The name of the implementation of `op` that runs for such inputs.
 
@@ -198,6 +197,11 @@ def choose(op: str, device_type: str, dtype: torch.dtype, head_dim: int = 0) -> 
         ValueError: the one that was asked for cannot take them; the message lists those that can.
     """
     return _choose(op, device_type, dtype, head_dim)
+
+
+# As torch.compiler.assume_constant_result does, without its import of the compiler, a second of every start: else logging
+# would break the graph.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

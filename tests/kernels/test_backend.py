@@ -1,10 +1,13 @@
 """The choice of an implementation: by device, dtype and head dim, by wish, and what is said when a wish cannot be met."""
 
 import logging
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -167,3 +170,12 @@ def test_nvidia_apex_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_settings_offer_exactly_the_implementations_that_exist() -> None:
     offered = {name: set(get_args(hint)) - {"auto"} for name, hint in get_type_hints(KernelsConfig).items()}
     assert offered == {op: set(table) for op, table in _backend._IMPLEMENTATIONS.items()}
+
+
+def test_the_compiler_is_not_imported_with_the_kernels() -> None:
+    """It takes a second, and most processes compile nothing."""
+    code = "import sys, fastjepa_kernels, fastjepa.objective; sys.exit('torch._dynamo' in sys.modules)"
+    path = os.pathsep.join(str(Path(_backend.__file__).parents[up]) for up in (1, 2))
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=False).returncode == 0
+    )
