@@ -26,13 +26,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.launch import ROOT, launch
 from benchmarks.loader.photographs import make_photographs
-from benchmarks.timing import summary
 from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data import Loader, open_dataset
 from fastjepa.engine import DeepSpeedEngine
 from fastjepa.objective import build_model
+from fastjepa.profiling.timing import summary
 
 RANKS = 2
 TIMED = 3

@@ -19,7 +19,7 @@ import torch
 from benchmarks.kernel_cases import shapes
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS
-from benchmarks.timing import Ceilings, Timing, measure_ceilings, time_in_turns
+from fastjepa.profiling.timing import Ceilings, Timing, measure_ceilings, time_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

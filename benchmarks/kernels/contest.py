@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastjepa_kernels
 from benchmarks.kernel_cases import Work
-from benchmarks.timing import Timed, nothing
+from fastjepa.profiling.timing import Timed, nothing
 
 Outputs = Tensor | tuple[Tensor, ...]
 

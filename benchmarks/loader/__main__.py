@@ -27,7 +27,7 @@ from benchmarks.loader.contestants import OURS, RIVAL, RIVALS, Ours, Rival, prob
 from benchmarks.loader.photographs import QUALITY, Size, make_photographs
 from benchmarks.loader.soak import soak
 from benchmarks.loader.steps import compare_steps
-from benchmarks.timing import summary
+from fastjepa.profiling.timing import summary
 
 
 @dataclass

@@ -11,12 +11,12 @@ import torch
 
 from benchmarks.loader.contestants import open_loader
 from benchmarks.loader.photographs import make_photographs
-from benchmarks.timing import summary
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data import Batch
 from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
+from fastjepa.profiling.timing import summary
 
 
 def compare_steps(folder: Path, model: str, batch_size: int, threads: int, rounds: int, device: torch.device) -> None:

@@ -1,0 +1,1 @@
+"""Where the time, the arithmetic and the memory of a training step go, measured on this machine."""
