@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastjepa.config import Config, MaskConfig
-from fastjepa.masks import sample_masks
+from fastjepa.masks import MaskBatch, sample_masks
+from fastjepa_kernels import Ragged
 
 Stage = Literal["torch", 0, 1, 2, 3]
 """Plain PyTorch, or a ZeRO stage."""
@@ -277,23 +278,41 @@ class Tokens(NamedTuple):
     predictor_squares: float
     predictor_target_pairs: float
     """Pairs of a target token and a token of its sequence."""
+    predictor_distinct: float
+    """Context tokens, and the mask tokens of all positions, which the images of a micro batch share."""
+
+
+class Lengths(NamedTuple):
+    """What the arithmetic of a micro batch depends on: its masks without their indices."""
+
+    images: int
+    patches: int
+    context: Ragged
+    target: Ragged
+    union: Ragged
+    predictor: Ragged
+
+    @staticmethod
+    def of(masks: MaskBatch) -> Lengths:
+        return Lengths(masks.num_images, masks.num_patches, masks.context, masks.target, masks.union, masks.predictor)
+
+    def tokens(self) -> Tokens:
+        """Reads the lengths back from the device."""
+        context, target, predictor = (x.cu_seqlens.diff().double() for x in (self.context, self.target, self.predictor))
+        sums: list[torch.Tensor | int] = [
+            context.sum(), (context**2).sum(), target.sum(), self.union.total,
+            predictor.sum(), (predictor**2).sum(), (predictor * target).sum(), self.context.total + self.patches,
+        ]  # fmt: skip
+        return Tokens(self.patches, *(float(x) / self.images for x in sums))
 
 
 @functools.lru_cache
 def sample_tokens(masks: MaskConfig, grid_h: int, grid_w: int) -> tuple[Tokens, Tokens]:
     """Mean over 64 steps, and the step with the largest predictor, from the sampler itself: block sizes are drawn per
     step, so some steps are heavier than others."""
-    sampled, steps, images = [], 64, 128
-    for step in range(steps):
-        batch = sample_masks(masks, grid_h, grid_w, seed=0, step=step, sample_indices=torch.arange(images))
-        context, target, predictor = (
-            x.cu_seqlens.diff().double() for x in (batch.context, batch.target, batch.predictor)
-        )
-        sums: list[torch.Tensor | int] = [
-            context.sum(), (context**2).sum(), target.sum(), batch.union.total,
-            predictor.sum(), (predictor**2).sum(), (predictor * target).sum(),
-        ]  # fmt: skip
-        sampled.append(Tokens(grid_h * grid_w, *(float(x) / images for x in sums)))
+    steps, indices = 64, torch.arange(128)
+    batches = (sample_masks(masks, grid_h, grid_w, seed=0, step=step, sample_indices=indices) for step in range(steps))
+    sampled = [Lengths.of(batch).tokens() for batch in batches]
     mean = Tokens(grid_h * grid_w, *(sum(column) / steps for column in list(zip(*sampled, strict=True))[1:]))
     return mean, max(sampled, key=lambda tokens: tokens.predictor)
 
@@ -305,7 +324,9 @@ class Flops(NamedTuple):
     context: float
     predictor: float
     ends: float
-    """Embeddings of context encoder and predictor, and the predictor's projection: never recomputed."""
+    """Embedding and projection of the predictor: never recomputed."""
+    embedding: float
+    """Of the context encoder: nor that, and pixels need no gradient."""
 
 
 def forward_flops(config: Config, tokens: Tokens) -> Flops:
@@ -325,21 +346,26 @@ def forward_flops(config: Config, tokens: Tokens) -> Flops:
     embedded = tokens.context if savings.gather_before_embed else patches
     context = blocks(dim, ratio, size.depth, tokens.context, tokens.context_squares)
     predictor = blocks(width, 4.0, size.predictor_depth - 1, tokens.predictor, tokens.predictor_squares)
-    if savings.predictor_first_block and size.predictor_depth > 1:
-        # QKV of distinct tokens; a micro batch shares positions.
-        predictor -= 6 * width * width * (tokens.predictor - tokens.context)
+    if savings.predictor_first_block:  # QKV of distinct tokens; of the last block, KV
+        products = 4 if size.predictor_depth == 1 and savings.predictor_last_block else 6
+        predictor -= products * width * width * (tokens.predictor - tokens.predictor_distinct)
     if savings.predictor_last_block:
         predictor += last(width, 4.0, tokens.predictor, tokens.target, tokens.predictor_target_pairs)
     else:
         predictor += blocks(width, 4.0, 1, tokens.predictor, tokens.predictor_squares)
-    return Flops(target, context, predictor, 2 * dim * (pixels * embedded + width * (tokens.context + tokens.target)))
+    ends = 2 * dim * width * (tokens.context + tokens.target)
+    return Flops(target, context, predictor, ends, 2 * dim * pixels * embedded)
 
 
-def flops_per_image(config: Config, tokens: Tokens) -> float:
-    """Of one training step: target forward, three times context and predictor (four with activation checkpointing)."""
+def flops_per_image(config: Config, tokens: Tokens, *, recomputed: bool = True) -> float:
+    """Of one training step: target forward, three times context and predictor (four with activation checkpointing).
+
+    Args:
+        recomputed: count what activation checkpointing computes again. Utilisation (MFU) is reckoned without it.
+    """
     forward = forward_flops(config, tokens)
-    passes = 4 if config.model.activation_checkpointing else 3
-    return forward.target + passes * (forward.context + forward.predictor) + 3 * forward.ends
+    passes = 4 if config.model.activation_checkpointing and recomputed else 3
+    return forward.target + passes * (forward.context + forward.predictor) + 3 * forward.ends + 2 * forward.embedding
 
 
 def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
