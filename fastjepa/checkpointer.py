@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import threading
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastjepa.checkpoint import GIB, RunState
 from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.engine import Engine
 from fastjepa.errors import CheckpointError
+from fastjepa.host import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Checkpointer:
     def _fits(self, size: int) -> bool:
         """Whether copies of all ranks' states fit into the memory of their machines; the same answer on all ranks."""
         machines: dict[str, tuple[int, int]] = {}
-        for host, needed, free in distributed.gather_objects((socket.gethostname(), size, _free_memory())):
+        for host, needed, free in distributed.gather_objects((socket.gethostname(), size, free_memory())):
             before = machines.get(host, (0, free))
             machines[host] = before[0] + needed, min(before[1], free)
         for host, (needed, free) in machines.items():
@@ -134,44 +134,3 @@ class Checkpointer:
                 self._asynchronous = False
                 return False
         return True
-
-
-# Of both versions of control groups: the controller's name, where it is mounted, and its files of the limit and of what is
-# used, of which the pages in memory.stat that are cached files make room.
-_CONTROL_GROUPS = (
-    ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
-
-
-def _free_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that can still be had: what the machine has, or the limits of its control groups leave."""
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return free
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        names = path.strip("/").split("/")
-        for controller, mount, *files in _CONTROL_GROUPS:
-            if controller in controllers.split(","):
-                # A scheduler limits the group of a job, above that of the process. In a container the names may be those
-                # outside, and lead nowhere, while the container's own limit is where its groups are mounted.
-                groups = [root.joinpath(mount, *names[:depth]) for depth in range(len(names) + 1)]
-                free = min(free, *(_left(group, *files) for group in groups))
-    return free
-
-
-def _left(group: Path, limit: str, used: str, cached: str) -> int:
-    """What the limit of one group leaves; without a limit, more than there is."""
-    try:
-        most, now = ((group / name).read_text(encoding="ascii").strip() for name in (limit, used))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except OSError:  # no such group, or the topmost, which has none
-        return 2**63
-    return 2**63 if most == "max" else int(most) - int(now) + int(stat.get(cached, "0"))

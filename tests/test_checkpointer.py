@@ -79,75 +79,13 @@ def test_a_failed_save_is_logged_and_only_the_last_one_is_an_error(
 def test_without_memory_for_a_copy_training_waits_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(checkpointer, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(checkpointer, "free_memory", lambda: 1000)
     engine = torch_engine()
     with saver(tmp_path) as saves:
         for step in (1, 2):
             saves.save(engine, RunState(step, {}, {}), last=False)
             assert checkpoint.latest(tmp_path) == tmp_path / f"step_0000000{step}"
     assert caplog.text.count("training waits while checkpoints are written") == 1
-
-
-def test_free_memory_is_known_here() -> None:
-    assert 2**20 < checkpointer._free_memory() < 2**50
-
-
-def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """A tree with 64 GiB free, the groups of the process, and these files below /sys/fs/cgroup."""
-    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in {"proc/meminfo": f"MemAvailable: {64 * 2**20} kB\n", "proc/self/cgroup": groups, **files}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def group_v2(path: str, limit: object) -> dict[str, str]:
-    return {
-        f"{path}memory.max": f"{limit}\n",
-        f"{path}memory.current": "3000\n",
-        f"{path}memory.stat": "inactive_file 1000\n",
-    }
-
-
-def group_v1(path: str, limit: int) -> dict[str, str]:
-    at = f"memory/{path}memory."
-    return {
-        f"{at}limit_in_bytes": f"{limit}\n",
-        f"{at}usage_in_bytes": "3000\n",
-        f"{at}stat": "total_inactive_file 1000\n",
-    }
-
-
-NO_LIMIT_V1 = 9223372036854771712
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "free"),
-    [
-        pytest.param("0::/\n", {}, 64 * 2**30, id="no limit"),
-        pytest.param("0::/\n", group_v2("", 10_000), 8_000, id="a container's own groups"),
-        pytest.param(
-            "0::/slurm/job_7/step_0/task_0\n",
-            group_v2("slurm/job_7/step_0/task_0/", "max")
-            | group_v2("slurm/job_7/step_0/", 20_000)
-            | group_v2("slurm/job_7/", 10_000)
-            | group_v2("slurm/", "max"),
-            8_000,
-            id="a job of SLURM",
-        ),
-        pytest.param(
-            "0::/\n5:cpuset:/job_7\n4:cpu,memory:/job_7/step_0\n",
-            group_v1("job_7/step_0/", NO_LIMIT_V1) | group_v1("job_7/", 10_000) | group_v1("", NO_LIMIT_V1),
-            8_000,
-            id="version 1",
-        ),
-        pytest.param("4:memory:/docker/1f00\n", group_v1("", 10_000), 8_000, id="version 1, in a container"),
-    ],
-)
-def test_free_memory_is_what_the_tightest_control_group_above_the_process_leaves(
-    tmp_path: Path, groups: str, files: dict[str, str], free: int
-) -> None:
-    assert checkpointer._free_memory(machine(tmp_path, groups, files)) == free
 
 
 def test_a_failed_save_ends_no_run_whose_latest_cannot_be_read(
