@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa import checkpoint, distributed
+from fastjepa import checkpoint
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.checkpoint_writer import Snapshot
@@ -45,14 +44,7 @@ in_every_mask_mode = pytest.mark.parametrize("mode", ["ragged", "official", "bud
 with_and_without_recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group_of_one() -> Iterator[None]:
-    """DeepSpeed's process group and variables are not left to other tests."""
-    before = dict(os.environ)
-    yield
-    distributed.finish()
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 def engine_on(

@@ -6,6 +6,7 @@ specialisation that the JIT derives from its arguments (types, divisibility), so
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,6 +124,26 @@ def recorded(target: str, *, all_configs: bool = False) -> Iterator[list[Launch]
     launches: list[Launch] = []
     with caught(target, launches.append, all_configs=all_configs):
         yield launches
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often each kernel is launched inside. Nothing is compiled or carried out, as for `recorded`, but it is quick."""
+    launches: Counter[str] = Counter()
+    outside = JITFunction.run, Autotuner.run
+
+    def run_counted(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches[self.fn.__name__] += 1
+
+    def tune_counted(self: Autotuner, *args: Any, **kwargs: Any) -> None:
+        self.fn.run(*args, **kwargs)
+
+    JITFunction.run, Autotuner.run = run_counted, tune_counted
+    try:
+        with emulated_triton():
+            yield launches
+    finally:
+        JITFunction.run, Autotuner.run = outside
 
 
 @contextmanager

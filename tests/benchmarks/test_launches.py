@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot.launches import Launch, caught, parse_target, recorded, simulated
+from benchmarks.aot.launches import Launch, caught, counted, parse_target, recorded, simulated
 from benchmarks.ptxsim import OutOfBoundsFault
 from fastjepa_kernels import _backend
 
@@ -78,6 +78,14 @@ def test_a_launch_is_recorded_with_its_grid_and_arguments_and_not_carried_out() 
     assert launch.arguments["p_in"] is x
     assert (launch.arguments["n"], launch.arguments["factor"]) == (1000, 2.0)
     assert out.isnan().all()
+
+
+def test_launches_are_counted_by_kernel_and_not_carried_out() -> None:
+    x = torch.ones(1000)
+    with counted() as launches:
+        out = [scale(x), tuned(x), scale(x)]
+    assert launches == {"scale_kernel": 2, "tuned_kernel": 1}
+    assert all(y.isnan().all() for y in out)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -162,7 +170,9 @@ def _patched() -> tuple[Any, ...]:
     return JITFunction.run, Autotuner.run, driver._active, _backend._emulated
 
 
-@pytest.mark.parametrize("catch", [recorded, simulated, lambda target: caught(target, lambda launch: None)])
+@pytest.mark.parametrize(
+    "catch", [recorded, simulated, lambda target: caught(target, lambda launch: None), lambda target: counted()]
+)
 def test_nothing_stays_patched(catch: Callable[[str], AbstractContextManager[Any]]) -> None:
     before = _patched()
     with catch("sm_80"):
