@@ -168,8 +168,9 @@ class TorchEngine(Engine):
     def _optimizer_step(self) -> None:
         world = distributed.world_size()
         if world > 1:
-            for work in [dist.all_reduce(grad, async_op=True) for grad in self._grads]:
-                work.wait()
+            with record_function("waiting for gradients"):
+                for work in [dist.all_reduce(grad, async_op=True) for grad in self._grads]:
+                    work.wait()
             torch._foreach_div_(self._grads, world)
         self._grad_norm = _norm(self._grads)
         self.optimizer.step()

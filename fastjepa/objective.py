@@ -44,7 +44,8 @@ class IJEPA(nn.Module):
                 features, rows = self.target_features(images, masks)
             with record_function("predictor"):
                 predictions = self.predictor(context, masks)
-            return self.loss(predictions, features, rows)
+            with record_function("loss"):
+                return self.loss(predictions, features, rows)
 
     @torch.no_grad()
     def target_features(self, images: Tensor, masks: MaskBatch) -> tuple[Tensor, Tensor]:

@@ -210,15 +210,16 @@ class Loader:
             pixels = normalise(pixels, config.data)
         lane.wait()
         copied = time.perf_counter()
-        masks = sample_masks(
-            config.masks,
-            config.grid_h,
-            config.grid_w,
-            seed=config.seed,
-            step=step,
-            sample_indices=torch.from_numpy(positions).to(self._device),
-        )
-        lane.wait()
+        with record_function("mask sampling"):
+            masks = sample_masks(
+                config.masks,
+                config.grid_h,
+                config.grid_w,
+                seed=config.seed,
+                step=step,
+                sample_indices=torch.from_numpy(positions).to(self._device),
+            )
+            lane.wait()
         seconds = Seconds(
             read=images.read_seconds,
             decode=images.decode_seconds,

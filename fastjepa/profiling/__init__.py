@@ -1,1 +1,19 @@
 """Where the time, the arithmetic and the memory of a training step go, measured on this machine."""
+
+from fastjepa.profiling.memory import Memory
+from fastjepa.profiling.steps import (
+    MicroBatch,
+    StepProfile,
+    StepProfiler,
+    Steps,
+    SyntheticBatch,
+    profile_steps,
+    synthetic_batches,
+)
+from fastjepa.profiling.time_split import Operator, Part, TimeSplit
+from fastjepa.profiling.timing import Ceilings, Timing, measure_ceilings
+
+__all__ = [
+    "Ceilings", "Memory", "MicroBatch", "Operator", "Part", "StepProfile", "StepProfiler", "Steps", "SyntheticBatch",
+    "TimeSplit", "Timing", "measure_ceilings", "profile_steps", "synthetic_batches",
+]  # fmt: skip

@@ -3,12 +3,15 @@ what the machine reaches at best."""
 
 from __future__ import annotations
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from fastjepa.plan import DEVICES
 
 _CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
 
@@ -105,3 +108,19 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int =
     work = {"copy": Timed(lambda: target.copy_(source)), "matmul": Timed(lambda: a @ b)}
     timings = time_in_turns(work, device, repeats=repeats)
     return Ceilings(8 * numel / timings["copy"].p50 / 1e6, 2 * n**3 / timings["matmul"].p50 / 1e9)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+# How the driver names GPUs that compute as fast as one of those.
+_DATASHEETS = {"A100": DEVICES["a100"], "H100 80GB HBM3": DEVICES["h100"], "H200": DEVICES["h100"]}
+
+
+def datasheet_teraflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Of dense matrix products; None: not known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    found = [sheet for name, sheet in _DATASHEETS.items() if name in device_name(device)]
+    return found[0].flops / 1e12 if found else None

@@ -1,0 +1,324 @@
+"""Profiles the steps of a run that somebody else drives, or of a loop of its own: warm-up, timed steps, traced steps.
+
+The timed steps run without torch.profiler, and all that is said of speed and memory on a GPU comes from them. A few more
+run under the profiler, and only shares, operators and the Chrome trace (and on a CPU the activations) come from those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastjepa import distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config
+from fastjepa.costs import Lengths, Tokens, flops_per_image
+from fastjepa.data.loader import normalise
+from fastjepa.data.order import batch_positions
+from fastjepa.engine import Engine, resolve_precision
+from fastjepa.masks import MaskBatch, sample_masks
+from fastjepa.metrics import peak_memory
+from fastjepa.profiling.memory import Memory, measure_memory
+from fastjepa.profiling.time_split import DATA_WAIT, STEP, TimeSplit, split_time
+from fastjepa.profiling.timing import Ceilings, Timing, datasheet_teraflops, device_name, measure_ceilings, summary
+
+
+class MicroBatch(Protocol):
+    """What a step needs; `fastjepa.data.Batch` is one."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def masks(self) -> MaskBatch: ...
+
+
+B = TypeVar("B", bound=MicroBatch)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many of each."""
+
+    warmup: int = 5
+    timed: int = 10
+    traced: int = 3
+
+    @property
+    def total(self) -> int:
+        """At most: the profiler needs one to warm up, and on a CPU one for the activations."""
+        return self.warmup + self.timed + 2 + self.traced
+
+
+DEFAULT_STEPS = Steps()
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """Figures of a rank on its device, but for images and tokens per second, which are of all ranks."""
+
+    device: str
+    precision: str
+    threads: int
+    ranks: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    step_ms: Timing
+    """From data to data, of the timed steps."""
+    steps_ms: tuple[float, ...]
+    images_per_second: float
+    tokens_per_second: float
+    """Context and target tokens, as in metrics.jsonl."""
+    data_wait: float
+    """Share of the time that the step waited for data."""
+    tokens: Tokens
+    """Per image, mean of the timed steps."""
+    teraflop_per_step: float
+    """Mean. Matrix products from the length of every sequence; of recomputation, nothing."""
+    teraflops: float
+    """Reached, per second."""
+    ceilings: Ceilings
+    mfu: float
+    """Share of the ceiling that was measured for matrix products in the same precision."""
+    datasheet_teraflops: float | None
+    """None: not known for this device and precision."""
+    datasheet_mfu: float | None
+    split: TimeSplit
+    memory: Memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"tokens": self.tokens._asdict()}
+
+
+class StepProfiler:
+    """Watches the steps of a training loop, which calls `step_done` after each optimizer step, on all ranks.
+
+    Nothing of it changes what is learnt: it reads, and draws no random numbers.
+
+    Args:
+        engine, config, sizes: of the run. The ceilings are measured here, for seconds: before the first step.
+        folder: an existing one, for the Chrome traces of the ranks.
+        steps: how many.
+    """
+
+    def __init__(
+        self, engine: Engine, config: Config, sizes: BatchSizes, folder: Path, steps: Steps = DEFAULT_STEPS
+    ) -> None:
+        self._engine, self._config, self._sizes, self._steps = engine, config, sizes, steps
+        rank = distributed.rank()
+        self._trace = folder / (f"trace_rank{rank}.json" if rank else "trace.json")
+        self._precision = resolve_precision(config, engine.device)
+        self._ceilings = measure_ceilings(engine.device, self._precision)
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        self._timing = False
+        self._lengths: list[Lengths] = []
+        self._waited = 0.0
+        self._result: StepProfile | None = None
+        self._stages = self._profile()
+        next(self._stages)
+
+    def watch(self, batches: Iterable[B]) -> Iterator[B]:
+        """The same batches, and how long they were waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            with record_function(DATA_WAIT):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            if self._timing:
+                self._waited += time.perf_counter() - asked
+                self._lengths.append(Lengths.of(batch.masks))
+            yield batch
+
+    def step_done(self) -> StepProfile | None:
+        """The profile after the last step that counts, None after all others."""
+        before = self._result
+        next(self._stages, None)
+        return None if before else self._result
+
+    def _profile(self) -> Iterator[None]:
+        """Goes on after each step."""
+        steps, device = self._steps, self._engine.device
+        for _ in range(steps.warmup):
+            yield
+        clock = _Clock(device)
+        level = 0
+        if clock.cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            level = torch.cuda.memory_allocated(device)
+        clock.mark()
+        self._timing = True
+        for _ in range(steps.timed):
+            yield
+            clock.mark()
+        self._timing = False
+        times = clock.milliseconds()
+        peak = peak_memory(device)
+        activations = peak - level
+        if not clock.cuda:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
+                yield
+            activations = _peak_allocated(allocations)
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * clock.cuda]
+        # All threads: those of the loader and of collectives too.
+        everything = _ExperimentalConfig(profile_all_threads=True)
+        with profile(activities=activities, experimental_config=everything) as profiler:
+            yield  # the profiler's first step is slow
+            clock.synchronize()
+            for left in reversed(range(steps.traced)):
+                with record_function(STEP):
+                    yield
+                    if not left:
+                        clock.synchronize()
+        profiler.export_chrome_trace(str(self._trace))
+        events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
+        memory = measure_memory(self._engine, activations=activations, peak=peak)
+        self._result = self._summary(times, split_time(events), memory)
+
+    def _summary(self, times: list[float], split: TimeSplit, memory: Memory) -> StepProfile:
+        accum, device = self._sizes.accum, self._engine.device
+        micro_batches = [(lengths, lengths.tokens()) for lengths in self._lengths]
+        steps = [micro_batches[i : i + accum] for i in range(0, len(micro_batches), accum)]
+        seconds = [ms / 1e3 for ms in times]
+
+        def per_step(of: Callable[[Lengths, Tokens], float]) -> list[float]:
+            return [sum(of(*micro_batch) for micro_batch in step) for step in steps]
+
+        def rate(amounts: list[float]) -> float:
+            return statistics.median(amount / s for amount, s in zip(amounts, seconds, strict=True))
+
+        images = per_step(lambda lengths, _: lengths.images)
+        tokens = per_step(lambda lengths, _: lengths.context.total + lengths.target.total)
+        flops = per_step(
+            lambda lengths, tokens: lengths.images * flops_per_image(self._config, tokens, recomputed=False)
+        )
+        mine = torch.tensor([sum(images), sum(tokens)], dtype=torch.float64, device=device)
+        all_images, all_tokens = distributed.sum_over_ranks(mine)
+        teraflops, datasheet = rate(flops) / 1e12, datasheet_teraflops(device, self._precision)
+        return StepProfile(
+            device=device_name(device),
+            precision=str(self._precision).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            ranks=distributed.world_size(),
+            micro_batch_size=self._sizes.micro,
+            grad_accum_steps=accum,
+            step_ms=summary(times),
+            steps_ms=tuple(times),
+            images_per_second=rate(images) * all_images / sum(images),
+            tokens_per_second=rate(tokens) * all_tokens / sum(tokens),
+            data_wait=self._waited / sum(seconds),
+            tokens=Tokens(*map(statistics.mean, zip(*(tokens for _, tokens in micro_batches), strict=True))),
+            teraflop_per_step=statistics.mean(flops) / 1e12,
+            teraflops=teraflops,
+            ceilings=self._ceilings,
+            mfu=teraflops / self._ceilings.teraflops,
+            datasheet_teraflops=datasheet,
+            datasheet_mfu=teraflops / datasheet if datasheet else None,
+            split=split,
+            memory=memory,
+        )
+
+
+class _Clock:
+    """Marks between steps. On a GPU by events, without making the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.cuda = device, device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
+        self._times: list[float] = []
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self._device)
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        else:
+            self._times.append(time.perf_counter())
+
+    def milliseconds(self) -> list[float]:
+        """From each mark to the next."""
+        self.synchronize()
+        if self.cuda:
+            return [a.elapsed_time(b) for a, b in pairwise(self._events)]
+        return [1e3 * (b - a) for a, b in pairwise(self._times)]
+
+
+def _peak_allocated(profiler: profile) -> int:
+    """Bytes of tensors that the thread of the step allocated on the CPU: the most above what there was before."""
+    level = peak = 0
+    recorded: Any = profiler.profiler  # the Chrome trace has these too, but reading it takes longer
+    for event in sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
+class SyntheticBatch(NamedTuple):
+    images: Tensor
+    masks: MaskBatch
+
+
+def synthetic_batches(config: Config, sizes: BatchSizes, device: torch.device, steps: int) -> list[SyntheticBatch]:
+    """Micro batches for so many steps that cost nothing to get: the same noise, masks sampled beforehand."""
+    shape = (sizes.micro, config.data.in_channels, *config.data.image_hw)
+    noise = torch.Generator().manual_seed(config.seed)
+    images = torch.randint(256, shape, generator=noise, dtype=torch.uint8).to(device)
+    if config.data.pixels == "normalised":
+        images = normalise(images, config.data)
+
+    def masks(step: int, micro_step: int) -> MaskBatch:
+        positions = batch_positions(
+            step,
+            micro_step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            micro_batch_size=sizes.micro,
+            accum=sizes.accum,
+        )
+        indices = torch.from_numpy(positions).to(device)
+        return sample_masks(
+            config.masks, config.grid_h, config.grid_w, seed=config.seed, step=step, sample_indices=indices
+        )
+
+    return [SyntheticBatch(images, masks(step, micro)) for step in range(steps) for micro in range(sizes.accum)]
+
+
+def profile_steps(
+    engine: Engine,
+    config: Config,
+    sizes: BatchSizes,
+    batches: Iterable[MicroBatch],
+    folder: Path,
+    steps: Steps = DEFAULT_STEPS,
+) -> StepProfile:
+    """Train on `batches`, of which `steps.total * sizes.accum` are taken, and profile it (`StepProfiler`).
+
+    Raises:
+        ValueError: there are fewer batches.
+    """
+    profiler = StepProfiler(engine, config, sizes, folder, steps)
+    engine.model.train()
+    for number, batch in enumerate(profiler.watch(batches), start=1):
+        engine.micro_step(batch.images, batch.masks)
+        if number % sizes.accum == 0 and (profiled := profiler.step_done()):
+            return profiled
+    raise ValueError(f"the batches ended before {steps.total} steps of {sizes.accum} micro batches")

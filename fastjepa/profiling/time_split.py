@@ -1,0 +1,257 @@
+"""From a trace of torch.profiler: which part of the step took the time, and which operators or kernels.
+
+On a CPU a part takes the time that the thread of the step spends within its annotation (`record_function`). On a GPU it
+takes the time of the kernels that were launched within it, wherever the host is by then; a kernel belongs to the
+annotation in which its launch lies: on its own thread, or, as autograd launches from a thread without any, on the
+thread of the step.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+STEP = "traced step"
+"""Annotates every step that counts. On a GPU nothing is under way where the first begins and the last ends."""
+DATA_WAIT = "data wait"
+STEP_PARTS = (
+    "context encoder", "target encoder", "predictor", "loss", "backward", "optimizer", "waiting for gradients",
+    "waiting for weights", DATA_WAIT,
+)  # fmt: skip
+LOADER_PARTS = ("loader", "mask sampling")
+COMMUNICATION, IDLE, OTHER = "communication", "idle", "other"
+
+_COLLECTIVE = re.compile(r"^(nccl|gloo:)", re.IGNORECASE)
+_MATMUL_OPERATOR = re.compile(
+    r"^aten::_?(scaled_|add|b|baddb)?(mm|addmm_activation)\w*$|scaled_dot_product_|_flash_attention|_efficient_attention"
+    r"|block_attention|_mkl_linear|linear_pointwise"
+)
+# Of kernels whose operator is not known: by the libraries that PyTorch takes them from, and our own.
+_MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|flash_|fmha|_attend_|_backward_(keys|queries)_kernel")
+
+Kind = Literal["matmul", "communication", "other"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of a step."""
+
+    name: str
+    ms: float
+    share: float
+    """Of the time of the traced steps."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of PyTorch on a CPU (without those that it calls), a kernel on a GPU."""
+
+    name: str
+    kind: Kind
+    calls: float
+    """Per step."""
+    ms: float
+    """Per step."""
+    share: float
+    """Of the time of the traced steps."""
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Of steps under the profiler, which slows them down: shares carry over to the timed steps, milliseconds do not."""
+
+    step_ms: float
+    parts: tuple[Part, ...]
+    """Add up to the step. `other`: the rest of the step's thread (CPU), or kernels outside of all annotations (GPU);
+    `communication`: collectives under which nothing else ran; `idle`: the GPU had nothing to do."""
+    beside: tuple[Part, ...]
+    """What went on beside the step, on threads and streams of its own: threads of the loader, collectives."""
+    matmul_share: float
+    """Of the time of the steps: matrix products and attention."""
+    operators: tuple[Operator, ...]
+    """By time, falling."""
+
+
+class _Span(NamedTuple):
+    """Microseconds."""
+
+    start: float
+    end: float
+    name: str
+    priority: int = 0
+
+
+class _Thread:
+    """The annotations of one thread, which nest."""
+
+    def __init__(self, spans: list[_Span]) -> None:
+        self._spans = sorted(spans, key=lambda span: (span.start, -span.end))
+        self._starts = [span.start for span in self._spans]
+
+    def at(self, time: float) -> str | None:
+        """The innermost annotation then."""
+        for span in reversed(self._spans[: bisect_right(self._starts, time)]):
+            if time <= span.end:
+                return span.name
+        return None
+
+
+def split_time(events: Iterable[dict[str, Any]]) -> TimeSplit:
+    """Of the `traceEvents` of a Chrome trace that has annotations STEP.
+
+    Raises:
+        ValueError: it has none.
+    """
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    steps = [event for event in spans if event["name"] == STEP and event["cat"] == "user_annotation"]
+    if not steps:
+        raise ValueError(f"the trace has no annotation {STEP!r}")
+    main = steps[0]["tid"]
+    start, end = min(map(_start, steps)), max(map(_end, steps))
+    inside = [event for event in spans if start <= _start(event) and _end(event) <= end]
+    overlapping = [event for event in spans if _start(event) < end and start < _end(event)]
+    annotations: dict[Any, list[_Span]] = defaultdict(list)
+    for event in overlapping:
+        if event["cat"] == "user_annotation" and event["name"] in (*STEP_PARTS, *LOADER_PARTS):
+            annotations[event["tid"]].append(_Span(_start(event), _end(event), event["name"]))
+    kernels = [event for event in inside if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if kernels:
+        line = _labelled(kernels, spans, annotations, main)
+        line += [span._replace(priority=-1) for span in annotations[main] if span.name == DATA_WAIT]
+        rest = IDLE
+        operators = _kernel_times(kernels, spans)
+        collectives = [span for span in line if span.name == COMMUNICATION]
+    else:
+        line, rest = annotations[main], OTHER
+        operators = _self_times([e for e in inside if e["tid"] == main and e["cat"] in ("cpu_op", "user_annotation")])
+        found = (e for e in overlapping if _COLLECTIVE.match(e["name"]))
+        collectives = [_Span(_start(event), _end(event), COMMUNICATION) for event in found]
+
+    def part(name: str, microseconds: float) -> Part:
+        return Part(name, microseconds / 1e3 / len(steps), microseconds / (end - start))
+
+    taken = dict(_covered(line, start, end))
+    named = {name: taken.pop(name) for name in STEP_PARTS if name in taken}
+    named |= dict(sorted(taken.items()))
+    named[rest] = named.get(rest, 0.0) + end - start - sum(named.values())
+    beside: dict[str, float] = defaultdict(float)
+    for spans_of_thread in (v for tid, v in annotations.items() if tid != main):
+        for name, time in _covered(spans_of_thread, start, end):
+            beside[name] += time
+    for name, time in _covered(collectives, start, end):
+        beside[name] += time
+    rows = [
+        Operator(name, kind, calls / len(steps), time / 1e3 / len(steps), time / (end - start))
+        for (name, kind), (calls, time) in sorted(operators.items(), key=lambda item: -item[1][1])
+    ]
+    return TimeSplit(
+        step_ms=(end - start) / 1e3 / len(steps),
+        parts=tuple(part(*item) for item in named.items()),
+        beside=tuple(part(*item) for item in sorted(beside.items())),
+        matmul_share=sum(row.share for row in rows if row.kind == "matmul"),
+        operators=tuple(rows),
+    )
+
+
+def _start(event: dict[str, Any]) -> float:
+    return float(event["ts"])
+
+
+def _end(event: dict[str, Any]) -> float:
+    return float(event["ts"]) + float(event["dur"])
+
+
+def _covered(spans: list[_Span], start: float, end: float) -> Iterator[tuple[str, float]]:
+    """(name, microseconds) between start and end: a moment belongs to the span of the highest priority, of equal ones to
+    the one that began last."""
+    edges = sorted({start, end, *(edge for span in spans for edge in span[:2] if start < edge < end)})
+    waiting = sorted(spans, key=lambda span: span.start, reverse=True)
+    open_spans: list[_Span] = []
+    time: dict[str, float] = defaultdict(float)
+    for left, right in pairwise(edges):
+        while waiting and waiting[-1].start <= left:
+            open_spans.append(waiting.pop())
+        open_spans = [span for span in open_spans if span.end > left]
+        if open_spans:
+            time[max(open_spans, key=lambda span: (span.priority, span.start)).name] += right - left
+    yield from time.items()
+
+
+def _labelled(
+    kernels: list[dict[str, Any]], events: list[dict[str, Any]], annotations: dict[Any, list[_Span]], main: Any
+) -> list[_Span]:
+    """Kernels as spans of the part that launched them. Those of the step hide collectives, these the loader's."""
+    threads = {tid: _Thread(spans) for tid, spans in annotations.items()}
+    threads.setdefault(main, _Thread([]))
+    launches = {
+        event["args"]["correlation"]: event
+        for event in events
+        if event["cat"] in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+    }
+    spans = []
+    for kernel in kernels:
+        name, priority = OTHER, 2
+        if _COLLECTIVE.match(kernel["name"]):
+            name, priority = COMMUNICATION, 1
+        elif launch := launches.get(kernel["args"].get("correlation")):
+            own = threads[launch["tid"]].at(launch["ts"]) if launch["tid"] in threads else None
+            name = own or threads[main].at(launch["ts"]) or OTHER
+            priority = 0 if name in LOADER_PARTS else 2
+        spans.append(_Span(_start(kernel), _end(kernel), name, priority))
+    return spans
+
+
+def _kernel_times(
+    kernels: list[dict[str, Any]], events: list[dict[str, Any]]
+) -> dict[tuple[str, Kind], tuple[int, float]]:
+    """(name, kind) -> (calls, microseconds). A kernel is a matrix product if the operator that launched it is one."""
+    operators = {
+        event["args"]["External id"]: event["name"]
+        for event in events
+        if event["cat"] == "cpu_op" and "External id" in event.get("args", {})
+    }
+    times: dict[tuple[str, Kind], tuple[int, float]] = {}
+    for kernel in kernels:
+        name = kernel["name"]
+        kind: Kind = "other"
+        if _COLLECTIVE.match(name):
+            kind = "communication"
+        elif _MATMUL_OPERATOR.search(operators.get(kernel["args"].get("External id"), "")) or _MATMUL_KERNEL.search(
+            name
+        ):
+            kind = "matmul"
+        calls, time = times.get((name, kind), (0, 0.0))
+        times[name, kind] = calls + 1, time + kernel["dur"]
+    return times
+
+
+def _self_times(events: list[dict[str, Any]]) -> dict[tuple[str, Kind], tuple[int, float]]:
+    """(name, kind) -> (calls, microseconds) of the operators of one thread, without the time of those that they call."""
+    times: dict[tuple[str, Kind], tuple[int, float]] = {}
+
+    def add(event: dict[str, Any], calls: int, time: float) -> None:
+        if event["cat"] == "user_annotation":
+            return
+        name = event["name"]
+        kind: Kind = "other"
+        if _COLLECTIVE.match(name) or name.startswith("c10d::"):
+            kind = "communication"
+        elif _MATMUL_OPERATOR.search(name):
+            kind = "matmul"
+        so_far = times.get((name, kind), (0, 0.0))
+        times[name, kind] = so_far[0] + calls, so_far[1] + time
+
+    stack: list[dict[str, Any]] = []
+    for event in sorted(events, key=lambda e: (_start(e), -_end(e))):
+        while stack and _end(stack[-1]) <= _start(event):
+            stack.pop()
+        if stack:
+            add(stack[-1], 0, -event["dur"])
+        add(event, 1, event["dur"])
+        stack.append(event)
+    return times

@@ -1,0 +1,149 @@
+"""Profiling a real step of a small model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastjepa import costs
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config
+from fastjepa.costs import Lengths
+from fastjepa.engine import Engine, build_engine
+from fastjepa.objective import build_model
+from fastjepa.profiling import StepProfile, Steps, profile_steps, synthetic_batches
+from fastjepa.profiling.timing import datasheet_teraflops
+from tests.small import small_config
+
+STEPS = Steps(warmup=1, timed=3, traced=2)
+CPU = torch.device("cpu")
+CONFIG = small_config(global_batch_size=8, micro_batch_size=4)
+SIZES = BatchSizes.share(CONFIG, 1)
+
+
+def profiled(folder: Path, config: Config = CONFIG) -> tuple[StepProfile, Engine]:
+    engine = build_engine(build_model(config), config, SIZES, CPU, None)
+    batches = synthetic_batches(config, SIZES, CPU, STEPS.total)
+    return profile_steps(engine, config, SIZES, batches, folder, STEPS), engine
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> StepProfile:
+    return profiled(tmp_path_factory.mktemp("profile"))[0]
+
+
+def test_rates_are_those_of_the_timed_steps(profile: StepProfile) -> None:
+    assert len(profile.steps_ms) == STEPS.timed
+    assert profile.step_ms.p50 == sorted(profile.steps_ms)[1]
+    assert profile.images_per_second == pytest.approx(8e3 / profile.step_ms.p50)
+    assert profile.step_ms.p20 <= profile.step_ms.p50 <= profile.step_ms.p80
+    assert 0 <= profile.data_wait < 0.5
+
+
+def test_arithmetic_is_that_of_the_masks_of_the_timed_steps(profile: StepProfile) -> None:
+    batches = synthetic_batches(CONFIG, SIZES, CPU, STEPS.total)
+    first, last = STEPS.warmup * SIZES.accum, (STEPS.warmup + STEPS.timed) * SIZES.accum
+    tokens = [Lengths.of(batch.masks).tokens() for batch in batches[first:last]]
+    flops = sum(SIZES.micro * costs.flops_per_image(CONFIG, each) for each in tokens)
+    assert 1e12 * profile.teraflop_per_step == pytest.approx(flops / STEPS.timed)
+    assert profile.tokens.context == pytest.approx(sum(each.context for each in tokens) / len(tokens))
+    assert profile.mfu == pytest.approx(profile.teraflops / profile.ceilings.teraflops)
+    rates = sorted(
+        sum(SIZES.micro * costs.flops_per_image(CONFIG, each) for each in tokens[2 * i : 2 * i + 2]) / ms
+        for i, ms in enumerate(profile.steps_ms)
+    )
+    assert 1e9 * profile.teraflops == pytest.approx(rates[1])
+
+
+def test_the_split_adds_up_and_names_all_parts(profile: StepProfile) -> None:
+    parts = {part.name: part.share for part in profile.split.parts}
+    assert sum(parts.values()) == pytest.approx(1)
+    trained = {"context encoder", "target encoder", "predictor", "loss", "backward", "optimizer"}
+    assert {*trained, "data wait", "other"} == set(parts)
+    assert all(parts[name] > 0 for name in trained)
+    assert 0 < profile.split.matmul_share < 1
+    assert sum(row.share for row in profile.split.operators) <= 1 + 1e-9
+
+
+def test_memory_is_that_of_the_state(profile: StepProfile) -> None:
+    encoder, predictor = costs.count_parameters(CONFIG)
+    state = costs.state_bytes(CONFIG, "torch", 1, bf16=False)
+    model = build_model(CONFIG)
+    buffers = sum(b.nbytes for module in (model.context_encoder, model.predictor) for b in module.buffers())
+    slack = 6 * 64 + 64  # the groups' flat buffers are padded, and count their updates
+    memory = profile.memory
+    assert memory.weights == pytest.approx(4 * (encoder + predictor) + buffers, abs=slack)
+    assert memory.target_encoder == pytest.approx(memory.weights - 4 * predictor, abs=buffers)
+    assert memory.gradients == pytest.approx(state.gradients, abs=slack)
+    assert memory.moments == pytest.approx(state.moments, abs=2 * slack)
+    assert memory.masters == 0
+    assert memory.peak == memory.state + memory.activations + memory.other
+
+
+def test_activations_are_about_those_of_the_formula(tmp_path: Path) -> None:
+    """On the CPU a step keeps some copies that the kernels of a GPU do without."""
+    measured = profiled(tmp_path)[0]
+    per_image = costs.activation_bytes(CONFIG, measured.tokens, "torch", bf16=False)
+    assert 0.7 < measured.memory.activations / (SIZES.micro * per_image) < 2
+
+
+def test_the_trace_is_a_chrome_trace(tmp_path: Path) -> None:
+    profiled(tmp_path)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "traced step" for event in events) == STEPS.traced
+
+
+def test_a_profile_can_be_written_as_json(profile: StepProfile) -> None:
+    read = json.loads(json.dumps(profile.as_dict()))
+    assert read["tokens"]["context"] == profile.tokens.context
+    assert read["step_ms"]["p50"] == profile.step_ms.p50
+
+
+def test_profiling_changes_no_weight_and_draws_no_random_number(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    _, engine = profiled(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    plain = build_engine(build_model(CONFIG), CONFIG, SIZES, CPU, None)
+    plain.model.train()
+    for batch in synthetic_batches(CONFIG, SIZES, CPU, STEPS.total):
+        plain.micro_step(batch.images, batch.masks)
+    state = copy.deepcopy(plain.model.state_dict())
+    assert all(torch.equal(value, state[name]) for name, value in engine.model.state_dict().items())
+
+
+def test_too_few_batches_are_refused(tmp_path: Path) -> None:
+    engine = build_engine(build_model(CONFIG), CONFIG, SIZES, CPU, None)
+    with pytest.raises(ValueError, match="ended before"):
+        profile_steps(engine, CONFIG, SIZES, synthetic_batches(CONFIG, SIZES, CPU, 2), tmp_path, STEPS)
+
+
+def test_recomputation_is_no_work(profile: StepProfile, tmp_path: Path) -> None:
+    lean = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, activation_checkpointing=True))
+    again, _ = profiled(tmp_path, lean)
+    assert again.teraflop_per_step == profile.teraflop_per_step
+    assert again.memory.activations < profile.memory.activations
+
+
+def test_a_datasheet_is_quoted_for_known_gpus_only() -> None:
+    assert datasheet_teraflops(CPU, torch.bfloat16) is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_are_found_and_belong_to_their_parts(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    engine = build_engine(build_model(CONFIG), CONFIG, SIZES, device, None)
+    batches = synthetic_batches(CONFIG, SIZES, device, STEPS.total)
+    found = profile_steps(engine, CONFIG, SIZES, batches, tmp_path, STEPS)
+    parts = {part.name: part.share for part in found.split.parts}
+    assert sum(parts.values()) == pytest.approx(1)
+    for name in ("context encoder", "target encoder", "predictor", "backward", "optimizer"):
+        assert parts[name] > 0
+    assert parts.get("other", 0) < 0.1
+    assert any(row.kind == "matmul" for row in found.split.operators)
+    assert found.memory.activations > 0
+    assert len(found.steps_ms) == STEPS.timed
