@@ -1,8 +1,9 @@
-"""What this process may use of its machine: memory and cores, within the limits of its control groups."""
+"""What this process may use of its machine: memory and cores, within the limits of its control groups; and which it is."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,3 +71,12 @@ def _quota(group: Path, *files: str) -> float:
         return float("inf")
     quota, period = words
     return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """The processor's model, as Linux knows it; else its architecture."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or on ARM
+        return platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,12 @@ def test_usable_cores_are_what_the_tightest_control_group_grants(
 def test_without_a_limit_all_cores_of_the_process_are_usable(tmp_path: Path) -> None:
     files = {"job/cpu.max": "max 100000\n"}
     assert host.usable_cores(machine(tmp_path, "0::/job\n", files)) == len(os.sched_getaffinity(0))
+
+
+def test_the_processor_has_a_name_where_linux_knows_it(tmp_path: Path) -> None:
+    assert host.cpu_name(tmp_path) == platform.machine()
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(
+        "processor\t: 0\nmodel name\t: A CPU (R) @ 2 GHz\n\nmodel name\t: B\n", encoding="utf-8"
+    )
+    assert host.cpu_name(tmp_path) == "A CPU (R) @ 2 GHz"

@@ -1,24 +1,33 @@
 """python -m benchmarks.kernels [--ops ...] [--shapes ...]: every provider beside the others, checked, then timed in turns.
 
-Prints a table; --output FOLDER also writes kernels.csv and a picture. Times are those of this machine; rates are against the
-least work that the operation can do (benchmarks.kernel_cases), so a provider that pads or copies shows a lower one.
+Prints a table; --output FOLDER also writes kernels.csv and two pictures: kernels.png, times, and kernels_roofline.png, rates
+under what the machine reaches at best. Times are those of this machine; rates are against the least work that the operation
+can do (benchmarks.kernel_cases), so a provider that pads or copies shows a lower one.
+
+--compare REV times our kernels of another git revision against those of the working tree, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import platform
-from collections.abc import Sequence
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.kernel_cases import shapes
+from benchmarks.kernels.compare import compare, serve
+from benchmarks.kernels.compare import report as report_comparison
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS
+from fastjepa.errors import ConfigError
+from fastjepa.host import cpu_name
 from fastjepa.profiling.timing import Ceilings, Timing, measure_ceilings, time_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,102 +38,172 @@ class Row:
     contest: Contest
     provider: str
     timing: Timing
-    gigabytes_per_second: float
-    teraflops: float
-    share: float
-    """Of the ceiling that binds: the least time that the work can take on this machine, over the median."""
+    ceilings: Ceilings
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.contest.work.bytes / self.timing.p50 / 1e6
+
+    @property
+    def teraflops(self) -> float:
+        return self.contest.work.flops / self.timing.p50 / 1e9
+
+    @property
+    def share(self) -> float:
+        """Of the ceiling that binds: the least time that the work can take on this machine, over the median."""
+        return max(
+            self.gigabytes_per_second / self.ceilings.gigabytes_per_second, self.teraflops / self.ceilings.teraflops
+        )
 
 
 def measure(
     contest: Contest, device: torch.device, ceilings: Ceilings, repeats: int
 ) -> tuple[list[Row], dict[str, str]]:
     """The right providers' rows, fastest first, and why the others have none."""
-    missing = contest.providers.absent | contest.wrong()
-    present = {name: timed for name, timed in contest.providers.present.items() if name not in missing}
+    present, missing = contest.contestants()
     timings = time_in_turns(present, device, repeats=repeats)
-    rows = []
-    for name, timing in timings.items():
-        gigabytes = contest.work.bytes / timing.p50 / 1e6
-        teraflops = contest.work.flops / timing.p50 / 1e9
-        share = max(gigabytes / ceilings.gigabytes_per_second, teraflops / ceilings.teraflops)
-        rows.append(Row(contest, name, timing, gigabytes, teraflops, share))
+    rows = [Row(contest, name, timing, ceilings) for name, timing in timings.items()]
     return sorted(rows, key=lambda row: row.timing.p50), missing
 
 
 def report(rows: Sequence[Row], missing: dict[str, str], contest: Contest) -> None:
-    print(f"\n{contest.op}, {contest.part}, {contest.shape}")
+    print(f"\n{contest.title}")
     for row in rows:
         t = row.timing
+        arithmetic = f"{row.teraflops:>9.3f} TFLOP/s" if contest.work.flops else ""
         print(
             f"  {row.provider:<36}{t.p50:>10.3f} ms ({t.p20:.3f}-{t.p80:.3f}){row.gigabytes_per_second:>9.1f} GB/s"
-            f"{row.teraflops:>8.2f} TFLOP/s{100 * row.share:>6.0f} % of the bound"
+            f"{arithmetic}{100 * row.share:>6.0f} % of the bound"
         )
     for name, reason in missing.items():
-        print(f"  {name:<36}{'-':>10}    {reason}")
+        print(f"  {name:<36}{'-':>10}    {reason}", flush=True)
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"device": name, "torch": torch.__version__, "threads": str(torch.get_num_threads())}
-
-
-def as_record(row: Row) -> dict[str, Any]:
-    contest = row.contest
+    """Whose times these are: the device, and the versions of what runs on it ("" where it is not installed)."""
+    cuda = device.type == "cuda"
     return {
-        "op": contest.op,
-        "part": contest.part,
-        "shape": contest.shape,
-        "dtype": str(contest.dtype).removeprefix("torch."),
-        "provider": row.provider,
+        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "driver": _driver() if cuda else "",
+        "torch": torch.__version__,
+        **{package: _version(package) for package in ("triton", "xformers", "apex", "flash_attn")},
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def as_record(row: Row, batch_size: int) -> dict[str, Any]:
+    contest = row.contest
+    numbers = {
         "p20_ms": row.timing.p20,
         "p50_ms": row.timing.p50,
         "p80_ms": row.timing.p80,
         "gb_per_s": row.gigabytes_per_second,
         "tflop_per_s": row.teraflops,
+        "copy_gb_per_s": row.ceilings.gigabytes_per_second,
+        "matmul_tflop_per_s": row.ceilings.teraflops,
         "share_of_bound": row.share,
+    }
+    return {
+        "op": contest.op,
+        "part": contest.part,
+        "shape": contest.shape,
+        "batch_size": batch_size,
+        "dtype": str(contest.dtype).removeprefix("torch."),
+        "provider": row.provider,
+        "bytes": contest.work.bytes,
+        "flops": contest.work.flops,
+        **{name: float(f"{number:.6g}") for name, number in numbers.items()},
     }
 
 
-def write_csv(rows: Sequence[Row], device: torch.device, path: Path) -> None:
-    records = [as_record(row) | environment(device) for row in rows]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, records[0])
+def write(records: Sequence[dict[str, Any]], of: dict[str, str], folder: Path) -> None:
+    from benchmarks.kernels.plot import plot_roofline, plot_times
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*records[0], *of], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(records)
+        writer.writerows(record | of for record in records)
+    plot_times(records, of, folder / "kernels.png")
+    plot_roofline(records, of, folder / "kernels_roofline.png")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", nargs="+", choices=CONTESTS, default=list(CONTESTS))
     parser.add_argument("--shapes", nargs="+", choices=shapes(1), default=list(shapes(1)) if cuda else ["S/16"])
     parser.add_argument("--batch_size", type=int, default=128 if cuda else 16)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32")
-    parser.add_argument("--repeats", type=int, default=50 if cuda else 9)
-    parser.add_argument("--output", type=Path, help="also write kernels.csv and kernels.png into this folder")
-    args = parser.parse_args()
-    device, dtype = torch.device("cuda" if cuda else "cpu"), DTYPES[args.dtype]
-    torch.manual_seed(0)
-    ceilings = measure_ceilings(device, dtype)
-    print(
-        ", ".join(f"{key} {value}" for key, value in environment(device).items()), f"batch {args.batch_size}", sep=", "
+    parser.add_argument(
+        "--repeats", type=int, default=50 if cuda else 9, help="rounds, 2 or more (default: %(default)s)"
     )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="also write kernels.csv and the pictures into this folder")
+    where.add_argument("--compare", metavar="REV", help="against fastjepa_kernels of this git revision")
+    where.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.repeats < 2:
+        parser.error(f"--repeats is {args.repeats}, expected 2 or more: percentiles need them")
+    device, dtype = torch.device("cuda" if cuda else "cpu"), DTYPES[args.dtype]
+    of = environment(device)
+    if not args.serve:
+        print(", ".join(f"{key} {value}" for key, value in of.items() if value), f"batch {args.batch_size}", sep=", ")
+    if args.compare:
+        same = [
+            "--ops",
+            *args.ops,
+            "--shapes",
+            *args.shapes,
+            "--batch_size",
+            str(args.batch_size),
+            "--dtype",
+            args.dtype,
+        ]
+        try:
+            report_comparison(*compare(args.compare, same, args.repeats), args.compare)
+        except ConfigError as error:
+            parser.error(str(error))
+        return
+    torch.manual_seed(0)
+
+    def contests() -> Iterator[Contest]:
+        for name, shape in shapes(args.batch_size).items():
+            for op in args.ops if name in args.shapes else []:
+                yield from CONTESTS[op](shape, device, dtype)
+
+    if args.serve:
+        serve(contests(), device)
+        return
+    ceilings = measure_ceilings(device, dtype)
     print(
         f"ceilings: copy {ceilings.gigabytes_per_second:.1f} GB/s, matmul {ceilings.teraflops:.3f} TFLOP/s ({args.dtype})"
     )
     rows: list[Row] = []
-    for name, shape in shapes(args.batch_size).items():
-        for op in args.ops if name in args.shapes else []:
-            for contest in CONTESTS[op](shape, device, dtype):
-                mine, missing = measure(contest, device, ceilings, args.repeats)
-                report(mine, missing, contest)
-                rows += mine
+    for contest in contests():
+        mine, missing = measure(contest, device, ceilings, args.repeats)
+        report(mine, missing, contest)
+        rows += mine
     if args.output:
-        from benchmarks.kernels.plot import plot
-
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, device, args.output / "kernels.csv")
-        plot([as_record(row) for row in rows], environment(device), args.output / "kernels.png")
+        write([as_record(row, args.batch_size) for row in rows], of, args.output)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,18 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    build: Callable[[], Callable[[], Outputs]]
+    prepare: Callable[[], None]
+    is_ours: bool
+
+
 @dataclass
 class Providers:
     """Who takes part by name, and who cannot, with the reason."""
 
-    present: dict[str, Timed] = field(default_factory=dict)
+    candidates: dict[str, _Candidate] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     def add_ours(
@@ -43,34 +50,22 @@ class Providers:
     ) -> None:
         """Every implementation of one of our operations; `build` gives the function to time, from the public ones."""
         for name, problem in fastjepa_kernels.implementations(op, device.type, dtype, head_dim).items():
-            if problem:
-                self.absent[f"fastjepa {name}"] = problem
-                continue
 
             def ask(name: str = name) -> None:
                 fastjepa_kernels.request({op: name})
                 fastjepa_kernels.choose(op, device.type, dtype, head_dim)  # remembered, so that it is not timed
 
-            ask()
-            self.add(f"fastjepa {name}", build, prepare=ask)
-        fastjepa_kernels.request({})
+            self._add(f"fastjepa {name}", problem, _Candidate(build, ask, is_ours=True))
 
-    def add(
-        self,
-        name: str,
-        build: Callable[[], Callable[[], Outputs]],
-        problem: str | None = None,
-        *,
-        prepare: Callable[[], None] = nothing,
-    ) -> None:
-        """A provider; `problem` is why it is known not to run here. One that fails when it is built is absent too."""
-        if problem is None:
-            try:
-                self.present[name] = Timed(build(), prepare)
-            except FAILURES as error:
-                problem = describe(error)
+    def add(self, name: str, build: Callable[[], Callable[[], Outputs]], problem: str | None = None) -> None:
+        """A rival; `problem` is why it is known not to run here."""
+        self._add(name, problem, _Candidate(build, nothing, is_ours=False))
+
+    def _add(self, name: str, problem: str | None, candidate: _Candidate) -> None:
         if problem:
             self.absent[name] = problem
+        else:
+            self.candidates[name] = candidate
 
 
 @dataclass(frozen=True)
@@ -85,17 +80,37 @@ class Contest:
     """The right outputs, in a precision above the providers'."""
     providers: Providers
 
-    def wrong(self) -> dict[str, str]:
-        """The providers that fail or whose outputs are not the expected ones, and how."""
-        return {name: problem for name, timed in self.providers.present.items() if (problem := self._problem(timed))}
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {self.part}, {self.shape}"
+
+    def contestants(self, *, ours_only: bool = False) -> tuple[dict[str, Timed], dict[str, str]]:
+        """Those whose answer is right, ready to run; and why the others do not take part."""
+        right: dict[str, Timed] = {}
+        missing = {name: why for name, why in self.providers.absent.items() if not ours_only}
+        for name, candidate in self.providers.candidates.items():
+            if ours_only and not candidate.is_ours:
+                continue
+            try:
+                candidate.prepare()
+                timed = Timed(candidate.build(), candidate.prepare)
+                problem = self._problem(timed)
+            except FAILURES as error:
+                problem = describe(error)
+            if problem:
+                missing[name] = problem
+            else:
+                right[name] = timed
+        return right, missing
 
     def _problem(self, timed: Timed) -> str | None:
+        """Why its outputs are not the expected ones."""
         timed.prepare()
-        try:
-            outputs = timed.run()
-        except FAILURES as error:
-            return describe(error)
+        outputs = timed.run()
         assert isinstance(outputs, Tensor | tuple)
+        shapes = [[tuple(x.shape) for x in tensors] for tensors in (_as_tuple(outputs), self.expected)]
+        if shapes[0] != shapes[1]:
+            return f"outputs of shapes {shapes[0]}, expected {shapes[1]}"
         for index, (mine, right) in enumerate(zip(_as_tuple(outputs), self.expected, strict=True)):
             mine = mine.to(right.device)
             difference = (mine.to(right.dtype) - right).double().norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,11 @@ def _cuda_only(device: torch.device, *modules: str) -> str | None:
     if missing:
         return f"{' and '.join(missing)} not installed"
     return None if device.type == "cuda" else "it needs a CUDA device"
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By torch.compile, which compiles at the first call, and fails there where there is no compiler."""
+    return torch.compile(function, dynamic=False)
 
 
 # Attention
@@ -175,6 +181,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
         dtype,
     )
     patches.add("torch: normalise, patchify, index", lambda: plain_patches)
+    patches.add("torch, compiled", lambda: _compiled(plain_patches))
     work = cases.gather_patches_work(len(masks.context_indices), 3 * p * p, 1, element)
     yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches(torch.float32),), patches)
 
@@ -211,6 +218,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     adds = Providers()
     adds.add_ours("masked_gather", lambda: lambda: gather_add(tokens, table, positions), device, dtype)
     adds.add("torch index_select, add", lambda: lambda: tokens + table.index_select(0, positions))
+    adds.add("torch, compiled", lambda: _compiled(lambda: tokens + table.index_select(0, positions)))
     work = cases.gather_add_work(len(positions), shape.width, element)
     expected = tokens.float() + table[positions].float()
     yield Contest("masked_gather", "positions", shape.name, dtype, work, (expected,), adds)
@@ -277,6 +285,30 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
 
         return run
 
+    def compiled() -> Callable[[], Outputs]:
+        """The formula as one would write it, with its hyper-parameters on the device."""
+        state, extra = buffers(), copies()
+        numbers = [torch.tensor(x, device=device) for x in (1.0, lr, decay, momentum)]
+
+        @torch.no_grad()
+        def update(param: Tensor, m: Tensor, v: Tensor, ema: Tensor, *scalars: Tensor) -> None:
+            step, lr, decay, momentum = scalars
+            m.lerp_(grad, 1 - betas[0])
+            v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+            param.mul_(1 - lr * decay)
+            param.sub_(lr / (1 - betas[0] ** step) * m / ((v / (1 - betas[1] ** step)).sqrt() + eps))
+            ema.lerp_(param, 1 - momentum)
+            for copy, x in zip(extra.values(), (param, ema), strict=False):
+                copy.copy_(x)
+
+        fused = _compiled(update)
+
+        def run() -> Outputs:
+            fused(*state.values(), *numbers)
+            return state["param"], state["ema"]
+
+        return run
+
     exact = start.double().requires_grad_()
     exact.grad = grad.double()
     torch.optim.AdamW([exact], lr=lr, betas=betas, eps=eps, weight_decay=decay).step()
@@ -286,6 +318,7 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     providers.add_ours("adamw_ema", fused_ours, device, torch.float32)
     providers.add("torch AdamW fused + foreach EMA", lambda: separate(fused=True))
     providers.add("torch AdamW foreach + foreach EMA", lambda: separate(foreach=True))
+    providers.add("torch formula, compiled", compiled)
     work = cases.adamw_ema_work(numel, copy_size=2 if half else 0)
     yield Contest("adamw_ema", "step", f"{shape.name} {numel / 1e6:.0f} M", torch.float32, work, expected, providers)
 
@@ -307,7 +340,6 @@ def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[C
     loss = plain(exact, features.double())
     (gradient,) = torch.autograd.grad(loss, exact)
     element = features.element_size()
-    compiled = torch.compile(plain) if device.type == "cuda" else plain
 
     def forward_of(run: Callable[[], Tensor]) -> Callable[[], Callable[[], Outputs]]:
         return lambda: lambda: run().detach()
@@ -326,7 +358,7 @@ def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[C
         providers = Providers()
         providers.add_ours("target_loss", of(lambda: target_loss(predictions, features, rows)), device, dtype)
         providers.add("torch: layer_norm, index, smooth_l1", of(plain))
-        providers.add("torch, compiled", of(compiled), _cuda_only(device))
+        providers.add("torch, compiled", of(_compiled(plain)))
         work = formula(len(rows), shape.width, element)
         yield Contest("target_loss", part, shape.name, dtype, work, (expected,), providers)
 

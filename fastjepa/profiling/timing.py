@@ -40,17 +40,20 @@ class Timing:
 def time_in_turns(
     functions: Mapping[str, Timed], device: torch.device, *, repeats: int, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Run every function `warmup` + `repeats` times, one after the other in each round.
-
-    On CUDA by events, with the caches flushed before each run and no synchronisation between them; elsewhere by the clock.
-    """
-    clock = _time_on_gpu if device.type == "cuda" else _time_on_cpu
+    """`sample_in_turns`, after as many rounds that do not count as `warmup` says; percentiles by name."""
     for _ in range(warmup):
         for function in functions.values():
             function.prepare()
             function.run()
-    samples = clock(functions, device, repeats)
-    return {name: summary(times) for name, times in samples.items()}
+    return {name: summary(times) for name, times in sample_in_turns(functions, device, repeats).items()}
+
+
+def sample_in_turns(functions: Mapping[str, Timed], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Run every function `rounds` times, one after the other in each round; milliseconds by name.
+
+    On CUDA by events, with the caches flushed before each run and no synchronisation between them; elsewhere by the clock.
+    """
+    return (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(functions, device, rounds)
 
 
 def summary(times: list[float]) -> Timing:

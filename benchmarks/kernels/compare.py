@@ -1,0 +1,255 @@
+"""The kernels of another git revision beside those of the working tree, in the same contests.
+
+Two processes, alike but for where they import fastjepa_kernels from, take turns: round by round each runs its providers once
+while the other waits, so that whatever else the machine does falls on both. But where its memory lies is drawn anew by every
+process, and small operations differ by tens of percent for it: so there are several pairs, and they must agree.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastjepa_kernels
+from benchmarks.kernels.contest import Contest
+from fastjepa.errors import ConfigError
+from fastjepa.profiling.timing import sample_in_turns
+
+ROOT = Path(__file__).parents[2]
+PAIRS = 5
+_LEAST_DIFFERENCE = 0.03
+_WARMUP = 3
+
+
+@contextmanager
+def kernels_of(revision: str, repository: Path = ROOT) -> Iterator[Path]:
+    """The folder kernels/ of a revision, copied out of the repository, which is left as it is.
+
+    Raises:
+        ConfigError: this is no git checkout, or it has no such revision, or the revision no such folder.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, check=False)
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+    except FileNotFoundError as error:
+        raise ConfigError(f"--compare {revision}: git is not installed") from error
+    if top.returncode or Path(top.stdout.decode().strip()).resolve() != repository.resolve():
+        raise ConfigError(
+            f"--compare {revision}: {repository} is not a git checkout, whose revisions could be compared"
+        )
+    commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if commit.returncode:
+        raise ConfigError(
+            f"--compare {revision}: no such revision; expected a commit, branch or tag (git log --oneline)"
+        )
+    archive = git("archive", "--format=tar", commit.stdout.decode().strip(), "kernels")
+    if archive.returncode:
+        raise ConfigError(f"--compare {revision}: it has no folder kernels/: {archive.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory(prefix="fastjepa_kernels_") as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(folder, filter="data")
+        yield Path(folder) / "kernels"
+
+
+# One side, in a process of its own: tells of a contest, runs a round of it whenever it reads a line that says so.
+
+
+def serve(contests: Iterable[Contest], device: torch.device) -> None:
+    """Of our providers alone, the right ones. Speaks on stdout, a JSON object a line."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what libraries print
+
+    def say(what: object) -> None:
+        print(json.dumps(what), file=channel, flush=True)
+
+    say({"kernels": str(Path(fastjepa_kernels.__file__).parents[1])})
+    for contest in contests:
+        present, missing = contest.contestants(ours_only=True)
+        sample_in_turns(present, device, _WARMUP)
+        say({"contest": contest.title, "providers": list(present), "missing": missing})
+        while sys.stdin.readline() == "round\n":
+            say({name: times[0] for name, times in sample_in_turns(present, device, 1).items()})
+    say({"contest": None})
+
+
+class _Side:
+    """The other end of `serve`."""
+
+    def __init__(self, name: str, kernels: Path, arguments: Sequence[str]) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
+        path = os.pathsep.join([str(kernels), str(ROOT)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.kernels", "--serve", *arguments],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> _Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def tell(self, what: str) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            written = self._errors.read().strip()
+            raise ConfigError(f"the contests cannot be run with the kernels of {self.name}; its last words:\n{written}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one provider in one contest."""
+
+    contest: str
+    provider: str
+    before: float
+    """Milliseconds: the median of all rounds."""
+    after: float
+    ratios: tuple[float, ...]
+    """After over before: of the medians, for each pair of processes."""
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def verdict(self) -> str:
+        """A difference that all pairs agree on, and that is larger than those between the pairs."""
+        doubt = max(_LEAST_DIFFERENCE, max(self.ratios) - min(self.ratios))
+        if max(self.ratios) < 1 and self.ratio < 1 - doubt:
+            return "faster"
+        if min(self.ratios) > 1 and self.ratio > 1 + doubt:
+            return "SLOWER"
+        return "no difference"
+
+    def __str__(self) -> str:
+        return (
+            f"  {self.provider:<22}{self.before:>10.3f} ms ->{self.after:>10.3f} ms   x {self.ratio:.3f} "
+            f"({min(self.ratios):.3f}-{max(self.ratios):.3f})   {self.verdict}"
+        )
+
+
+def compared(contest: str, provider: str, pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Comparison:
+    """From the milliseconds before and after, for each pair of processes."""
+    before, after = (statistics.median([x for pair in pairs for x in pair[side]]) for side in (0, 1))
+    ratios = tuple(statistics.median(b) / statistics.median(a) for a, b in pairs)
+    return Comparison(contest, provider, before, after, ratios)
+
+
+@dataclass
+class _Pair:
+    """What two processes found, by (contest, provider)."""
+
+    times: dict[tuple[str, str], tuple[list[float], list[float]]] = field(default_factory=dict)
+    remarks: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def _turns(number: int) -> tuple[int, int]:
+    """Who is first: each every other time."""
+    return (0, 1) if number % 2 == 0 else (1, 0)
+
+
+def _run_pair(number: int, revision: str, kernels: Path, arguments: Sequence[str], rounds: int) -> _Pair:
+    pair = _Pair()
+    sides = {0: (revision, kernels), 1: ("the working tree", ROOT / "kernels")}
+    with ExitStack() as stack:
+        started = {which: stack.enter_context(_Side(*sides[which], arguments)) for which in _turns(number)}
+        old, new = started[0], started[1]
+        for side, folder in ((old, kernels), (new, ROOT / "kernels")):
+            found = side.hear()["kernels"]
+            if Path(found).resolve() != folder.resolve():
+                raise ConfigError(f"fastjepa_kernels of {side.name} is imported from {found}, not from {folder}")
+        while (contest := (there := old.hear())["contest"]) is not None:
+            here = new.hear()
+            for name in dict.fromkeys([*there["providers"], *there["missing"], *here["providers"], *here["missing"]]):
+                if name in there["providers"] and name in here["providers"]:
+                    pair.times[contest, name] = [], []
+                    continue
+                failures = [
+                    f"{side.name}: {answer['missing'].get(name, 'it is not there')}"
+                    for side, answer in ((old, there), (new, here))
+                    if name not in answer["providers"]
+                ]
+                pair.remarks[contest, name] = "; ".join(failures)
+            for turn in range(number, number + rounds):
+                for which in _turns(turn):
+                    started[which].tell("round")
+                    for name, milliseconds in started[which].hear().items():
+                        if (contest, name) in pair.times:
+                            pair.times[contest, name][which].append(milliseconds)
+            old.tell("next")
+            new.tell("next")
+    return pair
+
+
+def compare(
+    revision: str, arguments: Sequence[str], rounds: int, repository: Path = ROOT
+) -> tuple[list[Comparison], list[str]]:
+    """
+    Args:
+        revision: what git takes for a commit.
+        arguments: of benchmarks.kernels: which contests.
+        rounds: how often each process runs its providers.
+        repository: whose revision it is.
+
+    Returns:
+        Comparisons, and remarks on the providers that cannot be compared.
+
+    Raises:
+        ConfigError: there is no such revision, or the contests cannot be run with its kernels.
+    """
+    pairs = []
+    with kernels_of(revision, repository) as kernels:
+        for number in range(PAIRS):
+            pairs.append(_run_pair(number, revision, kernels, arguments, rounds))
+            print(f"pair {number + 1} of {PAIRS} is done", flush=True)
+    remarks = [f"{contest}: {name}: {remark}" for (contest, name), remark in pairs[0].remarks.items()]
+    return [compared(*key, [pair.times[key] for pair in pairs]) for key in pairs[0].times], remarks
+
+
+def report(comparisons: Sequence[Comparison], remarks: Sequence[str], revision: str) -> None:
+    for contest, group in groupby(comparisons, key=lambda comparison: comparison.contest):
+        print("\n".join(["", contest, *map(str, group)]))
+    print("\n".join(["", *remarks]))
+    verdicts = [comparison.verdict for comparison in comparisons]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("faster", "SLOWER", "no difference"))
+    mean = statistics.geometric_mean([comparison.ratio for comparison in comparisons] or [1.0])
+    print(f"the working tree against {revision}: {counts}; geometric mean of the ratios {mean:.3f}")
+    for comparison in comparisons:
+        if comparison.verdict == "SLOWER":
+            print(f"  SLOWER: {comparison.contest}: {comparison.provider}, x {comparison.ratio:.3f}")
