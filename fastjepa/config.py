@@ -284,6 +284,10 @@ class Config:
     """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
     bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
     weights, activations and their gradients are bf16, with fp32 masters."""
+    compile: Literal["auto", "none", "blocks"] = "auto"
+    """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths of
+    sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at ZeRO stage
+    3, which cannot), none on a CPU, where it gains nothing."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
     of a checkpoint."""

@@ -28,6 +28,7 @@ from torch.profiler import record_function
 import fastjepa_kernels
 from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
+from fastjepa.compilation import compile_blocks, compiles_blocks
 from fastjepa.config import Config
 from fastjepa.ds_config import ZERO_SUB_GROUP_SIZE, read_ds_config
 from fastjepa.errors import ConfigError
@@ -139,7 +140,10 @@ class TorchEngine(Engine):
     def __init__(self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device) -> None:
         super().__init__(model.to(device), device)
         self._sizes = sizes
-        model.autocast = resolve_precision(config, device) == torch.bfloat16
+        precision = resolve_precision(config, device)
+        model.autocast = precision == torch.bfloat16
+        if compiles_blocks(config, device, precision, None):
+            compile_blocks(model)
         groups = param_groups(model)
         params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
         self._shapes = {name: list(p.shape) for name, p in params.items()}
@@ -208,6 +212,8 @@ class DeepSpeedEngine(Engine):
         precision = resolve_precision(config, device)
         settings = read_ds_config(ds_config, config, sizes, distributed.world_size(), bf16=precision == torch.bfloat16)
         self._stage: int = settings["zero_optimization"]["stage"]
+        if compiles_blocks(config, device, precision, self._stage):
+            compile_blocks(model)
         groups = param_groups(model)
         self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
         self._params = {group["name"]: list(group["params"]) for group in groups}

@@ -300,6 +300,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         "data.max_bad_share",
         "data.val_source",
         "model.activation_checkpointing",
+        "compile",
         "kernels",
     }
     changes = []

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastjepa.models.layers import Block
+
 logger = logging.getLogger(__name__)
 
 _DEEPSPEEDS = "all_gather_dp_groups"
@@ -40,8 +42,7 @@ class WeightGather:
         self._pending: dict[nn.Module, list[dist.Work]] = {part: [] for part in parts}
         self._launched = False
         for part in self._pending:
-            # All of them, whichever of them is called first: none can compute with old weights.
-            for module in part.modules():
+            for module in _called_from_outside(part):
                 module.register_forward_pre_hook(lambda *_, part=part: self._wait_for(part))
 
     @contextmanager
@@ -87,3 +88,11 @@ class WeightGather:
             with record_function("waiting for weights"):
                 while works:
                     works.pop(0).wait()
+
+
+def _called_from_outside(part: nn.Module) -> list[nn.Module]:
+    """All modules, whichever of them is called first: none can compute with old weights. But for those within a block, which
+    it calls itself, and which may be compiled with it."""
+    blocks = [module for module in part.modules() if isinstance(module, Block)]
+    inner = {module for block in blocks for module in block.modules()} - {*blocks}
+    return [module for module in part.modules() if module not in inner]

@@ -51,8 +51,8 @@ def engine_on(
     device: torch.device, stage: int | None, precision: str = "fp32", *, recompute: bool = False, **changes: Any
 ) -> Engine:
     """On one rank, with the files that are shipped; a step is two micro batches, and is clipped."""
-    optim = OptimConfig(warmup_epochs=0, clip_grad=0.01)
-    config = small_config(precision=precision, optim=optim, global_batch_size=4, micro_batch_size=2, **changes)
+    settings = {"compile": "none", "optim": OptimConfig(warmup_epochs=0, clip_grad=0.01), **changes}
+    config = small_config(precision=precision, global_batch_size=4, micro_batch_size=2, **settings)
     config = replace(config, model=replace(config.model, activation_checkpointing=recompute))
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
     return build_engine(build_model(config), config, BatchSizes.share(config, 1), device, ds_config)
@@ -224,6 +224,16 @@ def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(sta
 def test_a_step_never_waits_for_the_host(stage: int | None, precision: str, mode: str, recompute: bool) -> None:
     masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
     engine = engine_on(torch.device("cuda"), stage, precision, recompute=recompute, masks=masks_config)
+    assert_never_waits(engine)
+
+
+@pytest.mark.gpu
+@by_those_that_never_wait
+def test_a_compiled_step_never_waits_for_the_host(stage: int | None) -> None:
+    assert_never_waits(engine_on(torch.device("cuda"), stage, "bf16", compile="blocks"))
+
+
+def assert_never_waits(engine: Engine) -> None:
     batches = [batch(engine, number) for number in range(8)]
     batches[4] = (batches[4][0] * torch.nan, batches[4][1])  # nor does a step that is skipped
     for micro_step, (images, masks) in enumerate(batches):

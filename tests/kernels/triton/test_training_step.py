@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastjepa_kernels
 from fastjepa.batch_sizes import BatchSizes
+from fastjepa.compilation import compile_blocks
 from fastjepa.config import Config, MaskConfig, ModelConfig
 from fastjepa.engine import TorchEngine
 from fastjepa.masks import MaskBatch, sample_masks
@@ -68,3 +69,19 @@ def test_a_step_on_triton_equals_a_step_on_pytorch(engine: Engine) -> None:
             continue
         moved = (weight - plain_weights[name]).abs()
         assert (moved > 0.02 * lr).float().mean() < 0.01, name
+
+
+def test_a_compiled_step_on_triton_gives_the_same_bits(engine: Engine) -> None:
+    """The kernels are opaque in the graphs: nothing breaks them, and batches of other lengths need no other ones."""
+    config = _config()
+    fastjepa_kernels.request(dict.fromkeys(ON_TORCH, "triton"))
+    plain, compiled = (build_model(config).to(engine.device) for _ in range(2))
+    compile_blocks(compiled, "aot_eager")
+    for step in range(2):
+        images, masks = small_batch(config, 2, step=step)
+        results = []
+        for model in (plain, compiled):
+            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+                loss = model(images.to(engine.device), masks.to(engine.device))
+            results.append([loss.detach(), *torch.autograd.grad(loss, model.trained_parameters())])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

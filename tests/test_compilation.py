@@ -1,0 +1,192 @@
+"""compile=blocks: other batches compile nothing new, numbers are those of the plain blocks, and every engine trains so."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastjepa_kernels
+from fastjepa import distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.compilation import compile_blocks, compiles_blocks
+from fastjepa.config import Config, KernelsConfig, MaskConfig
+from fastjepa.engine import Engine, build_engine
+from fastjepa.errors import ConfigError
+from fastjepa.masks import MaskBatch
+from fastjepa.models.layers import Block
+from fastjepa.objective import IJEPA, build_model
+from fastjepa_kernels import Ragged
+from tests.small import small_batch, small_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHAPE_CLASSES = 5
+"""Context encoder; target encoder, its last block; first and last block of the predictor."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one() -> Iterator[None]:
+    """DeepSpeed's process group and variables are not left to other tests."""
+    before = dict(os.environ)
+    yield
+    distributed.finish()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_yet() -> Iterator[None]:
+    """And attention that can be compiled on a CPU."""
+    fastjepa_kernels.request({} if torch.cuda.is_available() else {"block_attention": "padded"})
+    torch.compiler.reset()
+    _counters().clear()
+    yield
+    fastjepa_kernels.request({})
+
+
+def _counters() -> Any:
+    from torch._dynamo.utils import counters  # a second, which only these tests need
+
+    return counters
+
+
+def config_with(*, mode: str = "ragged", recompute: bool = False, **changes: Any) -> Config:
+    attention = "auto" if torch.cuda.is_available() else "padded"
+    config = small_config(
+        masks=MaskConfig(mode=mode, min_keep=2),  # type: ignore[arg-type]
+        kernels=KernelsConfig(block_attention=attention),  # type: ignore[arg-type]
+        **changes,
+    )
+    return replace(config, model=replace(config.model, activation_checkpointing=recompute))
+
+
+def batches(device: torch.device) -> Iterator[tuple[Tensor, MaskBatch]]:
+    """Of other lengths, sizes and modes."""
+    for step, (mode, size) in enumerate((("ragged", 3), ("ragged", 3), ("ragged", 5), ("official", 3), ("budget", 2))):
+        images, masks = small_batch(config_with(mode=mode), size, step=step)
+        yield images.to(device), masks.to(device)
+
+
+def loss_and_gradients(model: IJEPA, images: Tensor, masks: MaskBatch) -> list[Tensor]:
+    loss: Tensor = model(images, masks)
+    return [loss.detach(), *torch.autograd.grad(loss, model.trained_parameters())]
+
+
+def assert_no_graph_is_compiled_twice() -> None:
+    assert not _counters()["graph_break"]
+    assert _counters()["stats"]["unique_graphs"] == SHAPE_CLASSES
+
+
+@pytest.mark.parametrize(("recompute", "autocast"), [(False, False), (True, True)], ids=["fp32", "bf16-recomputed"])
+def test_other_batches_compile_nothing_new_and_give_the_same_bits(recompute: bool, autocast: bool) -> None:
+    plain, compiled = (build_model(config_with(recompute=recompute)) for _ in range(2))
+    plain.autocast = compiled.autocast = autocast
+    compile_blocks(compiled, "aot_eager")
+    for step, batch in enumerate(batches(torch.device("cpu"))):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            mine = loss_and_gradients(compiled, *batch)
+        assert all(torch.equal(x, y) for x, y in zip(mine, loss_and_gradients(plain, *batch), strict=True))
+    assert_no_graph_is_compiled_twice()
+
+
+@pytest.mark.parametrize("width", [24])
+def test_the_cpus_compiler_gives_a_block_the_same_numbers(width: int) -> None:
+    plain = Block(width, 3, mlp_ratio=4.0)
+    compiled = Block(width, 3, mlp_ratio=4.0)
+    compiled.load_state_dict(plain.state_dict())
+    compile_blocks(compiled)
+    for lengths in ([3, 7, 5], [4, 1, 9, 2]):
+        ragged = Ragged.from_lengths(torch.tensor(lengths))
+        x = torch.randn(ragged.total, width, requires_grad=True)
+        results = [(out := block(x, ragged), torch.autograd.grad(out.square().sum(), x)) for block in (plain, compiled)]
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert _counters()["stats"]["unique_graphs"] == 1
+
+
+def engine_with(compile: str, stage: int | None, precision: str, device: torch.device) -> Engine:
+    config = config_with(compile=compile, precision=precision, recompute=True, micro_batch_size=2)
+    ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
+    return build_engine(build_model(config), config, BatchSizes.share(config, 1), device, ds_config)
+
+
+def train(engine: Engine, micro_steps: int) -> Tensor:
+    losses = []
+    for step in range(micro_steps):
+        images, masks = small_batch(engine.model.config, 2, step=step)
+        losses.append(engine.micro_step(images.to(engine.device), masks.to(engine.device)))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(None, "fp32"), (2, "bf16")])
+def test_every_engine_but_zero_3_trains_the_same_bits(
+    stage: int | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastjepa.engine.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    cpu = torch.device("cpu")
+    compiled, plain = (engine_with(compile, stage, precision, cpu) for compile in ("blocks", "none"))
+    assert torch.equal(train(compiled, 6), train(plain, 6))
+    assert_no_graph_is_compiled_twice()
+
+
+def test_a_compiled_block_keeps_its_hooks() -> None:
+    """They wait for its weights at ZeRO 1 and 2."""
+    block, calls = Block(24, 3, mlp_ratio=4.0), []
+    compile_blocks(block, "eager")
+    block.register_forward_pre_hook(lambda *_: calls.append("waited"))
+    for _ in range(3):
+        block(torch.randn(6, 24), Ragged.uniform(2, 3))
+    assert calls == ["waited"] * 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "attention", "message"),
+    [
+        (3, "padded", "compile = blocks: ZeRO 3 gathers weights between the layers of a block; use compile=none"),
+        (
+            None,
+            "buckets",
+            "compile = blocks: kernels.block_attention = buckets cannot be part of a compiled graph; use",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(stage: int | None, attention: str, message: str) -> None:
+    fastjepa_kernels.request({"block_attention": attention})
+    with pytest.raises(ConfigError) as raised:
+        compiles_blocks(config_with(compile="blocks"), torch.device("cpu"), torch.float32, stage)
+    assert str(raised.value).startswith(message)
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fastjepa")
+    assert not compiles_blocks(config_with(), torch.device("cpu"), torch.float32, None)
+    assert caplog.messages[-1] == "compile: none (on a CPU it gains nothing)"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_on_a_gpu_other_batches_compile_nothing_new(autocast: bool) -> None:
+    plain, compiled = (build_model(config_with()).cuda() for _ in range(2))
+    plain.autocast = compiled.autocast = autocast
+    compile_blocks(compiled)
+    for step, batch in enumerate(batches(torch.device("cuda"))):
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            mine = loss_and_gradients(compiled, *batch)
+        tolerance = 3e-2 if autocast else 1e-4
+        for x, y in zip(mine, loss_and_gradients(plain, *batch), strict=True):
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance * float(y.abs().max()))
+    assert_no_graph_is_compiled_twice()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [None, 0, 1, 2])
+def test_on_a_gpu_compiled_engines_train_alike(stage: int | None) -> None:
+    compiled, plain = (engine_with(compile, stage, "bf16", torch.device("cuda")) for compile in ("auto", "none"))
+    torch.testing.assert_close(train(compiled, 20), train(plain, 20), rtol=3e-2, atol=0)
+    assert_no_graph_is_compiled_twice()
