@@ -18,6 +18,7 @@ from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.checkpointer import Checkpointer
+from fastjepa.compilation import compile_blocks
 from fastjepa.config import KernelsConfig, MaskConfig, OptimConfig
 from fastjepa.engine import DeepSpeedEngine, Engine, build_engine
 from fastjepa.masks import MaskBatch
@@ -116,6 +117,30 @@ def test_losses_are_those_of_plain_torch_on_the_cpu(device: torch.device, stage:
     mine = train(engine_on(device, stage, precision), steps)
     plain = train(engine_on(torch.device("cpu"), None), steps)
     torch.testing.assert_close(mine, plain, rtol=1e-4 if precision == "fp32" else 3e-2, atol=0)
+
+
+@pytest.mark.parametrize("device", [CPU])
+@pytest.mark.parametrize("stage", [None, 2])
+def test_compiled_engines_train_the_same_bits(
+    device: torch.device, stage: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention that can be compiled on a CPU."""
+    monkeypatch.setattr("fastjepa.engine.compile_blocks", functools.partial(compile_blocks, backend="aot_eager"))
+    kernels = KernelsConfig(block_attention="padded")
+    losses = [
+        train(engine_on(device, stage, "bf16", recompute=True, kernels=kernels, compile=compile), 3)
+        for compile in ("blocks", "none")
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.gpu
+@by_those_that_never_wait
+def test_compiled_engines_train_alike_on_a_gpu(stage: int | None) -> None:
+    losses = [
+        train(engine_on(torch.device("cuda"), stage, "bf16", compile=compile), 20) for compile in ("auto", "none")
+    ]
+    torch.testing.assert_close(*losses, rtol=3e-2, atol=0)
 
 
 @on_its_device
