@@ -55,5 +55,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["fastjepa-train=fastjepa.train:main"]},
+    entry_points={"console_scripts": ["fastjepa=fastjepa.__main__:main", "fastjepa-train=fastjepa.train:main"]},
 )

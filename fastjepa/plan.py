@@ -45,6 +45,11 @@ DEVICES = {
 }
 
 
+def usable_memory(total: float) -> float:
+    """Bytes of a GPU's. The rest is CUDA's context, NCCL's buffers and what the allocator cannot use."""
+    return 0.9 * total - 1.5 * GIB
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     device: Device
@@ -68,8 +73,8 @@ class Cluster:
 
     @property
     def usable(self) -> float:
-        """Bytes. The rest is CUDA's context, NCCL's buffers and what the allocator cannot use."""
-        return 0.9 * self.memory * GIB - 1.5 * GIB
+        """Bytes."""
+        return usable_memory(self.memory * GIB)
 
     @property
     def nodes(self) -> int:
@@ -129,26 +134,51 @@ def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
     accum = share // micro
     reached = device.flops * cluster.utilisation
     compute = share * costs.flops_per_image(config, mean) / reached
-    context = micro * costs.forward_flops(config, mean).context / reached
     encoder, predictor = costs.count_parameters(config)
     held = 1 if stage in ("torch", 0) else gpus
     update = (38 * encoder + 28 * predictor) / held / device.memory_bandwidth
-    traffic = costs.bytes_sent(config, stage, gpus, accum)
-    gradients, weights = traffic.gradients / cluster.link, traffic.weights / cluster.link
+    sent, exposed = communication(
+        config, stage, gpus, accum, compute=compute, link=cluster.link, latency=cluster.latency
+    )
+    speed = config.global_batch_size / (compute + update + exposed)
+    return Plan(stage, state, per_image, micro, accum, sent, compute, update, exposed, speed)
+
+
+def communication(
+    config: Config,
+    stage: Stage,
+    gpus: int,
+    accum: int,
+    *,
+    compute: float,
+    link: float,
+    latency: float,
+    bf16: bool = True,
+) -> tuple[float, float]:
+    """Bytes that a rank sends in a step, and the seconds of it that are behind nothing.
+
+    Args:
+        compute: seconds that a rank computes in a step.
+        link: bytes per second at which it sends.
+        latency: seconds that a collective takes however small it is.
+    """
+    mean, _ = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
+    encoder, predictor = costs.count_parameters(config)
+    traffic = costs.bytes_sent(config, stage, gpus, accum, bf16=bf16)
+    gradients, weights = traffic.gradients / link, traffic.weights / link
     if stage == 3:
         exposed = max(0.0, gradients + weights - compute)
     elif stage in (1, 2):
         backward = 0.6 * compute / (accum if stage == 1 else 1)
+        context = compute / accum * costs.forward_flops(config, mean).context / costs.flops_per_image(config, mean)
         first = weights * encoder / (2 * encoder + predictor)
         exposed = max(0.0, gradients - backward) + first + max(0.0, weights - first - context)
     else:
         exposed = gradients
-    exposed += cluster.latency * costs.waited_collectives(config, stage) * (gpus > 1)
-    speed = config.global_batch_size / (compute + update + exposed)
-    return Plan(stage, state, per_image, micro, accum, traffic.total, compute, update, exposed, speed)
+    return traffic.total, exposed + latency * costs.waited_collectives(config, stage) * (gpus > 1)
 
 
-# What plan_stage takes to be hidden.
+# What `communication` takes to be hidden.
 COMMUNICATION = (
     "plain PyTorch and ZeRO 0 send gradients after the backward pass, ZeRO 1 during the last one of a step, ZeRO 2 and 3 "
     "during each; at ZeRO 1 and 2 the context encoder waits for its new weights, those of predictor and target encoder "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -13,10 +14,10 @@ from fastjepa.evaluate.run import evaluate_run
 from fastjepa.run_folder import RunFolder
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastjepa.evaluate", description=__doc__)
     parser.add_argument("run_folder", help="output_dir of a run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         evaluate_run(RunFolder(args.run_folder), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
