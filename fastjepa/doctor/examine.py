@@ -69,7 +69,9 @@ def _examine_run(
     to_start = suggest(run)
     step = Outcome({})
     if kernels_work:
-        step = _measure_step(applied(run, to_start), settings, [*unshared, *to_start], torch["threads"])
+        changes = [*unshared, *to_start]
+        real = bool(run.loader)
+        step = _measure_step(applied(run, to_start), settings, changes, threads=torch["threads"], real=real)
     link = _measure_link(run)
     run = dataclasses.replace(
         run,
@@ -92,7 +94,7 @@ def _examine_run(
             *_judge_folders(config, loader.result.get("images", 0)),
         ],
         verdict=f"{verdict.sentence}; {todo}",
-        duration=_duration(run, suggestions, loader.result.get("images", 0)),
+        duration=_duration(run, verdict, suggestions, loader.result.get("images", 0), step.result.get("together")),
         limit=verdict.limit,
         suggestions=all_suggestions,
         command=command(run, args.config, args.overrides, args.ds_config, all_suggestions),
@@ -153,7 +155,7 @@ def _measure_loader(run: Run, settings: Settings) -> Outcome:
     return outcome_of("loader", arguments)
 
 
-def _measure_step(run: Run, settings: Settings, suggestions: list[Suggestion], threads: int) -> Outcome:
+def _measure_step(run: Run, settings: Settings, suggestions: list[Suggestion], *, threads: int, real: bool) -> Outcome:
     """At the micro batch; on a GPU at larger ones that fit, too. Nothing is measured where not even one image fits."""
     micro, share = run.sizes.micro, run.config.global_batch_size // run.ranks
     sizes = [micro, *(n for n in (2 * micro, 4 * micro) if run.gpu and share % n == 0)]
@@ -165,7 +167,7 @@ def _measure_step(run: Run, settings: Settings, suggestions: list[Suggestion], t
     arguments = [s.argument for s in suggestions if not s.key.startswith("--")]
     if not run.gpu:  # the ranks share the cores
         threads = max(1, threads // run.ranks)
-    given = {"settings": (config, [*overrides, *arguments]), "sizes": sizes, "threads": threads}
+    given = {"settings": (config, [*overrides, *arguments]), "sizes": sizes, "threads": threads, "real": real}
     return outcome_of("step", {**given, "seconds": _STEP_SECONDS})
 
 
@@ -253,6 +255,9 @@ def _judge_step(run: Run, outcome: Outcome) -> Iterator[Finding]:
         found = f"{amount(rate['images_per_second'])} images/s, alone, with micro batches of {micro}"
         ceiling = f"the {outcome.result['ceiling_teraflops']:.3g} TFLOP/s that matrix products reach here"
         yield Finding("step", "ok", f"{found}: {rate['mfu']:.0%} of {ceiling}")
+    if both := outcome.result.get("together"):
+        found = f"{amount(both['images_per_second'])} images/s, {both['data_wait']:.0%} of the time waiting for images"
+        yield Finding("step behind loader", "ok", found)
     if outcome.result and not outcome.result["rates"]:
         seconds = 1 / outcome.result["reckoned_images_per_second"]
         yield Finding(
@@ -276,15 +281,18 @@ def _judge_link(run: Run, outcome: Outcome) -> Iterator[Finding]:
         )
 
 
-def _duration(run: Run, suggestions: list[Suggestion], images: int) -> str | None:
-    """Of the whole run, with what was suggested."""
-    rate, batch = judge(applied(run, suggestions)).images_per_second, run.config.global_batch_size
-    if not rate or images < batch:
+def _duration(
+    run: Run, verdict: Verdict, suggestions: list[Suggestion], images: int, together: dict[str, float] | None
+) -> str | None:
+    """Of the whole run with what was suggested, from what one rank's step and loader reached together, if measured."""
+    after, batch = judge(applied(run, suggestions)).images_per_second, run.config.global_batch_size
+    if not after or images < batch:
         return None
-    seconds = round(run.config.epochs * steps_per_epoch(images, batch)) * batch / rate
-    unit, length = next(
-        (u, n) for u, n in (("days", 86400), ("hours", 3600), ("minutes", 60)) if seconds > n or n == 60
-    )
+    if together and verdict.images_per_second:
+        after *= run.ranks * together["images_per_second"] / verdict.images_per_second
+    seconds = round(run.config.epochs * steps_per_epoch(images, batch)) * batch / after
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, length = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
     return f"{count(round(run.config.epochs), 'epoch')} of {images:,} images take about {seconds / length:.2g} {unit}"
 
 

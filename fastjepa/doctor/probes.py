@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastjepa.config import Config
-    from fastjepa.data import ImageDataset
+    from fastjepa.data import ImageDataset, Loader
     from fastjepa.profiling import SyntheticBatch
 
 Settings = tuple[str | None, list[str]]
@@ -329,24 +329,14 @@ def _rate(
     others, which may not be in memory yet."""
     import dataclasses
 
-    from fastjepa.data import Loader
-
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_threads=threads))
-    device = _device()
-
-    def open_loader(size: int) -> Loader:
-        steps = max(1, len(dataset) // size)
-        return Loader(
-            dataset, config, rank=0, world_size=1, micro_batch_size=size, grad_accum_steps=1, steps_per_epoch=steps,
-            start_step=int(part * steps), total_steps=2**40, device=device,
-        )  # fmt: skip
-
-    with open_loader(min(8, len(dataset))) as some:  # the first calls of anything take longer; then how long one takes
+    with _loader(config, dataset, min(8, len(dataset)), part) as some:  # how long one takes; first calls take longer
         next(some)
         started = time.perf_counter()
         delivered = sum(next(some).masks.num_images for _ in range(4))
         each = (time.perf_counter() - started) / delivered
-    with open_loader(max(1, min(micro, len(dataset), int(seconds / 8 / each)))) as batches:
+    size = max(1, min(micro, len(dataset), int(seconds / 8 / each)))
+    with _loader(config, dataset, size, part) as batches:
         for _ in range(config.data.prefetch + 1):  # what was prepared before anybody waited
             next(batches)
         images, cpu, started = 0, time.process_time(), time.perf_counter()
@@ -356,13 +346,25 @@ def _rate(
     return {"images_per_second": images / took, "cpu_seconds": cpu / images}
 
 
-def step(settings: Settings, sizes: list[int], threads: int, seconds: float) -> dict[str, Any]:
+def _loader(config: Config, dataset: ImageDataset, size: int, part: float = 0.0) -> Loader:
+    """Batches of this size, from this part of an epoch on."""
+    from fastjepa.data import Loader
+
+    steps = max(1, len(dataset) // size)
+    return Loader(
+        dataset, config, rank=0, world_size=1, micro_batch_size=size, grad_accum_steps=1, steps_per_epoch=steps,
+        start_step=int(part * steps), total_steps=2**40, device=_device(),
+    )  # fmt: skip
+
+
+def step(settings: Settings, sizes: list[int], threads: int, seconds: float, real: bool) -> dict[str, Any]:
     """How fast one rank's step is on images that cost nothing, by plain PyTorch, an optimizer step for each micro batch.
 
     Args:
         sizes: micro batches to try. A smaller one takes the place of one whose steps would take too long.
         threads: of torch, on a CPU.
         seconds: for each of them, about.
+        real: measure the first of them once more, behind the loader.
     """
     import gc
     from pathlib import Path
@@ -372,6 +374,7 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float) -> 
     from fastjepa import costs
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config_file import load_config
+    from fastjepa.data import open_dataset
     from fastjepa.engine import build_engine, resolve_precision
     from fastjepa.objective import build_model
     from fastjepa.profiling import Steps, measure_ceilings, profile_steps, synthetic_batches
@@ -385,6 +388,7 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float) -> 
     reckoned = costs.flops_per_image(config, mean) / (0.5e12 * ceiling)
     facts: dict[str, Any] = {"ceiling_teraflops": ceiling, "reckoned_images_per_second": 1 / reckoned, "rates": {}}
     fewest = Steps(warmup=1, timed=1, traced=1)
+    dataset = open_dataset(config.data, "train") if real else None
     for size in sizes:
         micro = min(size, int(seconds / fewest.total / reckoned))
         if micro < 1 or str(micro) in facts["rates"]:
@@ -396,12 +400,16 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float) -> 
         batches = synthetic_batches(config, batch, device, steps.total)
         with tempfile.TemporaryDirectory() as folder:
             profile = profile_steps(engine, config, batch, _noting(batches, cpu), Path(folder), steps)
-        facts["rates"][str(micro)] = {
-            "images_per_second": profile.images_per_second,
-            "cpu_seconds": (cpu[steps.warmup + steps.timed] - cpu[steps.warmup]) / (steps.timed * micro),
-            "mfu": profile.mfu,
-            "peak_bytes": profile.memory.peak,
-        }
+            facts["rates"][str(micro)] = {
+                "images_per_second": profile.images_per_second,
+                "cpu_seconds": (cpu[steps.warmup + steps.timed] - cpu[steps.warmup]) / (steps.timed * micro),
+                "mfu": profile.mfu,
+                "peak_bytes": profile.memory.peak,
+            }
+            if micro == sizes[0] and dataset is not None and len(dataset) >= micro:
+                with _loader(config, dataset, micro) as loaded:
+                    profile = profile_steps(engine, config, batch, loaded, Path(folder), steps)
+                facts["together"] = {"images_per_second": profile.images_per_second, "data_wait": profile.data_wait}
         engine.close()
         del engine, batches
         gc.collect()

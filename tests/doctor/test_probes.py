@@ -37,7 +37,7 @@ def test_a_probe_that_runs_out_of_memory_is_told(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_a_probe_raises_is_its_last_line() -> None:
-    outcome = outcome_of("step", {"settings": (None, ["optim.lrr=1"]), "sizes": [1], "threads": 1, "seconds": 1})
+    outcome = outcome_of("kernels", {"settings": (None, ["optim.lrr=1"])})
     assert outcome.failure == "ended with status 1: command line: unknown key optim.lrr; did you mean optim.lr?"
 
 
