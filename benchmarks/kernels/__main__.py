@@ -27,8 +27,7 @@ from benchmarks.kernels.compare import report as report_comparison
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS
 from fastjepa.errors import ConfigError
-from fastjepa.host import cpu_name
-from fastjepa.profiling.timing import Ceilings, Timing, measure_ceilings, time_in_turns
+from fastjepa.profiling.timing import Ceilings, CeilingWork, Timing, device_name, time_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,17 +56,21 @@ class Row:
 
 
 def measure(
-    contest: Contest, device: torch.device, ceilings: Ceilings, repeats: int
+    contest: Contest, device: torch.device, work: CeilingWork, repeats: int
 ) -> tuple[list[Row], dict[str, str]]:
-    """The right providers' rows, fastest first, and why the others have none."""
+    """The right providers' rows, fastest first, and why the others have none. The ceilings are timed in turns with them."""
     present, missing = contest.contestants()
-    timings = time_in_turns(present, device, repeats=repeats)
-    rows = [Row(contest, name, timing, ceilings) for name, timing in timings.items()]
+    timings = time_in_turns({**present, **work.functions}, device, repeats=repeats)
+    ceilings = work.ceilings(timings)
+    rows = [Row(contest, name, timings[name], ceilings) for name in present]
     return sorted(rows, key=lambda row: row.timing.p50), missing
 
 
 def report(rows: Sequence[Row], missing: dict[str, str], contest: Contest) -> None:
     print(f"\n{contest.title}")
+    if rows:
+        ceilings = rows[0].ceilings
+        print(f"  copy {ceilings.gigabytes_per_second:.1f} GB/s, matrix product {ceilings.teraflops:.3f} TFLOP/s")
     for row in rows:
         t = row.timing
         arithmetic = f"{row.teraflops:>9.3f} TFLOP/s" if contest.work.flops else ""
@@ -83,7 +86,7 @@ def environment(device: torch.device) -> dict[str, str]:
     """Whose times these are: the device, and the versions of what runs on it ("" where it is not installed)."""
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
+        "device": device_name(device),
         "driver": _driver() if cuda else "",
         "torch": torch.__version__,
         **{package: _version(package) for package in ("triton", "xformers", "apex", "flash_attn")},
@@ -193,13 +196,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.serve:
         serve(contests(), device)
         return
-    ceilings = measure_ceilings(device, dtype)
-    print(
-        f"ceilings: copy {ceilings.gigabytes_per_second:.1f} GB/s, matmul {ceilings.teraflops:.3f} TFLOP/s ({args.dtype})"
-    )
+    work = CeilingWork.on(device, dtype)
     rows: list[Row] = []
     for contest in contests():
-        mine, missing = measure(contest, device, ceilings, args.repeats)
+        mine, missing = measure(contest, device, work, args.repeats)
         report(mine, missing, contest)
         rows += mine
     if args.output:

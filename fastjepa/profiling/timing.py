@@ -3,7 +3,6 @@ what the machine reaches at best."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastjepa.host import cpu_name
 from fastjepa.plan import DEVICES
 
 _CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
@@ -99,22 +99,39 @@ class Ceilings:
     """Of a large matrix product in the dtype at hand."""
 
 
+@dataclass(frozen=True)
+class CeilingWork:
+    """The work whose rates are the ceilings; to be timed in turns with what is held to them, if the machine is not idle."""
+
+    functions: Mapping[str, Timed]
+    bytes: int
+    flops: int
+
+    @staticmethod
+    def on(device: torch.device, dtype: torch.dtype) -> CeilingWork:
+        cuda = device.type == "cuda"
+        numel = (1 << 28) if cuda else (1 << 24)
+        source = torch.zeros(numel, dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+        n = 8192 if cuda else 1024
+        # Not from the global generator, which belongs to whoever measures within a run.
+        random = torch.Generator(device).manual_seed(0)
+        a, b = (torch.randn(n, n, device=device, generator=random).to(dtype) for _ in range(2))
+        functions = {"copy": Timed(lambda: target.copy_(source)), "matmul": Timed(lambda: a @ b)}
+        return CeilingWork(functions, 8 * numel, 2 * n**3)
+
+    def ceilings(self, timings: Mapping[str, Timing]) -> Ceilings:
+        """From the timings of `functions`, which may be among others."""
+        return Ceilings(self.bytes / timings["copy"].p50 / 1e6, self.flops / timings["matmul"].p50 / 1e9)
+
+
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int = 10) -> Ceilings:
-    cuda = device.type == "cuda"
-    numel = (1 << 28) if cuda else (1 << 24)
-    source = torch.zeros(numel, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    n = 8192 if cuda else 1024
-    # Not from the global generator, which belongs to whoever measures within a run.
-    random = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(n, n, device=device, generator=random).to(dtype) for _ in range(2))
-    work = {"copy": Timed(lambda: target.copy_(source)), "matmul": Timed(lambda: a @ b)}
-    timings = time_in_turns(work, device, repeats=repeats)
-    return Ceilings(8 * numel / timings["copy"].p50 / 1e6, 2 * n**3 / timings["matmul"].p50 / 1e9)
+    work = CeilingWork.on(device, dtype)
+    return work.ceilings(time_in_turns(work.functions, device, repeats=repeats))
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 # How the driver names GPUs that compute as fast as one of those.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,23 +13,33 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import Work
-from benchmarks.kernels import __main__ as command
 from benchmarks.kernels import compare
 from benchmarks.kernels.__main__ import main, measure
 from benchmarks.kernels.compare import compared, kernels_of
 from benchmarks.kernels.contest import Contest, Providers
 from benchmarks.kernels.plot import plot_roofline, plot_times
 from fastjepa.errors import ConfigError
-from fastjepa.profiling.timing import Ceilings
+from fastjepa.profiling.timing import Ceilings, CeilingWork, Timed, Timing
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(gigabytes_per_second=10.0, teraflops=0.1)
 QUICK = ["--batch_size", "2", "--repeats", "2"]
 
 
+class KnownCeilings(CeilingWork):
+    """Instead of what this machine reaches."""
+
+    def ceilings(self, timings: Mapping[str, Timing]) -> Ceilings:
+        assert "copy" in timings
+        return CEILINGS
+
+
+WORK = KnownCeilings({"copy": Timed(lambda: None)}, 1, 1)
+
+
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setattr(CeilingWork, "on", lambda device, dtype: WORK)
 
 
 @pytest.fixture
@@ -73,7 +83,7 @@ def test_only_those_who_are_right_are_timed() -> None:
     providers.add("cannot be built", cannot_be_built)
     providers.add("not here", provider("not here", lambda: x), "it needs another machine")
     contest = Contest("op", "part", "shape", torch.float32, Work(bytes=1000, flops=10), (x + 1,), providers)
-    rows, missing = measure(contest, CPU, CEILINGS, repeats=2)
+    rows, missing = measure(contest, CPU, WORK, repeats=2)
     assert {row.provider for row in rows} == {"right", "nearly right"}
     assert missing == {
         "not here": "it needs another machine",
