@@ -103,7 +103,7 @@ def plot_roofline(records: Sequence[Record], environment: Mapping[str, str], pat
     )
     for (model, contests), (left, right) in zip(by_model.items(), axes, strict=True):
         _roof(left, [contest for contest in contests if contest[0]["flops"]], records, styles)
-        _bandwidths(right, [contest for contest in contests if not contest[0]["flops"]])
+        _bandwidths(right, [contest for contest in contests if not contest[0]["flops"]], records)
         left.set_title(f"{model}: with matrix products", loc="left", fontsize=11)
         right.set_title(f"{model}: moving bytes only", loc="left", fontsize=11)
     figure.suptitle(
@@ -164,7 +164,7 @@ def _roof(
     _grid(axis, axis.xaxis, axis.yaxis)
 
 
-def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]]) -> None:
+def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]], of: Sequence[Record]) -> None:
     """A row for each provider, under a row with the name of the contest."""
     rows = [row for contest in contests for row in (contest[0], *contest)]
     titles = {index for index, row in enumerate(rows) if index == 0 or _key(row) != _key(rows[index - 1])}
@@ -179,7 +179,7 @@ def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]]) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(max(len(rows), 1) - 0.5, -1)
     if contests:
-        copy = _ceiling(rows, "copy_gb_per_s")
+        copy = _ceiling(of, "copy_gb_per_s")
         axis.axvline(copy, color="#333333", linewidth=1.5, zorder=1)
         axis.text(copy, -1.1, f"copy, {_short(copy)} GB/s", ha="center", va="bottom", fontsize=9)
         axis.set_xlim(min(row["gb_per_s"] for row in rows) / 2, 2 * max(copy, *(row["gb_per_s"] for row in rows)))
