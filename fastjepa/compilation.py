@@ -43,11 +43,14 @@ def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, ze
         problem = "on a CPU it gains nothing"
     if problem and config.compile != "auto":
         raise ConfigError(f"compile = {config.compile}: {problem}; use compile=none")
-    logger.info("compile: %s", f"none ({problem})" if problem else "blocks")
+    what = "blocks" if config.compile == "auto" else config.compile
+    logger.info("compile: %s", f"none ({problem})" if problem else what)
     return problem is None
 
 
 def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> str | None:
+    if config.compile == "cuda_graphs" and (device.type != "cuda" or zero_stage is not None):
+        return "CUDA graphs are for plain PyTorch (no --ds_config) on a GPU"
     if zero_stage == 3:
         return "ZeRO 3 gathers weights between the layers of a block"
     size = config.model.size

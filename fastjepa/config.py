@@ -161,7 +161,7 @@ class MaskConfig:
     mode: Literal["ragged", "official", "budget"] = "ragged"
     """ragged: every sampled token is kept (packed sequences of different lengths). official: the distribution of the
     released code, with its cut to the batch minimum. budget: a uniform random subset of `context_budget` of the context,
-    so that all shapes are static."""
+    so that all shapes are static but for the size of a step's target blocks, and of their union."""
     strategy: Literal["multiblock", "block", "random", "rasterized"] = "multiblock"
     """multiblock: target blocks, context block minus targets. block: one target block, the rest is context. random: random
     target patches, the rest is context. rasterized: one quadrant is context, the other three are targets."""
@@ -284,10 +284,12 @@ class Config:
     """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
     bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
     weights, activations and their gradients are bf16, with fp32 masters."""
-    compile: Literal["auto", "none", "blocks"] = "auto"
+    compile: Literal["auto", "none", "blocks", "cuda_graphs"] = "auto"
     """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths of
     sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at ZeRO stage
-    3, which cannot), none on a CPU, where it gains nothing."""
+    3, which cannot), none on a CPU, where it gains nothing. cuda_graphs: the same, and each micro batch is replayed as a
+    CUDA graph, for models and batches so small that the GPU waits for the host; with plain PyTorch on a GPU, and with
+    masks.mode = budget (not rasterized) and objective.savings.target_last_block = false, so that all shapes are static."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
     of a checkpoint."""
@@ -328,6 +330,18 @@ class Config:
             _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
         every = self.keep_every
         _require(every is None or every > 0, "keep_every", every, "a positive number or null")
+        static = (
+            self.masks.mode == "budget"
+            and self.masks.strategy != "rasterized"
+            and not self.objective.savings.target_last_block
+        )
+        _require(
+            self.compile != "cuda_graphs" or static,
+            "compile",
+            self.compile,
+            "masks.mode = budget, another masks.strategy than rasterized and objective.savings.target_last_block = false "
+            "with it: all shapes are static then",
+        )
         micro = self.micro_batch_size
         _require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")
         h, w = self.data.image_hw

@@ -30,6 +30,7 @@ from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.compilation import compile_blocks, compiles_blocks
 from fastjepa.config import Config
+from fastjepa.cuda_graphs import GraphedPasses
 from fastjepa.ds_config import ZERO_SUB_GROUP_SIZE, read_ds_config
 from fastjepa.errors import ConfigError
 from fastjepa.masks import MaskBatch
@@ -144,6 +145,8 @@ class TorchEngine(Engine):
         model.autocast = precision == torch.bfloat16
         if compiles_blocks(config, device, precision, None):
             compile_blocks(model)
+        graphs = config.compile == "cuda_graphs"
+        self._passes = GraphedPasses(self._forward_and_backward) if graphs else self._forward_and_backward
         groups = param_groups(model)
         params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
         self._shapes = {name: list(p.shape) for name, p in params.items()}
@@ -159,13 +162,17 @@ class TorchEngine(Engine):
         self._micro_steps = 0
 
     def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        loss: Tensor = self._model(images, masks)
-        with record_function("backward"):
-            (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
+        loss = self._passes(images, masks)
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
             with record_function("optimizer"):
                 self._optimizer_step()
+        return loss
+
+    def _forward_and_backward(self, images: Tensor, masks: MaskBatch) -> Tensor:
+        loss: Tensor = self._model(images, masks)
+        with record_function("backward"):
+            (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
         return loss.detach()
 
     @torch.no_grad()
