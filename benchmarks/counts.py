@@ -24,6 +24,7 @@ import gc
 import itertools
 import json
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,13 +41,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import fastjepa_kernels
+from benchmarks.launch import ROOT, launch
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
 from fastjepa.engine import build_engine
 from fastjepa.masks import MaskBatch, sample_masks
 from fastjepa.objective import build_model
 
-RESULTS = Path(__file__).parent / "results" / "counts.json"
+RESULTS = ROOT / "benchmarks" / "results" / "counts.json"
 ACCEPT = "python -m benchmarks.counts --output benchmarks/results"
 
 PARTS = ("context encoder", "target encoder", "predictor", "backward", "optimizer", "other")
@@ -226,7 +228,17 @@ def masks_of(case: Case, step: int) -> MaskBatch:
 
 
 def count(case: Case) -> Counts:
-    """The figures of the second step, which finds everything made that is made once a run."""
+    """The figures of a step. DeepSpeed, which serves one engine a process, gets a process of its own."""
+    if case.engine != "ZeRO 2":
+        return _count_here(case)
+    with tempfile.TemporaryDirectory() as folder:
+        launch("benchmarks.counts", 1, "--case", case.name, "--output", folder)
+        counts: Counts = json.loads((Path(folder) / RESULTS.name).read_text(encoding="utf-8"))["cases"][case.name]
+    return counts
+
+
+def _count_here(case: Case) -> Counts:
+    """Of the second step, which finds everything made that is made once a run."""
     config = case.config
     images = torch.zeros(config.global_batch_size, 3, *config.data.image_hw, dtype=torch.uint8)
     batches = [masks_of(case, step) for step in range(2)]
@@ -237,7 +249,7 @@ def count(case: Case) -> Counts:
             from benchmarks.aot.launches import counted
 
             launches = stack.enter_context(counted())
-        ds_config = Path(__file__).parents[1] / "configs" / "zero2.json" if case.engine == "ZeRO 2" else None
+        ds_config = ROOT / "configs" / "zero2.json" if case.engine == "ZeRO 2" else None
         engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), torch.device("cpu"), ds_config)
         engine.micro_step(images, batches[0])
         _forget_batches()
@@ -322,6 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--check", action="store_true", help=f"compare with {RESULTS.name}: status 1 if anything changed"
     )
     parser.add_argument("--output", type=Path, help="folder for counts.json")
+    parser.add_argument("--case", choices=[case.name for case in cases()], help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     print(
         f"{'one step':<30}{'MFLOP':>10}{'operators':>11}{'kernels':>9}{'allocations':>13}"
@@ -329,7 +342,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     counts = {}
     for case in cases():
-        counts[case.name] = count(case)
+        if options.case and case.name != options.case:
+            continue
+        counts[case.name] = _count_here(case) if options.case else count(case)
         _report(case.name, counts[case.name])
     status = 0
     if options.check:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import distributed
-
 # Tests run side by side and start processes of their own: threads beyond the cores make steps ten times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,16 +19,6 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def group_of_one() -> Iterator[None]:
-    """DeepSpeed's process group and variables are not left to other tests."""
-    before = dict(os.environ)
-    yield
-    distributed.finish()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

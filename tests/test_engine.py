@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastjepa import checkpoint
+from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
 from fastjepa.checkpoint_writer import Snapshot
@@ -46,7 +47,14 @@ in_every_mask_mode = pytest.mark.parametrize("mode", ["ragged", "official", "bud
 with_and_without_recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 
 
-pytestmark = pytest.mark.usefixtures("group_of_one")
+@pytest.fixture(scope="module", autouse=True)
+def group_of_one() -> Iterator[None]:
+    """DeepSpeed's process group and variables are not left to other tests."""
+    before = dict(os.environ)
+    yield
+    distributed.finish()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def engine_on(

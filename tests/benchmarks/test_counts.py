@@ -15,8 +15,6 @@ from benchmarks.counts import ACCEPT, RESULTS, Case, cases, changes, count, main
 from fastjepa.costs import Lengths, forward_flops
 from fastjepa.models.layers import Mlp
 
-pytestmark = pytest.mark.usefixtures("group_of_one")
-
 RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))
 CASE = Case("budget", "fp32")
 
