@@ -89,7 +89,7 @@ def _examine_run(
             *_judge_batches(run, config, unshared),
             *_judge_memory(verdict, todo, run, step),
             *_judge_data(run, loader),
-            *_judge_step(run, step),
+            *_judge_step(run, step, verdict),
             *_judge_link(run, link),
             *_judge_folders(config, loader.result.get("images", 0)),
         ],
@@ -248,17 +248,25 @@ def _judge_data(run: Run, outcome: Outcome) -> Iterator[Finding]:
         yield Finding("loader", "ok", f"images/s, alone: {', '.join(rates)} ({mine})")
 
 
-def _judge_step(run: Run, outcome: Outcome) -> Iterator[Finding]:
+def _judge_step(run: Run, outcome: Outcome, verdict: Verdict) -> Iterator[Finding]:
     if outcome.failure:
-        yield Finding("step", "problem", f"training on noise {outcome.failure}", "the run would end in the same way")
+        yield Finding("step", "problem", f"training on noise {outcome.failure}", "the run may end in the same way")
     for micro, rate in outcome.result.get("rates", {}).items():
-        found = f"{amount(rate['images_per_second'])} images/s, alone, with micro batches of {micro}"
+        engine = " by plain PyTorch" if run.stage != "torch" else ""
+        found = f"{amount(rate['images_per_second'])} images/s, alone{engine}, with micro batches of {micro}"
         ceiling = f"the {outcome.result['ceiling_teraflops']:.3g} TFLOP/s that matrix products reach here"
         yield Finding("step", "ok", f"{found}: {rate['mfu']:.0%} of {ceiling}")
+    if (micro := outcome.result.get("out_of_memory")) and micro <= run.sizes.micro:
+        fewer = max((n for n in range(1, micro) if run.sizes.micro % n == 0), default=1)
+        advice = f"expected to fit, by formula: micro_batch_size={fewer}, or model.activation_checkpointing=true"
+        yield Finding("memory", "problem", f"a micro batch of {micro} images runs out of the GPU's memory", advice)
     if both := outcome.result.get("together"):
         found = f"{amount(both['images_per_second'])} images/s, {both['data_wait']:.0%} of the time waiting for images"
-        yield Finding("step behind loader", "ok", found)
-    if outcome.result and not outcome.result["rates"]:
+        alone = (verdict.images_per_second or 0.0) / run.ranks
+        slow = both["images_per_second"] < 0.7 * alone
+        advice = f"by what each does alone {amount(alone)}: they share the cores, with all else that runs here"
+        yield Finding("step behind loader", "warning" if slow else "ok", found, advice if slow else "")
+    if outcome.result and not outcome.result["rates"] and "out_of_memory" not in outcome.result:
         seconds = 1 / outcome.result["reckoned_images_per_second"]
         yield Finding(
             "step", "warning", f"too slow to be measured here: about {seconds:.0f} s an image, by its arithmetic"

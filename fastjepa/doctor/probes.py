@@ -37,12 +37,12 @@ CUT_OFF = {
     "deepspeed": 60,
     "dali": 90,
     "apex": 60,
-    "kernels": 180,
+    "kernels": 400,
     "loader": 120,
-    "step": 180,
+    "step": 400,
     "link": 60,
 }
-"""Seconds after which a probe is stopped; most end in a few."""
+"""Seconds after which a probe is stopped. Most end in a few; the first time on a GPU, kernels are compiled."""
 _MARK = "fastjepa-probe: "  # before the result: libraries print, too
 
 
@@ -363,8 +363,8 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
     Args:
         sizes: micro batches to try. A smaller one takes the place of one whose steps would take too long.
         threads: of torch, on a CPU.
-        seconds: for each of them, about.
-        real: measure the first of them once more, behind the loader.
+        seconds: for each of them, about; three times as long if one image takes that.
+        real: measure once more behind the loader.
     """
     import gc
     from pathlib import Path
@@ -387,31 +387,35 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
     # Of an image; half the ceiling is what a step reaches at least, but where its parts are tiny.
     reckoned = costs.flops_per_image(config, mean) / (0.5e12 * ceiling)
     facts: dict[str, Any] = {"ceiling_teraflops": ceiling, "reckoned_images_per_second": 1 / reckoned, "rates": {}}
-    fewest = Steps(warmup=1, timed=1, traced=1)
+    fewest = Steps(warmup=1, timed=2, traced=1)
     dataset = open_dataset(config.data, "train") if real else None
     for size in sizes:
-        micro = min(size, int(seconds / fewest.total / reckoned))
-        if micro < 1 or str(micro) in facts["rates"]:
+        micro = min(size, max(1, int(seconds / fewest.total / reckoned)))
+        if fewest.total * micro * reckoned > 3 * seconds or str(micro) in facts["rates"]:
             continue
-        timed = max(1, min(20, int(seconds / micro / reckoned) - fewest.total))
+        timed = max(fewest.timed, min(20, int(seconds / micro / reckoned) - fewest.total))
         steps, batch = Steps(warmup=min(timed, 3), timed=timed, traced=1), BatchSizes(micro, 1)
-        engine = build_engine(build_model(config), config, batch, device, None)
         cpu: list[float] = []  # used by this process, when each batch was asked for
-        batches = synthetic_batches(config, batch, device, steps.total)
-        with tempfile.TemporaryDirectory() as folder:
-            profile = profile_steps(engine, config, batch, _noting(batches, cpu), Path(folder), steps)
-            facts["rates"][str(micro)] = {
-                "images_per_second": profile.images_per_second,
-                "cpu_seconds": (cpu[steps.warmup + steps.timed] - cpu[steps.warmup]) / (steps.timed * micro),
-                "mfu": profile.mfu,
-                "peak_bytes": profile.memory.peak,
-            }
-            if micro == sizes[0] and dataset is not None and len(dataset) >= micro:
-                with _loader(config, dataset, micro) as loaded:
-                    profile = profile_steps(engine, config, batch, loaded, Path(folder), steps)
-                facts["together"] = {"images_per_second": profile.images_per_second, "data_wait": profile.data_wait}
-        engine.close()
-        del engine, batches
+        try:
+            engine = build_engine(build_model(config), config, batch, device, None)
+            noise = synthetic_batches(config, batch, device, steps.total)
+            with tempfile.TemporaryDirectory() as folder:
+                profile = profile_steps(engine, config, batch, _noting(noise, cpu), Path(folder), steps)
+                facts["rates"][str(micro)] = {
+                    "images_per_second": profile.images_per_second,
+                    "cpu_seconds": (cpu[steps.warmup + steps.timed] - cpu[steps.warmup]) / (steps.timed * micro),
+                    "mfu": profile.mfu,
+                    "peak_bytes": profile.memory.peak,
+                }
+                if dataset is not None and len(dataset) >= micro and "together" not in facts:
+                    with _loader(config, dataset, micro) as loaded:
+                        profile = profile_steps(engine, config, batch, loaded, Path(folder), steps)
+                    facts["together"] = {"images_per_second": profile.images_per_second, "data_wait": profile.data_wait}
+            engine.close()
+        except torch.OutOfMemoryError:  # of a GPU
+            facts["out_of_memory"] = micro
+            break
+        del engine, noise
         gc.collect()
         torch.cuda.empty_cache()
     return facts

@@ -161,7 +161,8 @@ def judge(run: Run) -> Verdict:
         return Verdict(None, f"not known: the {missing} could not be measured")
     plan = run.planned(run.stage)
     together = plan.images_per_second or stepped
-    step = f"the step takes {amount(stepped)}" + (" (reckoned)" if run.estimated_step and not run.step else "")
+    reckoned = "" if run.step else " by its arithmetic"
+    step = f"the step takes {amount(stepped)}{reckoned}"
     threads = run.config.data.num_threads
     if loaded < together:
         return Verdict(
@@ -186,7 +187,7 @@ def judge(run: Run) -> Verdict:
             f"{amount(stepped)} without, {delivers}",
             cores,
         )
-    return Verdict("step", f"limited by the step: it takes {amount(together)} images/s, {delivers}", cores)
+    return Verdict("step", f"limited by the step: it takes {amount(together)} images/s{reckoned}, {delivers}", cores)
 
 
 def amount(rate: float) -> str:

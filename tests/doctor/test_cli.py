@@ -146,7 +146,7 @@ def test_under_a_launcher_one_rank_looks(probed: dict[str, Outcome], monkeypatch
 def started(*arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "fastjepa", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_run_is_examined_and_its_folder_left_alone(tmp_path: Path) -> None:
@@ -205,3 +205,15 @@ def test_every_command_is_there() -> None:
     assert '"fastjepa=fastjepa.__main__:main"' in script
     for module, _ in command_line.COMMANDS.values():
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_examined_there(tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    process = started("doctor", f"output_dir={tmp_path / 'run'}", "--ranks", "1", "--json", str(report_file))
+    assert process.returncode == 0, process.stdout + process.stderr
+    report = json.loads(report_file.read_text())
+    names = {finding["name"] for finding in report["installation"]}
+    assert {"GPU 0", "GPU driver"} <= names
+    assert report["facts"]["kernels"]["agreement"] < 1e-2
+    assert report["facts"]["step"]["rates"]["64"]["images_per_second"] > 0
