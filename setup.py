@@ -20,7 +20,10 @@ setup(
     # kernels/ is a folder, not a package: an import package named "kernels" would shadow the one that transformers uses.
     packages=find_packages(include=["fastjepa", "fastjepa.*"]) + find_packages("kernels"),
     package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
-    package_data={"fastjepa": ["py.typed", "data/embedded/*"], "fastjepa_kernels": ["py.typed"]},
+    package_data={
+        "fastjepa": ["py.typed", "data/embedded/*", "profiling/report.html"],
+        "fastjepa_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.13",  # the oldest that was tried
         'triton>=3.5; sys_platform == "linux"',

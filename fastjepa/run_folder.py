@@ -28,7 +28,8 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, bad_samples.jsonl, skipped_steps.jsonl, evaluation.json, checkpoints/ below one path."""
+    """config.yaml, metrics.jsonl, bad_samples.jsonl, skipped_steps.jsonl, evaluation.json, checkpoints/, profile/ below one
+    path."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -39,6 +40,7 @@ class RunFolder:
         self.heartbeats = self.path / ".heartbeats"
         self.evaluation = self.path / "evaluation.json"
         self.checkpoints = self.path / "checkpoints"
+        self.profile = self.path / "profile"
 
     def create(self) -> None:
         """Make the folder.

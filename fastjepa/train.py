@@ -42,6 +42,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
     parser.add_argument("--ds_config", help="DeepSpeed JSON, such as configs/zero2.json; without it: plain PyTorch")
     parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="time and trace the first steps as they train, print where time, arithmetic and memory go, write it to "
+        "output_dir/profile (report.html, trace.json, ...), and go on training; learns the same",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(
         "--local_rank", help=argparse.SUPPRESS
@@ -59,7 +65,14 @@ def resolve_config(args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
-def train(config: Config, ds_config: str | None, stop_request: StopRequest, held: contextlib.ExitStack) -> None:
+def train(
+    config: Config,
+    ds_config: str | None,
+    stop_request: StopRequest,
+    held: contextlib.ExitStack,
+    *,
+    profile: bool = False,
+) -> None:
     """One run, from the data to the evaluation. `held` is given what the run holds to its end: its folder's lock."""
     # Imported here: --help, --print_config and a mistake in the configuration need none of this.
     import torch
@@ -109,7 +122,7 @@ def train(config: Config, ds_config: str | None, stop_request: StopRequest, held
             "per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro
         )
     engine = build_engine(model, config, sizes, device, ds_config)
-    trainer = Trainer(config, dataset, engine, sizes, folder)
+    trainer = Trainer(config, dataset, engine, sizes, folder, profile=profile)
     with distributed.together():
         if first:
             # Only now: a run that is refused leaves the earlier run's file alone.
@@ -154,7 +167,7 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             print(dump_config(config), end="")
             return 0
         with contextlib.ExitStack() as held:
-            train(config, args.ds_config, stop_request, held)
+            train(config, args.ds_config, stop_request, held, profile=args.profile)
         return 0
     except FastjepaError as error:
         return _say("stopped" if isinstance(error, Preempted) else "error", str(error), error.exit_status)

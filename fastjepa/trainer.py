@@ -22,10 +22,12 @@ from fastjepa.config import Config
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.data.dataset import Ints
 from fastjepa.engine import Engine
-from fastjepa.errors import CheckpointError, DamagedCheckpointError, Preempted, TrainingError
+from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError, Preempted, TrainingError
 from fastjepa.metrics import Meter, MetricsFile, Progress
 from fastjepa.optim import Schedule, set_schedule
-from fastjepa.run_folder import RunFolder
+from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
+from fastjepa.profiling.report import Report, format_profile
+from fastjepa.run_folder import RunFolder, writing
 from fastjepa.stop_request import StopRequest
 from fastjepa.watchdog import Watchdog
 
@@ -45,13 +47,23 @@ class _Step(NamedTuple):
 class Trainer:
     """Trains `engine.model` on `dataset` from the step that the run folder holds to the end of the run.
 
+    Args:
+        profile: measure the first steps too, and write what they show into the run folder.
+
     Raises:
         ConfigError: the data set is smaller than one global batch.
         CheckpointError: the checkpoint to resume from is damaged, of another model, or forbidden (resume: never).
     """
 
     def __init__(
-        self, config: Config, dataset: ImageDataset, engine: Engine, sizes: BatchSizes, folder: RunFolder
+        self,
+        config: Config,
+        dataset: ImageDataset,
+        engine: Engine,
+        sizes: BatchSizes,
+        folder: RunFolder,
+        *,
+        profile: bool = False,
     ) -> None:
         self.config, self.dataset, self.engine, self.sizes, self.folder = config, dataset, engine, sizes, folder
         self.is_first_rank = distributed.rank() == 0
@@ -59,6 +71,7 @@ class Trainer:
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self.start_step = self._resume()
+        self._profile = profile
         self._checkpointer = Checkpointer(
             folder.checkpoints,
             keep_last=config.keep_last,
@@ -80,6 +93,7 @@ class Trainer:
             logger.info("the run is complete: %d of %d steps", self.start_step, self.total_steps)
             return
         config, engine = self.config, self.engine
+        profiler = self._profiler() if self._profile else None
         meter = Meter(engine.device)
         with distributed.together():
             metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
@@ -91,7 +105,7 @@ class Trainer:
             self._checkpointer,
             self._loader() as loader,
         ):
-            batches = iter(loader)
+            batches = profiler.watch(loader) if profiler else iter(loader)
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
                 set_schedule(engine.param_groups, values)
@@ -132,6 +146,9 @@ class Trainer:
                     watchdog.at(f"step {step}, checkpoint")
                     self._save(done, last=last or stopped_by is not None)
                     meter.restart_clock()
+                if profiler and (profiled := profiler.step_done()):
+                    self._report(profiled)
+                    meter.restart_clock()
                 if stopped_by is not None:
                     raise Preempted(
                         f"{stopped_by}: stopped after step {done}. Start again to go on from the last checkpoint"
@@ -139,6 +156,25 @@ class Trainer:
         progress.close()
         if metrics is not None:
             metrics.close()
+
+    def _profiler(self) -> StepProfiler:
+        """
+        Raises:
+            ConfigError: the run ends before all is measured.
+        """
+        left, needed = self.total_steps - self.start_step, DEFAULT_STEPS.total
+        if left < needed:
+            raise ConfigError(
+                f"--profile: expected {needed} steps or more, but the run has only {left} left: raise epochs"
+            )
+        with distributed.together(), writing(str(self.folder.profile), "Choose another output_dir"):
+            self.folder.profile.mkdir(exist_ok=True)
+        return StepProfiler(self.engine, self.config, self.sizes, self.folder.profile)
+
+    def _report(self, profiled: StepProfile) -> None:
+        if self.is_first_rank:
+            Report("fastjepa/train.py --profile", self.config, profiled).write(self.folder.profile)
+            logger.info("%s\n\n%s", format_profile(profiled), self.folder.profile / "report.html")
 
     def _loader(self) -> Loader:
         with distributed.together():

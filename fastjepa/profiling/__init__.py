@@ -2,6 +2,7 @@
 
 from fastjepa.profiling.memory import Memory
 from fastjepa.profiling.steps import (
+    DEFAULT_STEPS,
     MicroBatch,
     StepProfile,
     StepProfiler,
@@ -14,6 +15,6 @@ from fastjepa.profiling.time_split import Operator, Part, TimeSplit
 from fastjepa.profiling.timing import Ceilings, Timing, measure_ceilings
 
 __all__ = [
-    "Ceilings", "Memory", "MicroBatch", "Operator", "Part", "StepProfile", "StepProfiler", "Steps", "SyntheticBatch",
-    "TimeSplit", "Timing", "measure_ceilings", "profile_steps", "synthetic_batches",
+    "DEFAULT_STEPS", "Ceilings", "Memory", "MicroBatch", "Operator", "Part", "StepProfile", "StepProfiler", "Steps",
+    "SyntheticBatch", "TimeSplit", "Timing", "measure_ceilings", "profile_steps", "synthetic_batches",
 ]  # fmt: skip

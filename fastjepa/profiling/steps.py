@@ -69,6 +69,7 @@ class StepProfile:
     """Figures of a rank on its device, but for images and tokens per second, which are of all ranks."""
 
     device: str
+    on_gpu: bool
     precision: str
     threads: int
     ranks: int
@@ -97,9 +98,10 @@ class StepProfile:
     split: TimeSplit
     memory: Memory
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self) | {"tokens": self.tokens._asdict()}
+    def as_dict(self, *, operators: bool = True) -> dict[str, Any]:
+        """For JSON; without the operators, which are many, if asked."""
+        split = self.split if operators else dataclasses.replace(self.split, operators=())
+        return dataclasses.asdict(dataclasses.replace(self, split=split)) | {"tokens": self.tokens._asdict()}
 
 
 class StepProfiler:
@@ -108,19 +110,26 @@ class StepProfiler:
     Nothing of it changes what is learnt: it reads, and draws no random numbers.
 
     Args:
-        engine, config, sizes: of the run. The ceilings are measured here, for seconds: before the first step.
+        engine, config, sizes: of the run.
         folder: an existing one, for the Chrome traces of the ranks.
         steps: how many.
+        ceilings: of the machine; None: they are measured now, for a second or so.
     """
 
     def __init__(
-        self, engine: Engine, config: Config, sizes: BatchSizes, folder: Path, steps: Steps = DEFAULT_STEPS
+        self,
+        engine: Engine,
+        config: Config,
+        sizes: BatchSizes,
+        folder: Path,
+        steps: Steps = DEFAULT_STEPS,
+        ceilings: Ceilings | None = None,
     ) -> None:
         self._engine, self._config, self._sizes, self._steps = engine, config, sizes, steps
         rank = distributed.rank()
         self._trace = folder / (f"trace_rank{rank}.json" if rank else "trace.json")
         self._precision = resolve_precision(config, engine.device)
-        self._ceilings = measure_ceilings(engine.device, self._precision)
+        self._ceilings = ceilings or measure_ceilings(engine.device, self._precision)
         torch.cuda.empty_cache()  # does nothing where there is no GPU
         self._timing = False
         self._lengths: list[Lengths] = []
@@ -211,6 +220,7 @@ class StepProfiler:
         teraflops, datasheet = rate(flops) / 1e12, datasheet_teraflops(device, self._precision)
         return StepProfile(
             device=device_name(device),
+            on_gpu=device.type == "cuda",
             precision=str(self._precision).removeprefix("torch."),
             threads=torch.get_num_threads(),
             ranks=distributed.world_size(),
@@ -309,13 +319,14 @@ def profile_steps(
     batches: Iterable[MicroBatch],
     folder: Path,
     steps: Steps = DEFAULT_STEPS,
+    ceilings: Ceilings | None = None,
 ) -> StepProfile:
     """Train on `batches`, of which `steps.total * sizes.accum` are taken, and profile it (`StepProfiler`).
 
     Raises:
         ValueError: there are fewer batches.
     """
-    profiler = StepProfiler(engine, config, sizes, folder, steps)
+    profiler = StepProfiler(engine, config, sizes, folder, steps, ceilings)
     engine.model.train()
     for number, batch in enumerate(profiler.watch(batches), start=1):
         engine.micro_step(batch.images, batch.masks)
