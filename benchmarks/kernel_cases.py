@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +98,15 @@ def shapes(batch_size: int) -> dict[str, Shape]:
         ("H/14", "vit_huge", 14, 16, 384),
     ]
     return {row[0]: Shape(*row, batch_size) for row in rows}
+
+
+class Choice(NamedTuple):
+    """Which contests of benchmarks.kernels."""
+
+    ops: list[str]
+    shapes: list[str]
+    batch_size: int
+    dtype: str
 
 
 @dataclass(frozen=True)

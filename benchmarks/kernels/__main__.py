@@ -13,7 +13,7 @@ import argparse
 import csv
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,15 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernel_cases import shapes
-from benchmarks.kernels.compare import compare, serve
+from benchmarks.kernel_cases import Choice, shapes
+from benchmarks.kernels.compare import compare
 from benchmarks.kernels.compare import report as report_comparison
 from benchmarks.kernels.contest import Contest
-from benchmarks.kernels.contests import CONTESTS
+from benchmarks.kernels.contests import CONTESTS, DTYPES, chosen
 from fastjepa.errors import ConfigError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timing, device_name, time_in_turns
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -162,43 +160,23 @@ def main(arguments: list[str] | None = None) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="also write kernels.csv and the pictures into this folder")
     where.add_argument("--compare", metavar="REV", help="against fastjepa_kernels of this git revision")
-    where.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.repeats < 2:
         parser.error(f"--repeats is {args.repeats}, expected 2 or more: percentiles need them")
-    device, dtype = torch.device("cuda" if cuda else "cpu"), DTYPES[args.dtype]
+    device = torch.device("cuda" if cuda else "cpu")
+    choice = Choice(args.ops, args.shapes, args.batch_size, args.dtype)
     of = environment(device)
-    if not args.serve:
-        print(", ".join(f"{key} {value}" for key, value in of.items() if value), f"batch {args.batch_size}", sep=", ")
+    print(", ".join(f"{key} {value}" for key, value in of.items() if value), f"batch {args.batch_size}", sep=", ")
     if args.compare:
-        same = [
-            "--ops",
-            *args.ops,
-            "--shapes",
-            *args.shapes,
-            "--batch_size",
-            str(args.batch_size),
-            "--dtype",
-            args.dtype,
-        ]
         try:
-            report_comparison(*compare(args.compare, same, args.repeats), args.compare)
+            report_comparison(*compare(args.compare, choice, args.repeats), args.compare)
         except ConfigError as error:
             parser.error(str(error))
         return
     torch.manual_seed(0)
-
-    def contests() -> Iterator[Contest]:
-        for name, shape in shapes(args.batch_size).items():
-            for op in args.ops if name in args.shapes else []:
-                yield from CONTESTS[op](shape, device, dtype)
-
-    if args.serve:
-        serve(contests(), device)
-        return
-    work = CeilingWork.on(device, dtype)
+    work = CeilingWork.on(device, DTYPES[args.dtype])
     rows: list[Row] = []
-    for contest in contests():
+    for contest in chosen(choice, device):
         mine, missing = measure(contest, device, work, args.repeats)
         report(mine, missing, contest)
         rows += mine

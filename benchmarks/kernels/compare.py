@@ -1,8 +1,9 @@
 """The kernels of another git revision beside those of the working tree, in the same contests.
 
-Two processes, alike but for where they import fastjepa_kernels from, take turns: round by round each runs its providers once
-while the other waits, so that whatever else the machine does falls on both. But where its memory lies is drawn anew by every
-process, and small operations differ by tens of percent for it: so there are several pairs, and they must agree.
+Two processes (benchmarks.kernels.serve), alike but for the kernels that they hold contests of, take turns: round by round
+each runs its providers once while the other waits, so that whatever else the machine does falls on both. But where its
+memory lies is drawn anew by every process, and small operations differ by tens of percent for it: so there are several
+pairs, and they must agree.
 """
 
 from __future__ import annotations
@@ -15,24 +16,19 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastjepa_kernels
-from benchmarks.kernels.contest import Contest
+from benchmarks.kernel_cases import Choice
+from benchmarks.launch import ROOT
 from fastjepa.errors import ConfigError
-from fastjepa.profiling.timing import sample_in_turns
 
-ROOT = Path(__file__).parents[2]
 PAIRS = 5
 _LEAST_DIFFERENCE = 0.03
-_WARMUP = 3
 
 
 @contextmanager
@@ -68,38 +64,16 @@ def kernels_of(revision: str, repository: Path = ROOT) -> Iterator[Path]:
         yield Path(folder) / "kernels"
 
 
-# One side, in a process of its own: tells of a contest, runs a round of it whenever it reads a line that says so.
-
-
-def serve(contests: Iterable[Contest], device: torch.device) -> None:
-    """Of our providers alone, the right ones. Speaks on stdout, a JSON object a line."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what libraries print
-
-    def say(what: object) -> None:
-        print(json.dumps(what), file=channel, flush=True)
-
-    say({"kernels": str(Path(fastjepa_kernels.__file__).parents[1])})
-    for contest in contests:
-        present, missing = contest.contestants(ours_only=True)
-        sample_in_turns(present, device, _WARMUP)
-        say({"contest": contest.title, "providers": list(present), "missing": missing})
-        while sys.stdin.readline() == "round\n":
-            say({name: times[0] for name, times in sample_in_turns(present, device, 1).items()})
-    say({"contest": None})
-
-
 class _Side:
-    """The other end of `serve`."""
+    """The other end of benchmarks.kernels.serve."""
 
-    def __init__(self, name: str, kernels: Path, arguments: Sequence[str]) -> None:
+    def __init__(self, name: str, kernels: Path, choice: Choice) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by __exit__
-        path = os.pathsep.join([str(kernels), str(ROOT)])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.kernels", "--serve", *arguments],
+            [sys.executable, "-m", "benchmarks.kernels.serve", str(kernels), json.dumps(choice._asdict())],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -116,8 +90,9 @@ class _Side:
 
     def tell(self, what: str) -> None:
         assert self._process.stdin
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: `hear` says why
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
         assert self._process.stdout
@@ -184,16 +159,12 @@ def _turns(number: int) -> tuple[int, int]:
     return (0, 1) if number % 2 == 0 else (1, 0)
 
 
-def _run_pair(number: int, revision: str, kernels: Path, arguments: Sequence[str], rounds: int) -> _Pair:
+def _run_pair(number: int, revision: str, kernels: Path, choice: Choice, rounds: int) -> _Pair:
     pair = _Pair()
     sides = {0: (revision, kernels), 1: ("the working tree", ROOT / "kernels")}
     with ExitStack() as stack:
-        started = {which: stack.enter_context(_Side(*sides[which], arguments)) for which in _turns(number)}
+        started = {which: stack.enter_context(_Side(*sides[which], choice)) for which in _turns(number)}
         old, new = started[0], started[1]
-        for side, folder in ((old, kernels), (new, ROOT / "kernels")):
-            found = side.hear()["kernels"]
-            if Path(found).resolve() != folder.resolve():
-                raise ConfigError(f"fastjepa_kernels of {side.name} is imported from {found}, not from {folder}")
         while (contest := (there := old.hear())["contest"]) is not None:
             here = new.hear()
             for name in dict.fromkeys([*there["providers"], *there["missing"], *here["providers"], *here["missing"]]):
@@ -217,13 +188,11 @@ def _run_pair(number: int, revision: str, kernels: Path, arguments: Sequence[str
     return pair
 
 
-def compare(
-    revision: str, arguments: Sequence[str], rounds: int, repository: Path = ROOT
-) -> tuple[list[Comparison], list[str]]:
+def compare(revision: str, choice: Choice, rounds: int, repository: Path = ROOT) -> tuple[list[Comparison], list[str]]:
     """
     Args:
         revision: what git takes for a commit.
-        arguments: of benchmarks.kernels: which contests.
+        choice: which contests.
         rounds: how often each process runs its providers.
         repository: whose revision it is.
 
@@ -236,7 +205,7 @@ def compare(
     pairs = []
     with kernels_of(revision, repository) as kernels:
         for number in range(PAIRS):
-            pairs.append(_run_pair(number, revision, kernels, arguments, rounds))
+            pairs.append(_run_pair(number, revision, kernels, choice, rounds))
             print(f"pair {number + 1} of {PAIRS} is done", flush=True)
     remarks = [f"{contest}: {name}: {remark}" for (contest, name), remark in pairs[0].remarks.items()]
     return [compared(*key, [pair.times[key] for pair in pairs]) for key in pairs[0].times], remarks

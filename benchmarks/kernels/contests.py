@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import kernel_cases as cases
-from benchmarks.kernel_cases import Shape
+from benchmarks.kernel_cases import Choice, Shape
 from benchmarks.kernels.contest import Contest, Outputs, Providers
 from fastjepa_kernels import (
     PackedMasks,
@@ -28,6 +28,7 @@ from fastjepa_kernels import (
 )
 from fastjepa_kernels.reference import block_attention_reference, mask_sampling_reference
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MOST_PARAMS = {
     "cpu": 8_000_000,
     "cuda": 100_000_000,
@@ -397,3 +398,9 @@ CONTESTS = {
     "target_loss": losses,
     "mask_sampling": masks,
 }
+
+
+def chosen(choice: Choice, device: torch.device) -> Iterator[Contest]:
+    for name, shape in cases.shapes(choice.batch_size).items():
+        for op in choice.ops if name in choice.shapes else []:
+            yield from CONTESTS[op](shape, device, DTYPES[choice.dtype])

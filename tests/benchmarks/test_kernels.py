@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import Work
+from benchmarks.kernel_cases import Choice, Work
 from benchmarks.kernels import compare
 from benchmarks.kernels.__main__ import main, measure
 from benchmarks.kernels.compare import compared, kernels_of
 from benchmarks.kernels.contest import Contest, Providers
 from benchmarks.kernels.plot import plot_roofline, plot_times
+from benchmarks.launch import ROOT
 from fastjepa.errors import ConfigError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timed, Timing
 
@@ -252,7 +253,7 @@ def earlier(tmp_path: Path) -> Callable[[str, str, str], Path]:
 
     def make(name: str, old: str, new: str) -> Path:
         shutil.copytree(
-            compare.ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+            ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
         file = tmp_path / "kernels" / "fastjepa_kernels" / name
         text = file.read_text(encoding="utf-8")
@@ -275,7 +276,7 @@ def test_revisions_take_turns_and_one_that_slept_is_found(
         "def _target_loss_torch(",
         "def _target_loss_torch(*args):\n    __import__('time').sleep(0.05)\n    return _awake(*args)\n\n\ndef _awake(",
     )
-    comparisons, remarks = compare.compare("HEAD", ["--ops", "target_loss", "--batch_size", "2"], 3, repository)
+    comparisons, remarks = compare.compare("HEAD", Choice(["target_loss"], ["S/16"], 2, "fp32"), 3, repository)
     assert remarks == []
     verdicts = {comparison.contest: (comparison.provider, comparison.verdict) for comparison in comparisons}
     assert verdicts["target_loss, forward, S/16"] == ("fastjepa torch", "faster")
@@ -292,7 +293,7 @@ def test_a_revision_that_is_wrong_is_not_compared(
 ) -> None:
     monkeypatch.setattr(compare, "PAIRS", 1)
     repository = earlier("target_loss.py", "F.smooth_l1_loss(", "2 * F.smooth_l1_loss(")
-    comparisons, remarks = compare.compare("HEAD", ["--ops", "target_loss", "--batch_size", "2"], 2, repository)
+    comparisons, remarks = compare.compare("HEAD", Choice(["target_loss"], ["S/16"], 2, "fp32"), 2, repository)
     assert comparisons == []
     assert (
         "target_loss, forward, S/16: fastjepa torch: HEAD: output 0: relative error 1.0e+00 is above 1e-03" in remarks
@@ -302,4 +303,13 @@ def test_a_revision_that_is_wrong_is_not_compared(
 def test_a_revision_that_does_not_start_is_told_with_its_last_words(earlier: Callable[[str, str, str], Path]) -> None:
     repository = earlier("__init__.py", "__all__ = [", "raise ImportError('from an earlier time')\n__all__ = [")
     with pytest.raises(ConfigError, match=r"with the kernels of HEAD; its last words:\n(.*\n)*.*from an earlier time"):
-        compare.compare("HEAD", ["--ops", "mask_sampling"], 2, repository)
+        compare.compare("HEAD", Choice(["mask_sampling"], ["S/16"], 2, "fp32"), 2, repository)
+
+
+def test_an_installed_package_does_not_fill_the_gaps_of_a_revision(earlier: Callable[[str, str, str], Path]) -> None:
+    """As the finder of an editable installation does."""
+    installed = ROOT / "kernels" / "fastjepa_kernels"
+    first = "from fastjepa_kernels._backend import"
+    repository = earlier("__init__.py", first, f"__path__.insert(0, {str(installed)!r})\n{first}")
+    with pytest.raises(ConfigError, match=rf"kernels has no fastjepa_kernels\.\w+: it was found in {installed}"):
+        compare.compare("HEAD", Choice(["mask_sampling"], ["S/16"], 2, "fp32"), 2, repository)
