@@ -284,6 +284,9 @@ class Config:
     """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
     bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
     weights, activations and their gradients are bf16, with fp32 masters."""
+    target_precision: Literal["same", "fp8"] = "same"
+    """fp8: matrix products of the target encoder's blocks in e4m3, scaled by token and output channel, on GPUs of compute
+    capability 8.9 or newer. It changes the targets a little: see README."""
     compile: Literal["auto", "none", "blocks", "cuda_graphs"] = "auto"
     """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths of
     sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at ZeRO stage

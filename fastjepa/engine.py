@@ -34,6 +34,7 @@ from fastjepa.cuda_graphs import GraphedPasses
 from fastjepa.ds_config import ZERO_SUB_GROUP_SIZE, read_ds_config
 from fastjepa.errors import ConfigError
 from fastjepa.masks import MaskBatch
+from fastjepa.models.fp8 import check_fp8, use_fp8
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA, flatten_groups, param_groups
 from fastjepa.zero_gather import WeightGather
@@ -437,6 +438,9 @@ def build_engine(
 ) -> Engine:
     with distributed.together():
         _choose_kernels(config, device)
+        if config.target_precision == "fp8":
+            check_fp8(config, device, resolve_precision(config, device))
+            use_fp8(model.target_encoder)
     if ds_config is None:
         engine: Engine = TorchEngine(model, config, sizes, device)
     else:

@@ -7,6 +7,7 @@ Parameter names are those of the official checkpoints and of timm (`norm1`, `att
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,17 @@ class TokenSubset:
     """How many of them each sequence has."""
 
 
-class QKVProjection(nn.Linear):
+class Linear(nn.Linear):
+    """A linear layer of a block."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+    """Of input, weight and bias (fastjepa.models.fp8 has another one)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
+
+
+class QKVProjection(Linear):
     """The fused query, key and value projection; queries of other tokens than those that are keys if asked."""
 
     def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -36,7 +47,7 @@ class QKVProjection(nn.Linear):
             return (super().forward(x),)
         width = self.in_features
         q_bias, kv_bias = self.bias[:width], self.bias[width:]
-        return F.linear(asking, self.weight[:width], q_bias), F.linear(x, self.weight[width:], kv_bias)
+        return self.product(asking, self.weight[:width], q_bias), self.product(x, self.weight[width:], kv_bias)
 
 
 class Attention(nn.Module):
@@ -44,7 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = QKVProjection(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged) -> Tensor:
         """What `qkv` gives -> [T, D], or [S, D] where other tokens ask."""
@@ -60,8 +71,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
