@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def usable_cores(root: Path = Path("/")) -> float:
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [_quota(group, *files) for controller in _CPU_GROUPS for group, files in _groups(root, *controller)]
     return min([float(here), *quotas])
+
+
+def busy_cores(seconds: float = 0.3, root: Path = Path("/")) -> float | None:
+    """Cores of the machine that are at work for this long, whoever uses them; None: not known (not Linux)."""
+
+    def ticks() -> tuple[int, int]:
+        """Of all cores together since the start: all, and those spent idle or waiting for a disk."""
+        of_all = (root / "proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:9]
+        return sum(map(int, of_all)), int(of_all[3]) + int(of_all[4])
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        after = ticks()
+    except OSError:
+        return None
+    every, idle = (new - old for new, old in zip(after, before, strict=True))
+    return (os.cpu_count() or 1) * (1 - idle / every) if every else None
 
 
 def _groups(root: Path, controller: str, mount: str, *files: str) -> Iterator[tuple[Path, tuple[str, ...]]]:

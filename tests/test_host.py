@@ -94,6 +94,13 @@ def test_usable_cores_are_what_the_tightest_control_group_grants(
     assert host.usable_cores(machine(tmp_path, groups, files)) == cores
 
 
+def test_cores_at_work_are_counted_whoever_uses_them(tmp_path: Path) -> None:
+    busy = host.busy_cores(0.1)
+    assert busy is not None
+    assert 0 <= busy <= (os.cpu_count() or 1)
+    assert host.busy_cores(0.0, tmp_path) is None
+
+
 def test_without_a_limit_all_cores_of_the_process_are_usable(tmp_path: Path) -> None:
     files = {"job/cpu.max": "max 100000\n"}
     assert host.usable_cores(machine(tmp_path, "0::/job\n", files)) == len(os.sched_getaffinity(0))

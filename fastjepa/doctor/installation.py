@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastjepa.doctor.probes import Outcome
-from fastjepa.host import free_memory, usable_cores
+from fastjepa.host import busy_cores, free_memory, usable_cores
 
 GIB = 2**30
 INSTALL = "pip install -c constraints.txt -e '.[dali]'"
@@ -53,6 +53,8 @@ class Host:
     """Of C, which Triton starts kernels with."""
     cores: float
     """That may be used."""
+    busy: float | None
+    """Cores that others keep at work, in the way of those that may be used; None: not known."""
     memory: int
     """Bytes that are free, for this process."""
     omp_num_threads: str | None
@@ -63,6 +65,7 @@ class Host:
 def look_at_host() -> Host:
     shm = Path("/dev/shm")
     driver = Path("/proc/driver/nvidia/version")
+    cores, busy = usable_cores(), busy_cores()
     return Host(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -70,7 +73,8 @@ def look_at_host() -> Host:
         apex_is_there=find_spec("apex") is not None,
         nvidia_driver=driver.read_text(encoding="utf-8").partition("\n")[0] if driver.is_file() else None,
         compiler=next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None),
-        cores=usable_cores(),
+        cores=cores,
+        busy=None if busy is None else max(0.0, busy - ((os.cpu_count() or 1) - cores)),
         memory=free_memory(),
         omp_num_threads=os.environ.get("OMP_NUM_THREADS"),
         shm=shutil.disk_usage(shm).free if shm.is_dir() else None,
@@ -245,6 +249,9 @@ def judge_kernels(outcome: Outcome, host: Host, *, gpu: bool) -> Iterator[Findin
 
 def judge_cpu(host: Host, threads: int, ranks: int, *, gpu: bool) -> Iterator[Finding]:
     """Args: threads: of torch, in one process; ranks: on this machine, which share the cores (train.py sees to it)."""
+    if host.busy is not None and host.busy > 0.2 * host.cores:
+        advice = "what is measured below is too low by that: stop them, or look again later"
+        yield Finding("other processes", "warning", f"keep {host.busy:.1f} of {host.cores:g} cores busy", advice)
     given = host.omp_num_threads
     if given is None:
         threads = max(1, threads // ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,8 +13,9 @@ import yaml
 
 from fastjepa import costs
 from fastjepa.config import Savings
-from fastjepa.costs import STAGES
+from fastjepa.costs import STAGES, Stage
 from fastjepa.doctor.run import GIB, Run, Verdict, amount, judge, memory_formula
+from fastjepa.errors import ConfigError
 from fastjepa.plan import recommend
 
 _WORTH_IT = 1.05  # a smaller gain is within the error of measurements this short
@@ -159,7 +161,7 @@ def _memory(run: Run) -> Iterator[Suggestion]:
     needed = f"a micro batch of {run.sizes.micro} needs {run.memory_needed() / GIB:.1f} of {run.memory / GIB:.1f} GiB"
     share = run.config.global_batch_size // run.ranks
     lean = _replace(run.config, ["model", "activation_checkpointing"], True)
-    stages = [run.stage, *(s for s in (1, 2, 3) if run.ranks > 1 and s != run.stage)]
+    stages = [run.stage, *(stage for stage in _zero_stages(run) if stage not in (0, run.stage))]
     for config in (run.config, lean):
         for stage in stages:
             state, per_image = memory_formula(config, stage, run.ranks, bf16=run.bf16)
@@ -177,6 +179,13 @@ def _memory(run: Run) -> Iterator[Suggestion]:
             return
 
 
+def _zero_stages(run: Run) -> list[Stage]:
+    """That the run could be started with, and gain by."""
+    if run.ranks == 1 or run.config.compile == "cuda_graphs":
+        return []
+    return [stage for stage in STAGES if stage != "torch" and (stage != 3 or run.config.compile != "blocks")]
+
+
 def _arithmetic(run: Run) -> Iterator[Suggestion]:
     """What is computed for nothing."""
     mean, _ = costs.sample_tokens(run.config.masks, run.config.grid_h, run.config.grid_w)
@@ -187,8 +196,9 @@ def _arithmetic(run: Run) -> Iterator[Suggestion]:
 
     for name in Savings.__dataclass_fields__:
         key = f"objective.savings.{name}"
-        if not _value(run, key) and (share := less(key)) > 0:
-            yield Suggestion(key, True, f"the same numbers for {share:.0%} less arithmetic")
+        with suppress(ConfigError):  # compile = cuda_graphs forbids one of them
+            if not _value(run, key) and (share := less(key)) > 0:
+                yield Suggestion(key, True, f"the same numbers for {share:.1%} less arithmetic")
     if run.config.model.activation_checkpointing:
         config = _replace(run.config, ["model", "activation_checkpointing"], False)
         if (needed := dataclasses.replace(run, config=config).memory_needed()) <= run.memory:
@@ -218,9 +228,9 @@ def _larger_micro_batch(run: Run) -> Iterator[Suggestion]:
 
 
 def _stage(run: Run) -> Iterator[Suggestion]:
-    if run.ranks == 1 or not run.stepped:
+    if not run.stepped:
         return
-    chosen = recommend([run.planned(stage) for stage in STAGES if stage != "torch"])
+    chosen = recommend([run.planned(stage) for stage in _zero_stages(run)])
     now = run.planned(run.stage).images_per_second
     if chosen and now and chosen[0].images_per_second >= _WORTH_IT * now:
         plan, why = chosen

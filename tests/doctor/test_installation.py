@@ -23,6 +23,7 @@ HOST = Host(
     nvidia_driver=None,
     compiler="/usr/bin/gcc",
     cores=8.0,
+    busy=0.0,
     memory=64 * GIB,
     omp_num_threads=None,
     shm=16 * GIB,
@@ -195,6 +196,13 @@ def test_the_kernels_of_a_gpu_are_tritons_and_agree_with_the_plain_paths() -> No
 def test_threads_beyond_the_cores(cores: float, omp: str | None, threads: int, ranks: int, level: str) -> None:
     host = replace(HOST, cores=cores, omp_num_threads=omp)
     assert only(installation.judge_cpu(host, threads, ranks, gpu=False)).level == level
+
+
+def test_other_processes_are_told_for_what_they_take() -> None:
+    found = by_name(installation.judge_cpu(replace(HOST, busy=4.2), 8, 1, gpu=False))
+    assert found["other processes"].level == "warning"
+    assert "keep 4.2 of 8 cores busy" in found["other processes"].found
+    assert "other processes" not in by_name(installation.judge_cpu(replace(HOST, busy=None), 8, 1, gpu=False))
 
 
 def test_a_small_shm_counts_where_several_gpus_talk() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fastjepa.config import Config, DataConfig, ModelConfig, ObjectiveConfig, Savings
+from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, Savings
 from fastjepa.config_file import dump_config, load_config
 from fastjepa.doctor.run import GIB, Link, Rate, Run, judge
 from fastjepa.doctor.suggest import Suggestion, applied, as_yaml, command, shares, suggest, what_to_do
@@ -124,6 +124,21 @@ def test_work_for_nothing_is_named_with_its_share() -> None:
         "model.activation_checkpointing=false",
     ]
     assert "less arithmetic" in suggestions["objective.savings.target_last_block=true"]
+
+
+def test_nothing_is_suggested_that_another_setting_forbids() -> None:
+    """CUDA graphs need plain PyTorch and one of the savings off; compiled blocks cannot be sharded by ZeRO 3."""
+    config = replace(
+        a_run().config,
+        compile="cuda_graphs",
+        masks=MaskConfig(mode="budget"),
+        objective=ObjectiveConfig(savings=Savings(target_last_block=False, predictor_last_block=False)),
+    )
+    run = a_run(config=config, ranks=4, link=Link(0.1e9, 1e-4), loader={4: Rate(4000.0, 0.001)})
+    assert arguments(suggest(run)) == ["objective.savings.predictor_last_block=true"]
+    tight = a_run(config=replace(Config(), compile="blocks"), ranks=8, memory=0.8 * GIB, step={}, loader={})
+    assert "--ds_config configs/zero3.json" not in arguments(suggest(tight))
+    assert "--ds_config configs/zero3.json" in arguments(suggest(replace(tight, config=Config())))
 
 
 def test_bf16_without_instructions_for_it_is_advised_against() -> None:
