@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastjepa.masks import MaskBatch
 from fastjepa_kernels import Ragged
@@ -62,8 +63,9 @@ class GraphedPasses:
             static_images, static_masks = copy.deepcopy((images, masks))
             replay, loss = self._capture(lambda: self._passes(static_images, static_masks))
             captured = self._captured[shape] = _Captured(_tensors(static_images, static_masks), replay, loss)
-        torch._foreach_copy_(captured.inputs, inputs)
-        captured.replay()
+        with record_function("graph replay"):
+            torch._foreach_copy_(captured.inputs, inputs)
+            captured.replay()
         return captured.loss.clone()
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 MIB = 2**20
 _COLOURS = {
     "context encoder": "--blue", "target encoder": "--sky", "predictor": "--teal", "loss": "--lime",
-    "backward": "--indigo", "optimizer": "--amber", "data wait": "--red", "waiting for weights": "--red",
-    "waiting for gradients": "--red", "communication": "--plum", "loader": "--amber", "mask sampling": "--lime",
+    "backward": "--indigo", "graph replay": "--indigo", "optimizer": "--amber", "data wait": "--red",
+    "waiting for weights": "--red", "waiting for gradients": "--red", "communication": "--plum",
+    "loader": "--amber", "mask sampling": "--lime",
     "weights": "--blue", "target_encoder": "--sky", "gradients": "--teal", "masters": "--lime", "moments": "--amber",
     "activations": "--indigo", "matmul": "--blue",
 }  # fmt: skip

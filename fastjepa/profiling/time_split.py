@@ -21,7 +21,7 @@ STEP = "traced step"
 DATA_WAIT = "data wait"
 STEP_PARTS = (
     "context encoder", "target encoder", "predictor", "loss", "backward", "optimizer", "waiting for gradients",
-    "waiting for weights", DATA_WAIT,
+    "waiting for weights", "graph replay", DATA_WAIT,
 )  # fmt: skip
 LOADER_PARTS = ("loader", "mask sampling")
 COMMUNICATION, IDLE, OTHER = "communication", "idle", "other"
@@ -31,8 +31,10 @@ _MATMUL_OPERATOR = re.compile(
     r"^aten::_?(scaled_|add|b|baddb)?(mm|addmm_activation)\w*$|scaled_dot_product_|_flash_attention|_efficient_attention"
     r"|block_attention|_mkl_linear|linear_pointwise"
 )
-# Of kernels whose operator is not known: by the libraries that PyTorch takes them from, and our own.
-_MATMUL_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|flash_|fmha|_attend_|_backward_(keys|queries)_kernel")
+# Of kernels whose operator is not known: those of the libraries that PyTorch calls, of its compiler, and our own.
+_MATMUL_KERNEL = re.compile(
+    r"gemm|cutlass|nvjet|xmma|triton_tem_fused|flash_|fmha|_attend_|_backward_(keys|queries)_kernel"
+)
 
 Kind = Literal["matmul", "communication", "other"]
 

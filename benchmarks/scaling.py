@@ -1,0 +1,207 @@
+"""How time and memory of a step grow: python -m benchmarks.scaling --output FOLDER [section.key=value ...] [--axes ...]
+
+Against the batch, the resolution, the model, the number of target blocks and the ranks, each from a base of 4 images at
+224 x 224 by vit_tiny with one thread a rank. Every point is measured in processes of its own. Beside it stands what
+fastjepa.costs says: the arithmetic of the tokens that were there, at the rate of a matrix product measured by the same
+process; state and activations. The exponent of growth is the slope of a line through the logarithms: about 1 where twice as
+much costs twice as much. Attention grows with the square of the tokens of a sequence, so resolution comes out above 1, by
+formula and by measurement alike. FOLDER gets scaling.csv and scaling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.launch import launch
+from fastjepa import costs, distributed
+from fastjepa.batch_sizes import BatchSizes
+from fastjepa.config import Config
+from fastjepa.config_file import load_config
+from fastjepa.engine import build_engine, resolve_precision
+from fastjepa.objective import build_model
+from fastjepa.profiling import Steps, profile_steps, synthetic_batches
+
+BASE = ("model.name=vit_tiny", "global_batch_size=4", "data.image_size=224", "masks.mode=ragged")
+AXES: dict[str, tuple[str, tuple[str | int, ...], str]] = {
+    "batch": ("global_batch_size", (1, 2, 4, 8, 16), "images of a step"),
+    "resolution": ("data.image_size", (112, 224, 448), "patches of an image"),
+    "model": ("model.name", ("vit_tiny", "vit_small", "vit_base"), "trained parameters"),
+    "target blocks": ("masks.num_target_blocks", (1, 2, 4, 8), "target blocks"),
+    "ranks": ("", (1, 2), "ranks that share the images of a step"),
+}
+"""Axis -> the setting that changes, its values, and the number that growth is reckoned against."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Of one rank: milliseconds and bytes."""
+
+    axis: str
+    value: str
+    x: float
+    step_ms_p20: float
+    step_ms: float
+    step_ms_p80: float
+    formula_ms: float
+    """Matrix products alone, at the rate of the ceiling."""
+    memory: float
+    """Of tensors: state and activations."""
+    formula_memory: float
+    mfu: float
+
+
+def x_of(axis: str, value: str | int, config: Config) -> float:
+    if axis == "resolution":
+        return config.num_patches
+    return sum(costs.count_parameters(config)) if axis == "model" else float(value)
+
+
+def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result: Path) -> None:
+    """As one rank: the first leaves the point in `result`."""
+    setting, values, _ = AXES[axis]
+    config = load_config(None, [*BASE, *overrides, *([f"{setting}={values[index]}"] if setting else [])])
+    device = distributed.init()
+    world = distributed.world_size()
+    sizes = BatchSizes.share(config, world)
+    engine = build_engine(build_model(config), config, sizes, device, None)
+    counts = Steps(warmup=1, timed=steps, traced=1)
+    batches = synthetic_batches(config, sizes, device, counts.total)
+    found = profile_steps(engine, config, sizes, batches, result.parent, counts)
+    bf16 = resolve_precision(config, device) == torch.bfloat16
+    activations = sizes.micro * costs.activation_bytes(config, found.tokens, "torch", bf16=bf16)
+    point = Point(
+        axis=axis,
+        value=str(values[index]),
+        x=x_of(axis, values[index], config),
+        step_ms_p20=found.step_ms.p20,
+        step_ms=found.step_ms.p50,
+        step_ms_p80=found.step_ms.p80,
+        formula_ms=1e3 * found.teraflop_per_step / found.ceilings.teraflops,
+        memory=found.memory.state + found.memory.activations,
+        formula_memory=costs.state_bytes(config, "torch", world, bf16=bf16).resident + activations,
+        mfu=found.mfu,
+    )
+    if distributed.rank() == 0:
+        result.write_text(json.dumps(asdict(point)), encoding="utf-8")
+    distributed.raise_together(None)
+    distributed.finish()
+
+
+def measure(axis: str, index: int, overrides: Sequence[str], steps: int) -> Point:
+    """In processes of its own."""
+    ranks = AXES[axis][1][index] if axis == "ranks" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "point.json"
+        arguments = [*overrides, "--steps", str(steps), "--point", axis, str(index), "--result", str(result)]
+        launch("benchmarks.scaling", int(ranks), *arguments, timeout=3600, cuda=torch.cuda.is_available())
+        return Point(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Slope of the line through the logarithms by least squares: y ~ x^slope."""
+    slope, _ = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys])
+    return slope
+
+
+def exponents(points: Sequence[Point]) -> dict[str, float]:
+    xs = [point.x for point in points]
+    return {
+        key: exponent(xs, [getattr(point, key) for point in points])
+        for key in ("step_ms", "formula_ms", "memory", "formula_memory")
+    }
+
+
+def plot(measured: dict[str, list[Point]], path: Path) -> None:
+    """A column for each axis: time above, memory below; lines are measured, dashes the formula."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    figure, axes = plt.subplots(
+        2, len(measured), figsize=(3.5 * len(measured), 6.4), squeeze=False, layout="constrained"
+    )
+    rows = (("step_ms", "formula_ms", "ms", 1.0), ("memory", "formula_memory", "MiB", 2.0**20))
+    for column, (name, points) in enumerate(measured.items()):
+        slopes, xs = exponents(points), [point.x for point in points]
+        for row, (key, formula, unit, scale) in enumerate(rows):
+            axis = axes[row][column]
+            axis.plot(xs, [getattr(p, key) / scale for p in points], "o-", color="#1b6ca8", label="measured")
+            axis.plot(xs, [getattr(p, formula) / scale for p in points], "s--", color="#d98e04", label="formula")
+            if row == 0:
+                axis.vlines(xs, [p.step_ms_p20 for p in points], [p.step_ms_p80 for p in points], color="#1b6ca8")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_xticks(xs, [p.value.removeprefix("vit_") for p in points])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.set_title(
+                f"{name}, {unit}\ngrows as x^{slopes[key]:.2f}, formula x^{slopes[formula]:.2f}",
+                fontsize=10,
+                loc="left",
+            )
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[1][column].set_xlabel(f"x: {AXES[name][2]}", fontsize=9)
+    axes[0][0].legend(frameon=False)
+    figure.suptitle("Time of a step (20th to 80th percentile), and memory of state and activations, of one rank")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the base's")
+    parser.add_argument("--output", type=Path, help="folder for scaling.csv and scaling.png")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a point (default: %(default)s)")
+    parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: expected 2 or more, for a median")
+    if args.point:
+        run_rank(args.point[0], int(args.point[1]), args.overrides, args.steps, args.result)
+        return
+    print(f"{'axis':<16}{'value':>10}{'step ms':>12}{'formula':>12}{'MFU':>8}{'MiB':>10}{'formula':>10}")
+    measured: dict[str, list[Point]] = {}
+    for axis in args.axes:
+        for index in range(len(AXES[axis][1])):
+            p = measure(axis, index, args.overrides, args.steps)
+            measured.setdefault(axis, []).append(p)
+            print(
+                f"{axis:<16}{p.value:>10}{p.step_ms:>12,.1f}{p.formula_ms:>12,.1f}{p.mfu:>8.1%}"
+                f"{p.memory / 2**20:>10,.1f}{p.formula_memory / 2**20:>10,.1f}",
+                flush=True,
+            )
+        slopes = exponents(measured[axis])
+        print(
+            f"{'':<16}{'x^':>10}{slopes['step_ms']:>12.2f}{slopes['formula_ms']:>12.2f}{'':>8}{slopes['memory']:>10.2f}"
+            f"{slopes['formula_memory']:>10.2f}   x: {AXES[axis][2]}"
+        )
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        records: list[dict[str, Any]] = [asdict(point) for points in measured.values() for point in points]
+        with (args.output / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+        plot(measured, args.output / "scaling.png")
+
+
+if __name__ == "__main__":
+    main()
