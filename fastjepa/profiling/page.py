@@ -196,7 +196,7 @@ def _operators(split: TimeSplit) -> str:
     largest = max((row.share for row in split.operators), default=1.0)
     rows = "".join(
         f'<tr><td><i style="background:var({_colour(row.kind)})"></i>{escape(row.name)}</td>'
-        f'<td class="wide">{row.calls:,.3g}</td><td>{row.ms:,.2f}</td><td>{row.share:.1%}</td>'
+        f'<td class="wide">{row.calls:,.{0 if row.calls >= 10 else 1}f}</td><td>{row.ms:,.2f}</td><td>{row.share:.1%}</td>'
         f'<td class="wide"><span class="track"><div style="width:{100 * row.share / largest:.1f}%;'
         f'background:var({_colour(row.kind)})"></div></span></td></tr>'
         for row in split.operators[:_ROWS]
