@@ -393,7 +393,7 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
         micro = min(size, max(1, int(seconds / fewest.total / reckoned)))
         if fewest.total * micro * reckoned > 3 * seconds or str(micro) in facts["rates"]:
             continue
-        timed = max(fewest.timed, min(20, int(seconds / micro / reckoned) - fewest.total))
+        timed = max(fewest.timed, min(60, int(seconds / micro / reckoned) - fewest.total))
         steps, batch = Steps(warmup=min(timed, 3), timed=timed, traced=1), BatchSizes(micro, 1)
         cpu: list[float] = []  # used by this process, when each batch was asked for
         try:
@@ -402,7 +402,8 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
             with tempfile.TemporaryDirectory() as folder:
                 profile = profile_steps(engine, config, batch, _noting(noise, cpu), Path(folder), steps)
                 facts["rates"][str(micro)] = {
-                    "images_per_second": profile.images_per_second,
+                    # Of the median step: a pause of the machine is not the step's.
+                    "images_per_second": 1e3 * micro / profile.step_ms.p50,
                     "cpu_seconds": (cpu[steps.warmup + steps.timed] - cpu[steps.warmup]) / (steps.timed * micro),
                     "mfu": profile.mfu,
                     "peak_bytes": profile.memory.peak,
@@ -410,7 +411,10 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
                 if dataset is not None and len(dataset) >= micro and "together" not in facts:
                     with _loader(config, dataset, micro) as loaded:
                         profile = profile_steps(engine, config, batch, loaded, Path(folder), steps)
-                    facts["together"] = {"images_per_second": profile.images_per_second, "data_wait": profile.data_wait}
+                    reached = profile.images_per_second
+                    facts["together"] = {"images_per_second": reached, "data_wait": profile.data_wait}
+                    alone = facts["rates"][str(micro)]  # cannot be less, but on a machine that had less to give then
+                    alone["images_per_second"] = max(alone["images_per_second"], reached)
             engine.close()
         except torch.OutOfMemoryError:  # of a GPU
             facts["out_of_memory"] = micro

@@ -119,7 +119,7 @@ def what_to_do(run: Run, verdict: Verdict, suggestions: Sequence[Suggestion]) ->
         return f"the settings below make it about {amount(after.images_per_second)} images/s ({gain:+.0%})"
     return {
         "loader": "no number of threads that was tried delivers more: smaller files, a faster disk or more cores would",
-        "step": "as it should be; what its time goes into is another matter: --profile of fastjepa/train.py",
+        "step": "as it should be: fastjepa/train.py --profile shows what its time goes into",
         "cores": "more cores, or a GPU",
         "communication": "a faster link, or more images per rank and step (global_batch_size)",
         None: "see the problems above",
