@@ -9,6 +9,7 @@ graph. What waits for weights (fastjepa.zero_gather) or computes a block again (
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from types import MethodType
 
 import torch
@@ -51,6 +52,8 @@ def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, ze
 def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> str | None:
     if config.compile == "cuda_graphs" and (device.type != "cuda" or zero_stage is not None):
         return "CUDA graphs are for plain PyTorch (no --ds_config) on a GPU"
+    if device.type == "cuda" and (find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0)):
+        return "on a GPU it needs triton and compute capability 7.0 or newer"
     if zero_stage == 3:
         return "ZeRO 3 gathers weights between the layers of a block"
     size = config.model.size

@@ -127,6 +127,17 @@ def test_nothing_is_compiled_on_a_cpu_unless_asked_for(caplog: pytest.LogCapture
     assert caplog.messages[-1] == "compile: none (on a CPU it gains nothing)"
 
 
+@pytest.mark.parametrize(
+    ("capability", "stage", "compiled"),
+    [((8, 0), None, True), ((8, 0), 2, True), ((8, 0), 3, False), ((6, 0), None, False)],
+)
+def test_blocks_are_compiled_on_gpus_that_can(
+    capability: tuple[int, int], stage: int | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert compiles_blocks(config_with(), torch.device("cuda"), torch.float32, stage) == compiled
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
 def test_on_a_gpu_other_batches_compile_nothing_new(autocast: bool) -> None:
