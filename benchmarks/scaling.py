@@ -2,16 +2,17 @@
 
 Against the batch, the resolution, the model, the number of target blocks and the ranks, each from a base of 4 images at
 224 x 224 by vit_tiny with one thread a rank. Every point is measured in processes of its own. Beside it stands what
-fastjepa.costs says: the arithmetic of the tokens that were there, at the rate of a matrix product measured by the same
-process; state and activations. The exponent of growth is the slope of a line through the logarithms: about 1 where twice as
-much costs twice as much. Attention grows with the square of the tokens of a sequence, so resolution comes out above 1, by
-formula and by measurement alike. FOLDER gets scaling.csv and scaling.png.
+fastjepa.costs says: the arithmetic of the tokens that were there, at the rate of a matrix product (the median of what the
+processes of the axis measured); state and activations. The exponent of growth is the slope of a line through the logarithms:
+1 where twice as much costs twice as much. Attention grows with the square of the tokens of a sequence, so resolution comes
+out above 1 by the formula too. FOLDER gets scaling.csv and scaling.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import statistics
@@ -53,12 +54,15 @@ class Point:
     step_ms_p20: float
     step_ms: float
     step_ms_p80: float
-    formula_ms: float
-    """Matrix products alone, at the rate of the ceiling."""
+    teraflop: float
+    """Of a step."""
+    ceiling_teraflops: float
+    """Per second, measured in the same process."""
     memory: float
     """Of tensors: state and activations."""
     formula_memory: float
-    mfu: float
+    formula_ms: float = 0.0
+    """Matrix products alone, at the ceiling of the axis."""
 
 
 def x_of(axis: str, value: str | int, config: Config) -> float:
@@ -87,10 +91,10 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
         step_ms_p20=found.step_ms.p20,
         step_ms=found.step_ms.p50,
         step_ms_p80=found.step_ms.p80,
-        formula_ms=1e3 * found.teraflop_per_step / found.ceilings.teraflops,
+        teraflop=found.teraflop_per_step,
+        ceiling_teraflops=found.ceilings.teraflops,
         memory=found.memory.state + found.memory.activations,
         formula_memory=costs.state_bytes(config, "torch", world, bf16=bf16).resident + activations,
-        mfu=found.mfu,
     )
     if distributed.rank() == 0:
         result.write_text(json.dumps(asdict(point)), encoding="utf-8")
@@ -98,14 +102,18 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
     distributed.finish()
 
 
-def measure(axis: str, index: int, overrides: Sequence[str], steps: int) -> Point:
-    """In processes of its own."""
-    ranks = AXES[axis][1][index] if axis == "ranks" else 1
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "point.json"
-        arguments = [*overrides, "--steps", str(steps), "--point", axis, str(index), "--result", str(result)]
-        launch("benchmarks.scaling", int(ranks), *arguments, timeout=3600, cuda=torch.cuda.is_available())
-        return Point(**json.loads(result.read_text(encoding="utf-8")))
+def measure(axis: str, overrides: Sequence[str], steps: int) -> list[Point]:
+    """Every point in processes of its own."""
+    points = []
+    for index, value in enumerate(AXES[axis][1]):
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "point.json"
+            arguments = [*overrides, "--steps", str(steps), "--point", axis, str(index), "--result", str(result)]
+            ranks = int(value) if axis == "ranks" else 1
+            launch("benchmarks.scaling", ranks, *arguments, timeout=3600, cuda=torch.cuda.is_available())
+            points.append(Point(**json.loads(result.read_text(encoding="utf-8"))))
+    ceiling = statistics.median(point.ceiling_teraflops for point in points)
+    return [dataclasses.replace(point, formula_ms=1e3 * point.teraflop / ceiling) for point in points]
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -123,12 +131,12 @@ def exponents(points: Sequence[Point]) -> dict[str, float]:
 
 
 def plot(measured: dict[str, list[Point]], path: Path) -> None:
-    """A column for each axis: time above, memory below; lines are measured, dashes the formula."""
+    """A column for each axis: time of a step with its 20th to 80th percentile above, memory below."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import LogFormatter, NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(
         2, len(measured), figsize=(3.5 * len(measured), 6.4), squeeze=False, layout="constrained"
@@ -146,7 +154,8 @@ def plot(measured: dict[str, list[Point]], path: Path) -> None:
             axis.set_yscale("log")
             axis.set_xticks(xs, [p.value.removeprefix("vit_") for p in points])
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
             axis.set_title(
                 f"{name}, {unit}\ngrows as x^{slopes[key]:.2f}, formula x^{slopes[formula]:.2f}",
                 fontsize=10,
@@ -156,7 +165,6 @@ def plot(measured: dict[str, list[Point]], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         axes[1][column].set_xlabel(f"x: {AXES[name][2]}", fontsize=9)
     axes[0][0].legend(frameon=False)
-    figure.suptitle("Time of a step (20th to 80th percentile), and memory of state and activations, of one rank")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -177,21 +185,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.point:
         run_rank(args.point[0], int(args.point[1]), args.overrides, args.steps, args.result)
         return
-    print(f"{'axis':<16}{'value':>10}{'step ms':>12}{'formula':>12}{'MFU':>8}{'MiB':>10}{'formula':>10}")
+    print(f"{'axis':<16}{'value':>10}{'step ms':>12}{'formula':>12}{'MiB':>10}{'formula':>10}")
     measured: dict[str, list[Point]] = {}
     for axis in args.axes:
-        for index in range(len(AXES[axis][1])):
-            p = measure(axis, index, args.overrides, args.steps)
-            measured.setdefault(axis, []).append(p)
+        measured[axis] = measure(axis, args.overrides, args.steps)
+        for p in measured[axis]:
             print(
-                f"{axis:<16}{p.value:>10}{p.step_ms:>12,.1f}{p.formula_ms:>12,.1f}{p.mfu:>8.1%}"
-                f"{p.memory / 2**20:>10,.1f}{p.formula_memory / 2**20:>10,.1f}",
-                flush=True,
+                f"{axis:<16}{p.value:>10}{p.step_ms:>12,.1f}{p.formula_ms:>12,.1f}{p.memory / 2**20:>10,.1f}"
+                f"{p.formula_memory / 2**20:>10,.1f}"
             )
         slopes = exponents(measured[axis])
         print(
-            f"{'':<16}{'x^':>10}{slopes['step_ms']:>12.2f}{slopes['formula_ms']:>12.2f}{'':>8}{slopes['memory']:>10.2f}"
-            f"{slopes['formula_memory']:>10.2f}   x: {AXES[axis][2]}"
+            f"{'':<16}{'x^':>10}{slopes['step_ms']:>12.2f}{slopes['formula_ms']:>12.2f}{slopes['memory']:>10.2f}"
+            f"{slopes['formula_memory']:>10.2f}   x: {AXES[axis][2]}",
+            flush=True,
         )
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
