@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
-from fastjepa.models.layers import Block, TokenSubset, init_weights, run_block, sincos_position_table
+from fastjepa.models.layers import Block, Linear, TokenSubset, init_weights, run_block, sincos_position_table
 from fastjepa_kernels import gather_add, masked_gather
 
 
@@ -21,14 +21,14 @@ class Predictor(nn.Module):
         size, dim = config.model.size, config.model.predictor_embed_dim
         self.savings = config.objective.savings
         self.recompute = config.model.activation_checkpointing
-        self.predictor_embed = nn.Linear(size.embed_dim, dim)
+        self.predictor_embed = Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
         self.predictor_blocks = nn.ModuleList(
             Block(dim, size.num_heads, mlp_ratio=4.0) for _ in range(size.predictor_depth)
         )
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(dim, size.embed_dim)
+        self.predictor_proj = Linear(dim, size.embed_dim)
         init_weights(self, self.predictor_blocks, config.model.init)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.04, b=0.04)
 

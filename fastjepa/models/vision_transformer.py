@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.config import Config
 from fastjepa.models.layers import Block, TokenSubset, init_weights, run_block, sincos_position_table
-from fastjepa_kernels import Ragged, gather_add, gather_patches
+from fastjepa_kernels import Ragged, gather_add, gather_patches, linear
 
 
 class PatchProjection(nn.Conv2d):
@@ -16,7 +15,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[T, C * p * p] -> [T, D]."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):

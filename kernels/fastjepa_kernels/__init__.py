@@ -9,6 +9,7 @@ As with all Triton kernels, CUDA tensors must lie on the current device.
 from fastjepa_kernels._backend import choose, implementations, no_wishes, request
 from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
+from fastjepa_kernels.linear import linear
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather, patchify
 from fastjepa_kernels.ragged import Ragged, concat_rows
@@ -27,6 +28,7 @@ __all__ = [
     "gather_add",
     "gather_patches",
     "implementations",
+    "linear",
     "mask_sampling",
     "masked_gather",
     "no_wishes",

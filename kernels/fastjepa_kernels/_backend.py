@@ -127,12 +127,22 @@ def _apex_problem(given: Input) -> str | None:
     return apex_problem()
 
 
+def _onednn_problem(given: Input) -> str | None:
+    if given.device_type != "cpu" or given.dtype != torch.float32:
+        return f"it is for float32 on a CPU, not {given.dtype} on {given.device_type}"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch has no oneDNN"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return None if capability == "AVX512" else f"it is faster than MKL with AVX-512 only; this CPU has {capability}"
+
+
 def _always(given: Input) -> None:
     return None
 
 
 # In order of preference. Triton stands first: the fallbacks are PyTorch's own and those of packages a user may have.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
+    "linear": {"onednn": _onednn_problem, "torch": _always},
     "masked_gather": {"triton": _triton_float_problem, "torch": _always},
     "block_attention": {
         "triton": _triton_attention_problem,

@@ -1,0 +1,67 @@
+"""x W^T + b, and its gradients: where almost all arithmetic of a step is.
+
+On a GPU this is PyTorch's own. On a CPU with AVX-512 the products are oneDNN's, which add the bias on the way; PyTorch's
+`linear` writes the bias to the output first and then has MKL add to it. oneDNN is slower at the product that gives the
+weights' gradient, whose first factor is transposed: that one stays MKL's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastjepa_kernels import _backend
+
+_SMALL = 1 << 26  # FLOPs of a product: below, the Python around it costs more than it saves
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear(x, weight, bias).
+
+    Args:
+        x: [T, K] floating.
+        weight: [N, K], of x's dtype and device, or any under autocast.
+        bias: [N], like weight.
+
+    Returns:
+        [T, N].
+    """
+    kind = x.device.type
+    if (
+        2 * x.numel() * len(weight) < _SMALL
+        or torch.is_autocast_enabled(kind)
+        or torch.compiler.is_compiling()
+        or _backend.choose("linear", kind, x.dtype) == "torch"
+    ):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            _product(grad, weight.t(), None) if wants_x else None,
+            grad.t() @ x if wants_weight else None,
+            grad.sum(0) if wants_bias else None,
+        )
