@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise, product
 from typing import Any, NamedTuple
@@ -70,6 +71,34 @@ class MaskBatch:
             return value.to(device) if isinstance(value, Tensor | Ragged) else value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+
+    def slices(self, num_images: int) -> Iterator[MaskBatch]:
+        """The masks of the first `num_images` images, of the next, and so on. Reads lengths: for masks on the CPU."""
+        blocks = self.target.num_seqs // self.num_images
+        for first in range(0, self.num_images, num_images):
+            stop = min(first + num_images, self.num_images)
+            context, context_rows = self.context.slice(first, stop)
+            target, target_rows = self.target.slice(first * blocks, stop * blocks)
+            union, union_rows = self.union.slice(first, stop)
+            predictor, predictor_rows = self.predictor.slice(first * blocks, stop * blocks)
+            sources = self.predictor_rows[predictor_rows]
+            # A context token's row counts from the slice's first, a position's from its number of context tokens.
+            positions = sources >= self.context.total
+            sources = sources - torch.where(positions, self.context.total - context.total, context_rows.start)
+            yield MaskBatch(
+                num_images=stop - first,
+                num_patches=self.num_patches,
+                context_indices=self.context_indices[context_rows] - first * self.num_patches,
+                context=context,
+                target_indices=self.target_indices[target_rows] - first * self.num_patches,
+                target=target,
+                union_indices=self.union_indices[union_rows] - first * self.num_patches,
+                union=union,
+                union_rows=self.union_rows[target_rows] - union_rows.start,
+                predictor=predictor,
+                predictor_rows=sources,
+                predictor_target_rows=self.predictor_target_rows[target_rows] - predictor_rows.start,
+            )
 
 
 def sample_masks(

@@ -68,6 +68,12 @@ class Ragged:
         ids = torch.arange(self.num_seqs, device=self.cu_seqlens.device)
         return torch.repeat_interleave(ids, self.lengths(), output_size=self.total)
 
+    def slice(self, first: int, stop: int) -> tuple[Ragged, slice]:
+        """Sequences first to stop - 1, and their rows in the whole. Reads two lengths: call it where they lie on the CPU."""
+        cu_seqlens = self.cu_seqlens[first : stop + 1]
+        begin, end = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        return Ragged(cu_seqlens - begin, self.max_seqlen, end - begin), slice(begin, end)
+
     def to(self, device: torch.device) -> Ragged:
         return Ragged(self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen, self.total)
 
