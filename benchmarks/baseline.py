@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ class Baseline:
         trained = [*model.context_encoder.parameters(), *model.predictor.parameters()]
         decay = [p for p in trained if p.ndim > 1]
         no_decay = [p for p in trained if p.ndim <= 1]
-        groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
             groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay

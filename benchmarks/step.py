@@ -1,108 +1,170 @@
-"""Time, throughput and memory of one training step on synthetic images: python -m benchmarks.step [--models vit_tiny ...]
+"""One training step of fastjepa beside benchmarks.baseline: python -m benchmarks.step [--models vit_tiny ...] [--output FOLDER]
 
-Every model is measured in a process of its own, so that its peak memory is its own. Masks are sampled beforehand: what is
-timed is target, context, predictor, loss, backward and the optimizer step with EMA.
+Same weights, images and masks; every contender in a process of its own, which has its own memory and settings, and all take
+turns, step by step. Masks are sampled outside of the clock. `baseline, tuned` is the baseline with what `fastjepa/train.py`
+sets for its process (waiting threads, freed memory). Ragged masks make the baseline pad. Prints a table; --output writes
+step_cpu.json (or step_cuda.json) there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastjepa.batch_sizes import BatchSizes
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
-from fastjepa.engine import build_engine
-from fastjepa.masks import sample_masks
-from fastjepa.metrics import peak_memory
-from fastjepa.objective import build_model
+CONTENDERS = ("fastjepa", "baseline", "baseline, tuned")
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Medians over the timed steps of one model, in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class Child:
+    """A contender in its own process: a line with a step's number in, a line of JSON out."""
+
+    def __init__(self, contender: str, model: str, mode: str, args: argparse.Namespace) -> None:
+        command = [sys.executable, "-m", "benchmarks.step", "--child", contender, "--models", model, "--modes", mode]
+        command += [f"--{key}={getattr(args, key)}" for key in ("batch_size", "image_size", "precision", "threads")]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self, number: int) -> dict[str, Any]:
+        assert self._process.stdin and self._process.stdout
+        print(number, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a contender ended with status {self._process.wait()}: see above")
+        result: dict[str, Any] = json.loads(answer)
+        return result
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(contender: str, args: argparse.Namespace) -> None:
+    """In the child: steps as they are asked for."""
+    if contender != "baseline":
+        from fastjepa import train  # noqa: F401  # sets the environment that torch reads
+    import torch
+
+    from benchmarks.baseline import Baseline, BaselineIJEPA
+    from fastjepa import host
+    from fastjepa.batch_sizes import BatchSizes
+    from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+    from fastjepa.engine import build_engine
+    from fastjepa.masks import sample_masks
+    from fastjepa.metrics import peak_memory
+    from fastjepa.objective import build_model
+    from fastjepa.optim import Schedule, set_schedule
+
     torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = args.batch_size
     config = Config(
         data=DataConfig(image_size=args.image_size),
         model=ModelConfig(name=args.models[0]),
-        masks=MaskConfig(mode=args.mask_mode),
-        global_batch_size=args.batch_size,
+        masks=MaskConfig(mode=args.modes[0]),
+        global_batch_size=batch,
         precision=args.precision,
     )
-    engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), device, None)
-    images = torch.randn(args.batch_size, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    indices = torch.arange(args.batch_size)
-    masks = [
-        sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices).to(device)
-        for step in range(args.warmup + args.steps)
-    ]
-    seconds, context, targets = [], [], []
-    for step, batch in enumerate(masks):
+    model = build_model(config)
+    if contender == "fastjepa":
+        engine = build_engine(model, config, BatchSizes.share(config, 1), device, None)
+        set_schedule(engine.param_groups, Schedule(config.optim, 1000, 300_000).at(0))
+        step = engine.micro_step
+    else:
+        if contender == "baseline, tuned":
+            host.keep_freed_memory()
+        plain = BaselineIJEPA(config)
+        plain.load_state_dict(model.state_dict())
+        step = Baseline(plain.to(device), config).step
+    del model
+    images = torch.randn(batch, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(device)
+    for line in sys.stdin:
+        indices = torch.arange(batch)
+        masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=int(line), sample_indices=indices)
+        masks = masks.to(device)
         started = time.perf_counter()
-        engine.micro_step(images, batch)
+        loss = step(images, masks)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if step >= args.warmup:
-            seconds.append(time.perf_counter() - started)
-            context.append(batch.context.total / args.batch_size)
-            targets.append(batch.target.total / args.batch_size)
-    median = statistics.median(seconds)
-    return {
-        "model": args.models[0],
-        "step_ms": 1e3 * median,
-        "step_ms_p20_p80": [1e3 * statistics.quantiles(seconds, n=5)[i] for i in (0, 3)],
-        "images_per_second": args.batch_size / median,
-        "peak_memory_gib": peak_memory(device) / 2**30,
-        "context_tokens": statistics.mean(context),
-        "target_tokens": statistics.mean(targets),
-    }
+        milliseconds = 1e3 * (time.perf_counter() - started)
+        result = {"ms": milliseconds, "loss": loss.item(), "peak_gib": peak_memory(device) / 2**30}
+        print(json.dumps(result), flush=True)
+
+
+def measure(model: str, mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per contender."""
+    from fastjepa.profiling.timing import summary
+
+    children = {name: Child(name, model, mode, args) for name in CONTENDERS}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for number in range(args.warmup + args.steps):
+        for name, child in children.items():
+            results[name].append(child.step(number))
+    for child in children.values():
+        child.close()
+    losses = {name: steps[0]["loss"] for name, steps in results.items()}
+    if max(losses.values()) - min(losses.values()) > 1e-4 * losses["baseline"]:
+        raise SystemExit(f"the losses of the first step differ: {losses}")
+    rows = []
+    for name, steps in results.items():
+        timing = summary([step["ms"] for step in steps[args.warmup :]])
+        row = {"model": model, "masks": mode, "contender": name, "loss": losses[name]}
+        rows.append(
+            row | {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, "peak_gib": steps[-1]["peak_gib"]}
+        )
+    for row in rows:
+        baseline = rows[CONTENDERS.index("baseline")]
+        row["time_ratio"] = row["p50_ms"] / baseline["p50_ms"]
+        row["memory_ratio"] = row["peak_gib"] / baseline["peak_gib"]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--models", nargs="+", default=["vit_tiny", "vit_small", "vit_base"])
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--modes", nargs="+", default=["official", "ragged"], choices=["official", "ragged", "budget"])
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--mask_mode", choices=["ragged", "official", "budget"], default="ragged")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", help="also write the results to this file")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="write step_cpu.json or step_cuda.json into this folder")
+    parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args)))
+        serve(args.child, args)
         return
+    import torch
+
+    from fastjepa import host
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if kind == "cuda" else host.cpu_name()
     print(
-        f"batch {args.batch_size}, {args.image_size} x {args.image_size}, {args.mask_mode} masks, {args.threads} threads"
+        f"batch {args.batch_size}, {args.image_size} x {args.image_size}, {args.precision}, {args.threads} threads, {device}"
     )
-    print(f"{'model':<12}{'step ms':>10}{'p20-p80':>16}{'images/s':>10}{'memory GiB':>12}{'context':>9}{'targets':>9}")
+    print(f"{'model':<11}{'masks':<10}{'contender':<17}{'step ms':>9}{'p20-p80':>15}{'GiB':>7}{'time':>7}{'memory':>8}")
     rows = []
     for model in args.models:
-        command = [sys.executable, "-m", "benchmarks.step", "--child", *sys.argv[1:], "--models", model]
-        row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        low, high = row["step_ms_p20_p80"]
-        print(
-            f"{row['model']:<12}{row['step_ms']:>10.0f}{f'{low:.0f}-{high:.0f}':>16}{row['images_per_second']:>10.2f}"
-            f"{row['peak_memory_gib']:>12.2f}{row['context_tokens']:>9.1f}{row['target_tokens']:>9.1f}",
-            flush=True,
-        )
-        rows.append(row)
-    if args.json:
-        environment = {"torch": torch.__version__, "machine": platform.machine(), "threads": args.threads}
-        results = {"environment": environment, "arguments": vars(args), "results": rows}
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for mode in args.modes:
+            for row in measure(model, mode, args):
+                spread = f"{row['p20_ms']:.0f}-{row['p80_ms']:.0f}"
+                print(
+                    f"{model:<11}{mode:<10}{row['contender']:<17}{row['p50_ms']:>9.0f}{spread:>15}{row['peak_gib']:>7.2f}"
+                    f"{row['time_ratio']:>7.2f}{row['memory_ratio']:>8.2f}",
+                    flush=True,
+                )
+                rows.append(row)
+    if args.output:
+        arguments = {key: value for key, value in vars(args).items() if key not in ("output", "child")}
+        environment = {"device": device, "torch": torch.__version__, **arguments}
+        args.output.mkdir(parents=True, exist_ok=True)
+        path = args.output / f"step_{kind}.json"
+        path.write_text(json.dumps({"environment": environment, "results": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

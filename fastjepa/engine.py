@@ -15,6 +15,7 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import fastjepa_kernels
-from fastjepa import distributed
+from fastjepa import distributed, host
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.compilation import compile_blocks, compiles_blocks
 from fastjepa.config import Config
@@ -37,6 +38,7 @@ from fastjepa.masks import MaskBatch
 from fastjepa.models.fp8 import check_fp8, use_fp8
 from fastjepa.objective import IJEPA
 from fastjepa.optim import AdamWEMA, flatten_groups, param_groups
+from fastjepa.slices import SlicedPasses
 from fastjepa.zero_gather import WeightGather
 
 
@@ -146,8 +148,11 @@ class TorchEngine(Engine):
         model.autocast = precision == torch.bfloat16
         if compiles_blocks(config, device, precision, None):
             compile_blocks(model)
-        graphs = config.compile == "cuda_graphs"
-        self._passes = GraphedPasses(self._forward_and_backward) if graphs else self._forward_and_backward
+        self._passes: Callable[[Tensor, MaskBatch], Tensor] = self._forward_and_backward
+        if config.compile == "cuda_graphs":
+            self._passes = GraphedPasses(self._forward_and_backward)
+        elif device.type == "cpu":
+            self._passes = SlicedPasses(self._forward_and_backward, config, bf16=model.autocast)
         groups = param_groups(model)
         params = {n: p for group in groups for n, p in zip(group["names"], group["params"], strict=True)}
         self._shapes = {name: list(p.shape) for name, p in params.items()}
@@ -170,10 +175,11 @@ class TorchEngine(Engine):
                 self._optimizer_step()
         return loss
 
-    def _forward_and_backward(self, images: Tensor, masks: MaskBatch) -> Tensor:
+    def _forward_and_backward(self, images: Tensor, masks: MaskBatch, share: float = 1.0) -> Tensor:
+        """The mean loss of some images that make up a `share` of the micro batch."""
         loss: Tensor = self._model(images, masks)
         with record_function("backward"):
-            (_spoil_gradients_if_not_finite(loss) / self._sizes.accum).backward()
+            (_spoil_gradients_if_not_finite(loss) * (share / self._sizes.accum)).backward()
         return loss.detach()
 
     @torch.no_grad()
@@ -441,6 +447,8 @@ def build_engine(
         if config.target_precision == "fp8":
             check_fp8(config, device, resolve_precision(config, device))
             use_fp8(model.target_encoder)
+    if device.type == "cpu":
+        host.keep_freed_memory()
     if ds_config is None:
         engine: Engine = TorchEngine(model, config, sizes, device)
     else:

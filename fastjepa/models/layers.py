@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastjepa_kernels import Ragged, block_attention, block_attention_packed, masked_gather
+from fastjepa_kernels import Ragged, block_attention, block_attention_packed, linear, masked_gather
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class TokenSubset:
 
 
 class Linear(nn.Linear):
-    """A linear layer of a block."""
+    """With what follows its product in one operation, where there is one."""
 
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
-    """Of input, weight and bias (fastjepa.models.fp8 has another one)."""
+    product: Callable[..., Tensor] = staticmethod(linear)
+    """fastjepa_kernels.linear (fastjepa.models.fp8 has another one)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+        return self.product(x, self.weight, self.bias, gelu=gelu, residual=residual)
 
 
 class QKVProjection(Linear):
@@ -57,15 +57,15 @@ class Attention(nn.Module):
         self.qkv = QKVProjection(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged) -> Tensor:
-        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask."""
+    def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged, residual: Tensor) -> Tensor:
+        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask; added to the residual, which is alike."""
         if len(projected) == 1:
             out = block_attention_packed(projected[0].unflatten(-1, (3, self.num_heads, -1)), keys)
         else:
             q, kv = projected
             k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
             out = block_attention(q.unflatten(-1, (self.num_heads, -1)), k, v, queries, keys)
-        return self.proj(out.flatten(1))
+        return self.proj(out.flatten(1), residual=residual)
 
 
 class Mlp(nn.Module):
@@ -74,8 +74,8 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x, gelu=True), residual=residual)
 
 
 class Block(nn.Module):
@@ -112,8 +112,8 @@ class Block(nn.Module):
             q, kv = self.attn.qkv(normed, masked_gather(normed, rows, unique=distinct))
             projected = q, kv if source_rows is None else masked_gather(kv, source_rows)
             x, queries = masked_gather(x, rows, unique=distinct), subset.lengths
-        x = x + self.attn(projected, queries, lengths)
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(projected, queries, lengths, x)
+        return self.mlp(self.norm2(x), x)
 
 
 def run_block(

@@ -15,6 +15,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """[T, C * p * p] -> [T, D]."""
+        assert self.bias is not None
         return linear(patches, self.weight.flatten(1), self.bias)
 
 
