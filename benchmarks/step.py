@@ -1,4 +1,4 @@
-"""One training step of fastjepa beside benchmarks.baseline: python -m benchmarks.step [--models vit_tiny ...] [--output FOLDER]
+"""One training step of fastjepa beside benchmarks.baseline: python -m benchmarks.step [--models ...] [--output FOLDER]
 
 Same weights, images and masks; every contender in a process of its own, which has its own memory and settings, and all take
 turns, step by step. Masks are sampled outside of the clock. `baseline, tuned` is the baseline with what `fastjepa/train.py`
@@ -28,7 +28,8 @@ class Child:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def step(self, number: int) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         print(number, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:

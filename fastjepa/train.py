@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: its threads otherwise spin for milliseconds while they wait, and where they share their cores with
-# the threads that decode images, or with another job, a step takes ten times as long. Some ten microseconds (GNU's OpenMP)
-# bridge the gap between two operations.
+# Before torch is imported: its threads otherwise spin for milliseconds while they wait, and where they share their cores
+# with the threads that decode images, or with another job, a step takes ten times as long. Some ten microseconds (GNU's
+# OpenMP) bridge the gap between two operations.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # A script's own folder comes first on sys.path; there, our modules would stand before others of the same names.

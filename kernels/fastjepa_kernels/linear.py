@@ -1,7 +1,7 @@
 """residual + gelu(x W^T + b), and its gradients: where almost all arithmetic of a step is.
 
-On a GPU this is PyTorch's own, which torch.compile fuses. On a CPU with AVX-512 the products are oneDNN's, which add bias and
-residual, and take GELU, on the way; PyTorch's `linear` first writes the bias to the output, for MKL to add to. oneDNN is
+On a GPU this is PyTorch's own, which torch.compile fuses. On a CPU with AVX-512 the products are oneDNN's, which add bias
+and residual, and take GELU, on the way; PyTorch's first writes the bias to the output, for MKL to add to. oneDNN is
 slower at the product that gives the weights' gradient, whose first factor is transposed: that one stays MKL's.
 """
 
