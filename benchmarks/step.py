@@ -1,9 +1,8 @@
 """One training step of fastjepa beside benchmarks.baseline: python -m benchmarks.step [--models ...] [--output FOLDER]
 
 Same weights, images and masks; every contender in a process of its own, which has its own memory and settings, and all take
-turns, step by step. Masks are sampled outside of the clock. `baseline, tuned` is the baseline with what `fastjepa/train.py`
-sets for its process (waiting threads, freed memory). Ragged masks make the baseline pad. Prints a table; --output writes
-step_cpu.json (or step_cuda.json) there.
+turns, step by step. Masks are sampled outside of the clock. Both have what `fastjepa/train.py` sets for its process. Ragged
+masks make the baseline pad. Prints a table; --output writes step_cpu.json (or step_cuda.json) there.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("fastjepa", "baseline", "baseline, tuned")
+CONTENDERS = ("fastjepa", "baseline")
 
 
 class Child:
@@ -45,12 +44,10 @@ class Child:
 
 def serve(contender: str, args: argparse.Namespace) -> None:
     """In the child: steps as they are asked for."""
-    if contender != "baseline":
-        from fastjepa import train  # noqa: F401  # sets the environment that torch reads
     import torch
 
     from benchmarks.baseline import Baseline, BaselineIJEPA
-    from fastjepa import host
+    from fastjepa import train  # noqa: F401  # first: it sets the environment that torch reads
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
     from fastjepa.engine import build_engine
@@ -75,8 +72,6 @@ def serve(contender: str, args: argparse.Namespace) -> None:
         set_schedule(engine.param_groups, Schedule(config.optim, 1000, 300_000).at(0))
         step = engine.micro_step
     else:
-        if contender == "baseline, tuned":
-            host.keep_freed_memory()
         plain = BaselineIJEPA(config)
         plain.load_state_dict(model.state_dict())
         step = Baseline(plain.to(device), config).step

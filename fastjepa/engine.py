@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import fastjepa_kernels
-from fastjepa import distributed, host
+from fastjepa import distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.compilation import compile_blocks, compiles_blocks
 from fastjepa.config import Config
@@ -447,8 +447,6 @@ def build_engine(
         if config.target_precision == "fp8":
             check_fp8(config, device, resolve_precision(config, device))
             use_fp8(model.target_encoder)
-    if device.type == "cpu":
-        host.keep_freed_memory()
     if ds_config is None:
         engine: Engine = TorchEngine(model, config, sizes, device)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import time
@@ -20,8 +19,6 @@ _CPU_GROUPS = (
     ("", "sys/fs/cgroup", "cpu.max"),
     ("cpu", "sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"),
 )
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -58,20 +55,6 @@ def busy_cores(seconds: float = 0.3, root: Path = Path("/")) -> float | None:
         return None
     every, idle = (new - old for new, old in zip(after, before, strict=True))
     return (os.cpu_count() or 1) * (1 - idle / every) if every else None
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep large freed blocks for the next use.
-
-    glibc gives them back to the system one by one; every activation of a step on a CPU then begins as pages that fault and
-    are zeroed, which costs more than a GELU. The process keeps the peak of its memory instead. Other C libraries: nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _groups(root: Path, controller: str, mount: str, *files: str) -> Iterator[tuple[Path, tuple[str, ...]]]:

@@ -16,8 +16,8 @@ from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
 
 _ACTIVATIONS = 512 << 20
-"""Bytes of a slice's activations: at 224 x 224 eight images of vit_tiny, four of vit_base. Half as many images cost 2 to 4 %
-of the time (the products become small, and the weights' gradients are added up more often), twice as many gain nothing."""
+"""Bytes of a slice's activations: at 224 x 224 eight images of vit_tiny, six of vit_base. Half as many images cost 2 to 4 % of
+the time: the products become small, and the weights' gradients are added up more often. Twice as many gain nothing."""
 
 
 class SlicedPasses:

@@ -33,17 +33,12 @@ def use_fp8(encoder: nn.Module) -> None:
                     module.product = fp8_linear
 
 
-def fp8_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """fastjepa_kernels.linear of x [T, K] and weight [N, K], K and N multiples of 16: the product in bf16, [T, N]."""
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [T, K] and weight [N, K], K and N multiples of 16, and bias [N], all floating -> x weight^T + bias, bf16 [T, N]."""
     x8, x_scale = quantise(x)
     w8, w_scale = quantise(weight)
     recipe = ScalingType.RowWise
-    bias = None if bias is None else bias.bfloat16()
-    out = F.scaled_mm(x8, w8.t(), x_scale, recipe, w_scale.t(), recipe, bias=bias, use_fast_accum=True)
-    out = F.gelu(out) if gelu else out
-    return out if residual is None else residual + out
+    return F.scaled_mm(x8, w8.t(), x_scale, recipe, w_scale.t(), recipe, bias=bias.bfloat16(), use_fast_accum=True)
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:

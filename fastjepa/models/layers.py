@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,13 +29,13 @@ class TokenSubset:
 
 
 class Linear(nn.Linear):
-    """With what follows its product in one operation, where there is one."""
+    """A linear layer of a block."""
 
-    product: Callable[..., Tensor] = staticmethod(linear)
-    """fastjepa_kernels.linear (fastjepa.models.fp8 has another one)."""
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(linear)
+    """Of input, weight and bias (fastjepa.models.fp8 has another one)."""
 
-    def forward(self, x: Tensor, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
-        return self.product(x, self.weight, self.bias, gelu=gelu, residual=residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias)
 
 
 class QKVProjection(Linear):
@@ -56,15 +57,15 @@ class Attention(nn.Module):
         self.qkv = QKVProjection(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged, residual: Tensor) -> Tensor:
-        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask; added to the residual, which is alike."""
+    def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged) -> Tensor:
+        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask."""
         if len(projected) == 1:
             out = block_attention_packed(projected[0].unflatten(-1, (3, self.num_heads, -1)), keys)
         else:
             q, kv = projected
             k, v = kv.unflatten(-1, (2, self.num_heads, -1)).unbind(1)
             out = block_attention(q.unflatten(-1, (self.num_heads, -1)), k, v, queries, keys)
-        return self.proj(out.flatten(1), residual=residual)
+        return self.proj(out.flatten(1))
 
 
 class Mlp(nn.Module):
@@ -73,8 +74,8 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, hidden_dim)
         self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x, gelu=True), residual=residual)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -111,8 +112,8 @@ class Block(nn.Module):
             q, kv = self.attn.qkv(normed, masked_gather(normed, rows, unique=distinct))
             projected = q, kv if source_rows is None else masked_gather(kv, source_rows)
             x, queries = masked_gather(x, rows, unique=distinct), subset.lengths
-        x = self.attn(projected, queries, lengths, x)
-        return self.mlp(self.norm2(x), x)
+        x = x + self.attn(projected, queries, lengths)
+        return x + self.mlp(self.norm2(x))
 
 
 def run_block(
