@@ -44,7 +44,7 @@ import fastjepa_kernels
 from benchmarks.launch import ROOT, launch
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
-from fastjepa.engine import build_engine
+from fastjepa.engine import TorchEngine, build_engine
 from fastjepa.masks import MaskBatch, sample_masks
 from fastjepa.objective import build_model
 
@@ -251,6 +251,9 @@ def _count_here(case: Case) -> Counts:
             launches = stack.enter_context(counted())
         ds_config = ROOT / "configs" / "zero2.json" if case.engine == "ZeRO 2" else None
         engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), torch.device("cpu"), ds_config)
+        if case.engine == "Triton":
+            assert isinstance(engine, TorchEngine)
+            engine._passes = engine._forward_and_backward  # a GPU takes the batch whole
         engine.micro_step(images, batches[0])
         _forget_batches()
         launches.clear()

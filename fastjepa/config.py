@@ -257,8 +257,6 @@ class KernelsConfig:
     device, dtype and head dim and logged. One that cannot run is an error. The environment variable FASTJEPA_KERNELS
     (operation=implementation,...) goes before these."""
 
-    linear: Literal["auto", "onednn", "torch"] = "auto"
-    """onednn: fp32 on a CPU with AVX-512. torch: PyTorch's, elsewhere."""
     masked_gather: Literal["auto", "triton", "torch"] = "auto"
     block_attention: Literal["auto", "triton", "varlen", "buckets", "padded", "xformers"] = "auto"
     """varlen: PyTorch's FlashAttention on packed sequences. buckets: one dense call per length (CPU). padded: dense, with a
@@ -266,6 +264,8 @@ class KernelsConfig:
     adamw_ema: Literal["auto", "triton", "torch", "apex"] = "auto"
     mask_sampling: Literal["auto", "triton", "torch"] = "auto"
     target_loss: Literal["auto", "triton", "torch"] = "auto"
+    linear: Literal["auto", "onednn", "torch"] = "auto"
+    """onednn: fp32 on a CPU with AVX-512. torch: PyTorch's, elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

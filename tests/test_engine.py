@@ -22,7 +22,7 @@ from fastjepa.checkpoint_writer import Snapshot
 from fastjepa.checkpointer import Checkpointer
 from fastjepa.compilation import compile_blocks
 from fastjepa.config import KernelsConfig, MaskConfig, OptimConfig
-from fastjepa.engine import DeepSpeedEngine, Engine, build_engine
+from fastjepa.engine import DeepSpeedEngine, Engine, TorchEngine, build_engine
 from fastjepa.masks import MaskBatch
 from fastjepa.objective import build_model
 from fastjepa.optim import Schedule, set_schedule
@@ -286,6 +286,8 @@ def test_a_step_reads_nothing_back(mode: str, recompute: bool) -> None:
     masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
     kernels = KernelsConfig(block_attention="padded")
     engine = engine_on(torch.device("cpu"), None, recompute=recompute, masks=masks_config, kernels=kernels)
+    assert isinstance(engine, TorchEngine)
+    engine._passes = engine._forward_and_backward  # whole, as on a GPU
     images, masks = batch(engine)
     pixels = images.mul(64).add(128).clamp(0, 255).byte()
     for _ in range(2):

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastjepa_kernels._backend import OPERATIONS
+from fastjepa_kernels._backend import TRITON_OPERATIONS
 
 _CHECKED_MODELS = ("B/16", "H/14")  # head dims 64, 80, 32 and 24, patches of 16 and 14 pixels, every dtype
 _CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100")  # for gfx942, some attention kernels compile for half a minute each
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     assert __doc__
     parser = argparse.ArgumentParser("python -m benchmarks.aot", description=__doc__.partition(": ")[2])
     parser.add_argument("--targets", nargs="+", choices=report.TARGETS, help="default: all")
-    parser.add_argument("--ops", nargs="+", choices=OPERATIONS, default=OPERATIONS)
+    parser.add_argument("--ops", nargs="+", choices=TRITON_OPERATIONS, default=TRITON_OPERATIONS)
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )

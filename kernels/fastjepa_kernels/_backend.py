@@ -142,7 +142,6 @@ def _always(given: Input) -> None:
 
 # In order of preference. Triton stands first: the fallbacks are PyTorch's own and those of packages a user may have.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
-    "linear": {"onednn": _onednn_problem, "torch": _always},
     "masked_gather": {"triton": _triton_float_problem, "torch": _always},
     "block_attention": {
         "triton": _triton_attention_problem,
@@ -154,9 +153,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[[Input], str | None]]] = {
     "adamw_ema": {"triton": _triton_float_problem, "torch": _always, "apex": _apex_problem},
     "mask_sampling": {"triton": _triton_problem, "torch": _always},
     "target_loss": {"triton": _triton_float_problem, "torch": _always},
+    "linear": {"onednn": _onednn_problem, "torch": _always},
 }
 
 OPERATIONS = tuple(_IMPLEMENTATIONS)
+TRITON_OPERATIONS = tuple(op for op, choices in _IMPLEMENTATIONS.items() if "triton" in choices)
 
 
 def request(wishes: Mapping[str, str]) -> None:

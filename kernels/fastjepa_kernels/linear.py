@@ -1,8 +1,8 @@
 """x W^T + b, and its gradients: where almost all arithmetic of a step is.
 
-On a GPU this is PyTorch's own, which torch.compile fuses with what follows. On a CPU with AVX-512 the products are oneDNN's, which add the bias on the way; PyTorch's
-`linear` writes the bias to the output first and then has MKL add to it. oneDNN is slower at the product that gives the
-weights' gradient, whose first factor is transposed: that one stays MKL's.
+On a GPU this is PyTorch's own, which torch.compile fuses with what follows. On a CPU with AVX-512 the products are oneDNN's,
+which add the bias on the way; PyTorch's first writes the bias to the output, for MKL to add to. oneDNN is slower at the
+product that gives the weights' gradient, whose first factor is transposed: that one stays MKL's.
 """
 
 from __future__ import annotations

@@ -34,12 +34,23 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cpu_runs_pytorch() -> None:
     chosen = {op: choose(op, "cpu", torch.float32, 64 if op == "block_attention" else 0) for op in _backend.OPERATIONS}
     assert chosen.pop("block_attention") == "buckets"
+    assert chosen.pop("linear") in ("onednn", "torch")  # the former on CPUs with AVX-512
     assert set(chosen.values()) == {"torch"}
 
 
 @pytest.mark.usefixtures("a_gpu")
 def test_a_gpu_runs_triton() -> None:
-    assert {choose(op, "cuda", torch.bfloat16, 64) for op in _backend.OPERATIONS} == {"triton"}
+    chosen = {op: choose(op, "cuda", torch.bfloat16, 64) for op in _backend.OPERATIONS}
+    assert chosen.pop("linear") == "torch"
+    assert set(chosen.values()) == {"triton"}
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", "onednn"), ("AVX2", "torch")])
+def test_products_are_onednns_with_avx512(capability: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    request({})
+    assert choose("linear", "cpu", torch.float32) == expected
+    assert choose("linear", "cpu", torch.bfloat16) == "torch"
 
 
 @pytest.mark.usefixtures("a_gpu")

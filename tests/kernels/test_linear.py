@@ -1,0 +1,49 @@
+"""linear, by whichever implementation runs here, against the formula in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastjepa_kernels import implementations, linear, request
+
+
+@pytest.fixture(
+    params=[name for name, problem in implementations("linear", "cpu", torch.float32).items() if not problem]
+)
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("rows", [1, 600])  # small products take another way
+def test_values_and_gradients_are_those_of_the_formula(implementation: str, rows: int) -> None:
+    request({"linear": implementation})
+    try:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(shape, generator=generator) for shape in ((rows, 256), (320, 256), (320,))]
+        upstream = torch.randn(rows, 320, generator=generator)
+        mine = [x.requires_grad_() for x in inputs]
+        linear(*mine).backward(upstream)
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        expected = wide[0] @ wide[1].T + wide[2]
+        expected.backward(upstream.double())
+        torch.testing.assert_close(linear(*mine).double(), expected, rtol=1e-5, atol=1e-4)
+        for a, b in zip(mine, wide, strict=True):
+            assert a.grad is not None
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=5e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(*mine).double(), expected, rtol=1e-5, atol=1e-4)
+    finally:
+        request({})
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight, bias = torch.randn(600, 256), torch.randn(320, 256, requires_grad=True), torch.randn(320)
+    linear(x, weight, bias).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+def test_under_autocast_it_is_as_pytorchs() -> None:
+    x, weight, bias = torch.randn(600, 256), torch.randn(320, 256), torch.randn(320)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
