@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fastjepa import train  # noqa: F401  # before torch, which reads the environment that it sets as it is loaded
+
 CONTENDERS = ("fastjepa", "baseline")
 
 
@@ -47,7 +49,6 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.baseline import Baseline, BaselineIJEPA
-    from fastjepa import train  # noqa: F401  # first: it sets the environment that torch reads
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
     from fastjepa.engine import build_engine

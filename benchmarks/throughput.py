@@ -9,11 +9,9 @@ printed; FOLDER has them as JSON, CSV, a Chrome trace and one page, report.html.
 
 from __future__ import annotations
 
-import os
+from fastjepa.train import DEFAULT_CONFIG  # before torch, which reads the environment that it sets as it is loaded
 
-# As fastjepa/train.py does, before torch is imported: spinning threads would take the cores of those that decode.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
+# isort: split
 import argparse
 import dataclasses
 import gc
@@ -44,7 +42,6 @@ from fastjepa.profiling import (
 )
 from fastjepa.profiling.report import Report, figures, format_profile
 from fastjepa.run_folder import writing
-from fastjepa.train import DEFAULT_CONFIG
 
 GAIN = 1.05
 """By which a larger micro batch has to be faster than all before it to be worth going on."""
