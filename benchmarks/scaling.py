@@ -30,8 +30,11 @@ from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
 from fastjepa.config_file import load_config
 from fastjepa.engine import build_engine, resolve_precision
+from fastjepa.errors import FastjepaError
 from fastjepa.objective import build_model
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
+from fastjepa.run_folder import writing
+from fastjepa.slices import slice_size
 
 BASE = ("model.name=vit_tiny", "global_batch_size=4", "data.image_size=224", "masks.mode=ragged")
 AXES: dict[str, tuple[str, tuple[str | int, ...], str]] = {
@@ -71,10 +74,21 @@ def x_of(axis: str, value: str | int, config: Config) -> float:
     return sum(costs.count_parameters(config)) if axis == "model" else float(value)
 
 
-def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result: Path) -> None:
-    """As one rank: the first leaves the point in `result`."""
+def config_of(axis: str, index: int, overrides: Sequence[str]) -> Config:
+    """Of a point.
+
+    Raises:
+        ConfigError: there is no such configuration.
+    """
     setting, values, _ = AXES[axis]
     config = load_config(None, [*BASE, *overrides, *([f"{setting}={values[index]}"] if setting else [])])
+    BatchSizes.share(config, 1 if setting else int(values[index]))
+    return config
+
+
+def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result: Path) -> None:
+    """As one rank: the first leaves the point in `result`."""
+    config, value = config_of(axis, index, overrides), AXES[axis][1][index]
     device = distributed.init()
     world = distributed.world_size()
     sizes = BatchSizes.share(config, world)
@@ -83,11 +97,12 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
     batches = synthetic_batches(config, sizes, device, counts.total)
     found = profile_steps(engine, config, sizes, batches, result.parent, counts)
     bf16 = resolve_precision(config, device) == torch.bfloat16
-    activations = sizes.micro * costs.activation_bytes(config, found.tokens, "torch", bf16=bf16)
+    per_image = costs.activation_bytes(config, found.tokens, "torch", bf16=bf16)
+    activations = per_image * (slice_size(sizes.micro, per_image) if device.type == "cpu" else sizes.micro)
     point = Point(
         axis=axis,
-        value=str(values[index]),
-        x=x_of(axis, values[index], config),
+        value=str(value),
+        x=x_of(axis, value, config),
         step_ms_p20=found.step_ms.p20,
         step_ms=found.step_ms.p50,
         step_ms_p80=found.step_ms.p80,
@@ -185,6 +200,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.point:
         run_rank(args.point[0], int(args.point[1]), args.overrides, args.steps, args.result)
         return
+    try:  # now, not after some minutes
+        for axis in args.axes:
+            for index in range(len(AXES[axis][1])):
+                config_of(axis, index, args.overrides)
+        if args.output:
+            with writing(f"--output {args.output}", "Choose another folder"):
+                args.output.mkdir(parents=True, exist_ok=True)
+    except FastjepaError as error:
+        parser.error(str(error))
     print(f"{'axis':<16}{'value':>10}{'step ms':>12}{'formula':>12}{'MiB':>10}{'formula':>10}")
     measured: dict[str, list[Point]] = {}
     for axis in args.axes:
@@ -201,7 +225,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             flush=True,
         )
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
         records: list[dict[str, Any]] = [asdict(point) for points in measured.values() for point in points]
         with (args.output / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, records[0])

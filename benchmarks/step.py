@@ -15,7 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastjepa import train  # noqa: F401  # before torch, which reads the environment that it sets as it is loaded
+from fastjepa import host, train  # noqa: F401  # train before torch, which reads the environment that it sets
+from fastjepa.config import MODEL_SIZES
+from fastjepa.errors import FastjepaError
+from fastjepa.run_folder import writing
 
 CONTENDERS = ("fastjepa", "baseline")
 
@@ -120,24 +123,33 @@ def measure(model: str, mode: str, args: argparse.Namespace) -> list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["vit_tiny", "vit_small", "vit_base"])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["vit_tiny", "vit_small", "vit_base"], choices=MODEL_SIZES)
     parser.add_argument("--modes", nargs="+", default=["official", "ragged"], choices=["official", "ragged", "budget"])
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=7, help="timed ones, 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write step_cpu.json or step_cuda.json into this folder")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         serve(args.child, args)
         return
+    for name, least in (("batch_size", 1), ("threads", 1), ("warmup", 0), ("steps", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: expected {least} or more")
+    if args.output:
+        try:  # now, not after an hour
+            with writing(f"--output {args.output}", "Choose another folder"):
+                args.output.mkdir(parents=True, exist_ok=True)
+        except FastjepaError as error:
+            parser.error(str(error))
     import torch
-
-    from fastjepa import host
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.cuda.get_device_name() if kind == "cuda" else host.cpu_name()
@@ -159,7 +171,6 @@ def main() -> None:
     if args.output:
         arguments = {key: value for key, value in vars(args).items() if key not in ("output", "child")}
         environment = {"device": device, "torch": torch.__version__, **arguments}
-        args.output.mkdir(parents=True, exist_ok=True)
         path = args.output / f"step_{kind}.json"
         path.write_text(json.dumps({"environment": environment, "results": rows}, indent=2) + "\n", encoding="utf-8")
 

@@ -15,6 +15,7 @@ from fastjepa.train import DEFAULT_CONFIG  # before torch, which reads the envir
 import argparse
 import dataclasses
 import gc
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ from fastjepa.config import Config
 from fastjepa.config_file import load_config
 from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
 from fastjepa.engine import build_engine, resolve_precision
-from fastjepa.errors import FastjepaError
+from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.host import free_memory
 from fastjepa.objective import build_model
 from fastjepa.profiling import (
@@ -154,7 +155,14 @@ def run(args: argparse.Namespace) -> None:
     ceilings = measure_ceilings(device, resolve_precision(config, device))
     with tempfile.TemporaryDirectory() as scratch:
         print(HEADER)
-        real = on_real_images(dataset, config, device, ceilings, steps, args.output)
+        try:
+            real = on_real_images(dataset, config, device, ceilings, steps, args.output)
+        except torch.OutOfMemoryError as error:
+            micro = BatchSizes.share(config, 1).micro
+            raise ConfigError(
+                f"micro_batch_size = {config.micro_batch_size}: {micro} images do not fit into the GPU's memory; expected a "
+                "smaller one (fastjepa doctor suggests one that fits)"
+            ) from error
         print_row("run", real)
         synthetic = measure(config, device, ceilings, steps, Path(scratch))
         print_row("synthetic", synthetic)
@@ -163,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
         if args.sweep:
             few = Steps(warmup=min(2, args.warmup), timed=max(2, args.steps // 2), traced=1)
             points, end = sweep(config, device, ceilings, few, Path(scratch))
-    command = " ".join(["python -m benchmarks.throughput", *args.arguments])
+    command = f"python -m benchmarks.throughput {shlex.join(args.arguments)}".strip()
     report = Report(command, config, real, synthetic, tuple(points), end)
     report.write(args.output)
     print("\n" + format_profile(real))

@@ -20,6 +20,11 @@ _ACTIVATIONS = 288 << 20
 slower: their products are small, and the weights' gradients are added up more often."""
 
 
+def slice_size(images: int, per_image: float) -> int:
+    """How many of a micro batch's images are computed at a time, if each takes so many bytes of activations."""
+    return -(-images // max(1, round(images * per_image / _ACTIVATIONS)))
+
+
 class SlicedPasses:
     """Calls `forward_and_backward(images, masks, share)` for one slice after the other."""
 
@@ -33,10 +38,9 @@ class SlicedPasses:
         """The mean loss of the micro batch; gradients are added to the parameters'."""
         tokens = costs.Lengths.of(masks).tokens()
         per_image = costs.activation_bytes(self._config, tokens, "torch", bf16=self._bf16)
-        num_slices = max(1, round(masks.num_images * per_image / _ACTIVATIONS))
-        if num_slices == 1:
+        size = slice_size(masks.num_images, per_image)
+        if size == masks.num_images:
             return self._forward_and_backward(images, masks, 1.0)
-        size = -(-masks.num_images // num_slices)
         loss = torch.zeros(())
         for part_images, part in zip(images.split(size), masks.slices(size), strict=True):
             share = part.target.total / masks.target.total

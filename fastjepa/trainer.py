@@ -91,6 +91,8 @@ class Trainer:
         """
         if self.start_step >= self.total_steps:
             logger.info("the run is complete: %d of %d steps", self.start_step, self.total_steps)
+            if self._profile:
+                logger.info("--profile: no step is left to measure: choose another output_dir, or raise epochs")
             return
         config, engine = self.config, self.engine
         profiler = self._profiler() if self._profile else None

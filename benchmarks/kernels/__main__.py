@@ -26,8 +26,9 @@ from benchmarks.kernels.compare import compare
 from benchmarks.kernels.compare import report as report_comparison
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS, DTYPES, chosen
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timing, device_name, time_in_turns
+from fastjepa.run_folder import writing
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,6 @@ def as_record(row: Row, batch_size: int) -> dict[str, Any]:
 def write(records: Sequence[dict[str, Any]], of: dict[str, str], folder: Path) -> None:
     from benchmarks.kernels.plot import plot_roofline, plot_times
 
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*records[0], *of], lineterminator="\n")
         writer.writeheader()
@@ -163,6 +163,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.repeats < 2:
         parser.error(f"--repeats is {args.repeats}, expected 2 or more: percentiles need them")
+    if args.batch_size < 1:
+        parser.error(f"--batch_size is {args.batch_size}, expected 1 or more")
+    if args.output:
+        try:  # now, not after some minutes
+            with writing(f"--output {args.output}", "Choose another folder"):
+                args.output.mkdir(parents=True, exist_ok=True)
+        except FastjepaError as error:
+            parser.error(str(error))
     device = torch.device("cuda" if cuda else "cpu")
     choice = Choice(args.ops, args.shapes, args.batch_size, args.dtype)
     of = environment(device)

@@ -230,6 +230,7 @@ def kernels(settings: Settings) -> dict[str, Any]:
         ("adamw_ema", torch.float32, 0),
         ("mask_sampling", torch.int64, 0),
         ("target_loss", dtype, 0),
+        ("linear", dtype, 0),
     ]
     chosen: list[dict[str, Any]] = []
     for op, kind, head_dim in inputs:

@@ -11,6 +11,7 @@ from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
 from fastjepa.costs import Stage
 from fastjepa.plan import Plan, communication
+from fastjepa.slices import slice_size
 
 GIB = 2**30
 
@@ -104,7 +105,10 @@ class Run:
     def memory_needed(self, micro: int | None = None) -> float:
         """Bytes of one rank at the heaviest moment, by formula."""
         state, per_image = memory_formula(self.config, self.stage, self.ranks, bf16=self.bf16)
-        return state + (micro or self.sizes.micro) * per_image
+        images = micro or self.sizes.micro
+        if self.stage == "torch" and not self.gpu:
+            images = slice_size(images, per_image)
+        return state + images * per_image
 
     def planned(self, stage: Stage) -> Plan:
         """The run at a stage: micro batch that fits, communication, images/s without a wait for images."""

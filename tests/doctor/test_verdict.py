@@ -109,6 +109,14 @@ def test_what_does_not_fit_is_made_to_fit_or_said_not_to(memory: float, ranks: i
         assert "a smaller model" in what_to_do(run, verdict, suggestions)
 
 
+def test_a_cpu_needs_memory_for_a_slice_of_the_micro_batch_only() -> None:
+    config = Config(model=ModelConfig(name="vit_base"), global_batch_size=2048)
+    run = a_run(config=config, gpu=False, bf16=False, memory=8.0 * GIB, step={}, loader={})
+    assert judge(run).limit is None
+    assert suggest(run) == []
+    assert judge(replace(run, stage=2)).limit == "memory"  # DeepSpeed's engine takes it whole
+
+
 def test_work_for_nothing_is_named_with_its_share() -> None:
     run = a_run()
     config = replace(
