@@ -218,5 +218,6 @@ def flatten_groups(groups: list[dict[str, Any]]) -> None:
             param.data = view
             if flat.grad is not None:
                 param.grad = flat.grad[offset : offset + param.numel()].view_as(param)
+                param.grad_buffer = param.grad  # type: ignore[attr-defined]  # fastjepa_kernels.linear
             offset += param.numel()
         group["params"] = [flat]

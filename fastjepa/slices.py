@@ -15,9 +15,9 @@ from fastjepa import costs
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
 
-_ACTIVATIONS = 288 << 20
-"""Bytes of a slice's activations: four images of vit_tiny to vit_base at 224 x 224. Slices of eight are as fast, of two
-slower: their products are small, and the weights' gradients are added up more often."""
+_ACTIVATIONS = 400 << 20
+"""Bytes of a slice's activations: about six images of vit_tiny to vit_base at 224 x 224. More are as fast, fewer are slower:
+their products are small."""
 
 
 def slice_size(images: int, per_image: float) -> int:

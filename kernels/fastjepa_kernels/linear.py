@@ -23,7 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: [T, K] floating.
-        weight: [N, K], of x's dtype and device, or any under autocast.
+        weight: [N, K], of x's dtype and device, or any under autocast. With an attribute `grad_buffer`, [N, K], oneDNN's
+            backward adds the gradient to that, in the product itself, and none reaches `weight.grad` by autograd: for
+            leaves whose .grad the buffer is, and that nothing hooks.
         bias: [N], like weight.
 
     Returns:
@@ -52,6 +54,7 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.grad_buffer = getattr(weight, "grad_buffer", None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -59,6 +62,9 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (grad,) = grads
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        if wants_weight and ctx.grad_buffer is not None:
+            ctx.grad_buffer.addmm_(grad.t(), x)
+            wants_weight = False
         return (
             _product(grad, weight.t(), None) if wants_x else None,
             grad.t() @ x if wants_weight else None,

@@ -47,3 +47,18 @@ def test_under_autocast_it_is_as_pytorchs() -> None:
     x, weight, bias = torch.randn(600, 256), torch.randn(320, 256), torch.randn(320)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 600])
+def test_with_a_buffer_the_weights_gradient_ends_there(implementation: str, rows: int) -> None:
+    """Whoever multiplies: the buffer is the weight's .grad, to which autograd adds otherwise."""
+    request({"linear": implementation})
+    try:
+        x, weight, bias = torch.randn(rows, 256), torch.randn(320, 256, requires_grad=True), torch.randn(320)
+        weight.grad = torch.ones_like(weight)
+        weight.grad_buffer = buffer = weight.grad  # type: ignore[attr-defined]
+        linear(x, weight, bias).sum().backward()
+        assert weight.grad is buffer
+        torch.testing.assert_close(buffer, 1 + x.sum(0).expand(320, 256), rtol=1e-4, atol=1e-3)
+    finally:
+        request({})
