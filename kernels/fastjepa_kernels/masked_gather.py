@@ -17,6 +17,7 @@ its output, which is freed at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +106,15 @@ def gather_patches(
     if images.dtype != torch.uint8 and mean is None and std is None:
         return pixels.to(dtype)
     wide = torch.promote_types(images.dtype, torch.float32)
-    factors, offsets = (torch.tensor(x, dtype=wide, device=images.device)[:, None] for x in (scale, shift))
+    factors, offsets = (_by_channel(tuple(x), wide, images.device) for x in (scale, shift))
     by_channel = pixels.unflatten(1, (channels, -1)).to(wide)
     return torch.addcmul(offsets, by_channel, factors).flatten(1).to(dtype)
+
+
+@lru_cache(maxsize=32)
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C, 1]. Kept: where it is sent, the host waits for the GPU, and a CUDA graph cannot be captured."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
 
 def _gather_pixels(images: Tensor, indices: Tensor | None, p: int) -> Tensor:

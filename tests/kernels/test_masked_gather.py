@@ -78,6 +78,14 @@ def test_bytes_become_numbers_from_0_to_1_and_the_dtype_that_is_asked_for() -> N
     assert torch.equal(result, torch.tensor([[0, 0.2, 1, 0.4]], dtype=torch.bfloat16))
 
 
+def test_mean_and_std_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU would be waited for each time, which a CUDA graph forbids."""
+    images = torch.randint(256, (2, 3, 8, 12), dtype=torch.uint8)
+    rows = gather_patches(images, None, 4, mean=MEAN, std=STD)
+    monkeypatch.setattr(torch, "tensor", None)
+    assert torch.equal(gather_patches(images, None, 4, mean=MEAN, std=STD), rows)
+
+
 def test_images_are_left_as_they_are() -> None:
     images = torch.rand(1, 3, 4, 4)
     before = images.clone()
