@@ -82,7 +82,7 @@ class StepProfile:
     tokens_per_second: float
     """Context and target tokens, as in metrics.jsonl."""
     data_wait: float
-    """Share of the time that the step waited for data."""
+    """Share of the time that the step waited for data: on a GPU, that it had nothing left to do meanwhile."""
     tokens: Tokens
     """Per image, mean of the timed steps."""
     teraflop_per_step: float
@@ -131,9 +131,10 @@ class StepProfiler:
         self._precision = resolve_precision(config, engine.device)
         self._ceilings = ceilings or measure_ceilings(engine.device, self._precision)
         torch.cuda.empty_cache()  # does nothing where there is no GPU
+        self._clock = _Clock(engine.device)
         self._timing = False
         self._lengths: list[Lengths] = []
-        self._waited = 0.0
+        self._waits: list[tuple[Any, Any]] = []
         self._result: StepProfile | None = None
         self._stages = self._profile()
         next(self._stages)
@@ -142,13 +143,13 @@ class StepProfiler:
         """The same batches, and how long they were waited for."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            asked = self._clock.now()
             with record_function(DATA_WAIT):
                 batch = next(iterator, None)
             if batch is None:
                 return
             if self._timing:
-                self._waited += time.perf_counter() - asked
+                self._waits.append((asked, self._clock.now()))
                 self._lengths.append(Lengths.of(batch.masks))
             yield batch
 
@@ -163,19 +164,19 @@ class StepProfiler:
         steps, device = self._steps, self._engine.device
         for _ in range(steps.warmup):
             yield
-        clock = _Clock(device)
+        clock = self._clock
         level = 0
         if clock.cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             level = torch.cuda.memory_allocated(device)
-        clock.mark()
+        marks = [clock.now()]
         self._timing = True
         for _ in range(steps.timed):
             yield
-            clock.mark()
+            marks.append(clock.now())
         self._timing = False
-        times = clock.milliseconds()
+        times = clock.milliseconds(pairwise(marks))
         peak = peak_memory(device)
         activations = peak - level
         if not clock.cuda:
@@ -230,7 +231,7 @@ class StepProfiler:
             steps_ms=tuple(times),
             images_per_second=rate(images) * all_images / sum(images),
             tokens_per_second=rate(tokens) * all_tokens / sum(tokens),
-            data_wait=self._waited / sum(seconds),
+            data_wait=sum(self._clock.milliseconds(self._waits)) / sum(times),
             tokens=Tokens(*map(statistics.mean, zip(*(tokens for _, tokens in micro_batches), strict=True))),
             teraflop_per_step=statistics.mean(flops) / 1e12,
             teraflops=teraflops,
@@ -244,31 +245,26 @@ class StepProfiler:
 
 
 class _Clock:
-    """Marks between steps. On a GPU by events, without making the host wait."""
+    """Marks in time. On a GPU they are events, reached when all that was queued before is done; the host goes on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.cuda = device, device.type == "cuda"
-        self._events: list[torch.cuda.Event] = []
-        self._times: list[float] = []
 
     def synchronize(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self._device)
 
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append(event)
-        else:
-            self._times.append(time.perf_counter())
+    def now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def milliseconds(self) -> list[float]:
-        """From each mark to the next."""
+    def milliseconds(self, spans: Iterable[tuple[Any, Any]]) -> list[float]:
+        """From the first mark of each span to the second."""
         self.synchronize()
-        if self.cuda:
-            return [a.elapsed_time(b) for a, b in pairwise(self._events)]
-        return [1e3 * (b - a) for a, b in pairwise(self._times)]
+        return [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in spans]
 
 
 def _peak_allocated(profiler: profile) -> int:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastjepa import costs
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
 from fastjepa.costs import Lengths
 from fastjepa.engine import Engine, build_engine
+from fastjepa.masks import MaskBatch
 from fastjepa.objective import build_model
-from fastjepa.profiling import StepProfile, Steps, profile_steps, synthetic_batches
+from fastjepa.profiling import StepProfile, Steps, SyntheticBatch, profile_steps, synthetic_batches
 from fastjepa.profiling.timing import datasheet_teraflops
 from tests.small import small_config
 
@@ -43,6 +47,18 @@ def test_rates_are_those_of_the_timed_steps(profile: StepProfile) -> None:
     assert profile.images_per_second == pytest.approx(8e3 / profile.step_ms.p50)
     assert profile.step_ms.p20 <= profile.step_ms.p50 <= profile.step_ms.p80
     assert 0 <= profile.data_wait < 0.5
+
+
+def test_batches_that_come_late_are_waited_for(tmp_path: Path) -> None:
+    def late() -> Iterator[SyntheticBatch]:
+        for batch in synthetic_batches(CONFIG, SIZES, CPU, STEPS.total):
+            time.sleep(0.05)
+            yield batch
+
+    engine = build_engine(build_model(CONFIG), CONFIG, SIZES, CPU, None)
+    found = profile_steps(engine, CONFIG, SIZES, late(), tmp_path, STEPS)
+    waited = found.data_wait * sum(found.steps_ms)
+    assert 50 * STEPS.timed * SIZES.accum <= waited <= sum(found.steps_ms)
 
 
 def test_arithmetic_is_that_of_the_masks_of_the_timed_steps(profile: StepProfile) -> None:
@@ -147,3 +163,24 @@ def test_on_a_gpu_kernels_are_found_and_belong_to_their_parts(tmp_path: Path) ->
     assert any(row.kind == "matmul" for row in found.split.operators)
     assert found.memory.activations > 0
     assert len(found.steps_ms) == STEPS.timed
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_work_does_not_wait_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the host does: it has sent the work, and asks for the next batch."""
+    device = torch.device("cuda")
+    engine = build_engine(build_model(CONFIG), CONFIG, SIZES, device, None)
+    micro_step = engine.micro_step
+
+    def long_step(images: Tensor, masks: MaskBatch) -> Tensor:
+        loss = micro_step(images, masks)
+        torch.cuda._sleep(400_000_000)  # 0.2 s
+        return loss
+
+    def late() -> Iterator[SyntheticBatch]:
+        for batch in synthetic_batches(CONFIG, SIZES, device, STEPS.total):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(engine, "micro_step", long_step)
+    assert profile_steps(engine, CONFIG, SIZES, late(), tmp_path, STEPS).data_wait < 0.05
