@@ -9,21 +9,22 @@ graph. What waits for weights (fastjepa.zero_gather) or computes a block again (
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from types import MethodType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastjepa_kernels
 from fastjepa.config import Config
 from fastjepa.errors import ConfigError
 from fastjepa.models.layers import Block
+from fastjepa_kernels._backend import triton_problem
 
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 16
-"""More than there are shape classes, in training and evaluation. What would need more is an error, not a slow run."""
+"""More than there are shape classes, in training and evaluation. What would need more is at fault: it is told, not slow."""
 
 
 def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> bool:
@@ -52,8 +53,11 @@ def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, ze
 def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> str | None:
     if config.compile == "cuda_graphs" and (device.type != "cuda" or zero_stage is not None):
         return "CUDA graphs are for plain PyTorch (no --ds_config) on a GPU"
-    if device.type == "cuda" and (find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0)):
-        return "on a GPU it needs triton and compute capability 7.0 or newer"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "on a GPU it needs compute capability 7.0 or newer"
+        if problem := triton_problem():
+            return problem
     if zero_stage == 3:
         return "ZeRO 3 gathers weights between the layers of a block"
     size = config.model.size
@@ -64,14 +68,15 @@ def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stag
     return None
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor", *, may_give_up: bool = False) -> None:
     """From now on the blocks within the model compute compiled: their `forward` alone, not the modules' hooks.
 
     Args:
         model: any module with Blocks inside, which share their graphs.
         backend: of torch.compile.
+        may_give_up: if the compiler fails, the blocks compute as they did before, which is logged; else that is an error.
     """
-    forward = torch.compile(  # type: ignore[call-overload]  # which misses the two last arguments
+    compiled = torch.compile(  # type: ignore[call-overload]  # which misses the two last arguments
         Block.forward,
         fullgraph=True,
         dynamic=True,
@@ -79,6 +84,21 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
         recompile_limit=_MAX_GRAPHS,
         isolate_recompiles=True,
     )
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.forward = MethodType(forward, block)  # type: ignore[method-assign]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+
+    def forward_or_give_up(block: Block, *args: Any, **kwargs: Any) -> Tensor:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # loaded by torch.compile anyway
+
+        try:
+            out: Tensor = compiled(block, *args, **kwargs)
+            return out
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            logger.warning(
+                "compile: none from here on: PyTorch's compiler failed (%s: %s)", type(error).__name__, error
+            )
+        for other in blocks:
+            other.__dict__.pop("forward", None)
+        return block.forward(*args, **kwargs)
+
+    for block in blocks:
+        block.forward = MethodType(forward_or_give_up if may_give_up else compiled, block)  # type: ignore[method-assign]

@@ -147,7 +147,7 @@ class TorchEngine(Engine):
         precision = resolve_precision(config, device)
         model.autocast = precision == torch.bfloat16
         if compiles_blocks(config, device, precision, None):
-            compile_blocks(model)
+            compile_blocks(model, may_give_up=config.compile == "auto")
         self._passes: Callable[[Tensor, MaskBatch], Tensor] = self._forward_and_backward
         if config.compile == "cuda_graphs":
             self._passes = GraphedPasses(self._forward_and_backward)
@@ -227,7 +227,7 @@ class DeepSpeedEngine(Engine):
         settings = read_ds_config(ds_config, config, sizes, distributed.world_size(), bf16=precision == torch.bfloat16)
         self._stage: int = settings["zero_optimization"]["stage"]
         if compiles_blocks(config, device, precision, self._stage):
-            compile_blocks(model)
+            compile_blocks(model, may_give_up=config.compile == "auto")
         groups = param_groups(model)
         self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
         self._params = {group["name"]: list(group["params"]) for group in groups}
@@ -429,7 +429,7 @@ def _choose_kernels(config: Config, device: torch.device) -> None:
     dtype = resolve_precision(config, device)
     try:
         fastjepa_kernels.request(dataclasses.asdict(config.kernels))
-        for operation in ("masked_gather", "target_loss"):
+        for operation in ("masked_gather", "target_loss", "linear"):
             fastjepa_kernels.choose(operation, device.type, dtype)
         for head_dim in sorted(head_dims):
             fastjepa_kernels.choose("block_attention", device.type, dtype, head_dim)

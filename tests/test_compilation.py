@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastjepa_kernels
 from fastjepa.compilation import compile_blocks, compiles_blocks
@@ -93,6 +94,16 @@ def test_the_cpus_compiler_gives_a_block_the_same_numbers(width: int) -> None:
     assert _counters()["stats"]["unique_graphs"] == 1
 
 
+def test_small_and_large_products_share_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of a graph their implementations may differ."""
+    monkeypatch.setattr(sys.modules["fastjepa_kernels.linear"], "_SMALL", 2 * 20 * 24 * 24)
+    block = Block(24, 3, mlp_ratio=4.0)
+    compile_blocks(block, "aot_eager")
+    for length in (2, 30):
+        block(torch.randn(3 * length, 24), Ragged.uniform(3, length))
+    assert _counters()["stats"]["unique_graphs"] == 1
+
+
 def test_a_compiled_block_keeps_its_hooks() -> None:
     """They wait for its weights at ZeRO 1 and 2."""
     block, calls = Block(24, 3, mlp_ratio=4.0), []
@@ -135,7 +146,41 @@ def test_blocks_are_compiled_on_gpus_that_can(
     capability: tuple[int, int], stage: int | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for module in ("fastjepa.compilation", "fastjepa_kernels._backend"):
+        monkeypatch.setattr(f"{module}.triton_problem", lambda: None)
     assert compiles_blocks(config_with(), torch.device("cuda"), torch.float32, stage) == compiled
+
+
+def test_where_triton_cannot_start_nothing_is_compiled_and_the_reason_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr("fastjepa.compilation.triton_problem", lambda: "triton needs a C compiler")
+    caplog.set_level("INFO", "fastjepa")
+    device = torch.device("cuda")
+    assert not compiles_blocks(config_with(), device, torch.bfloat16, None)
+    assert caplog.messages[-1] == "compile: none (triton needs a C compiler)"
+    with pytest.raises(ConfigError, match="compile = blocks: triton needs a C compiler; use compile=none"):
+        compiles_blocks(config_with(compile="blocks"), device, torch.bfloat16, None)
+
+
+def test_a_compiler_that_fails_by_itself_leaves_the_blocks_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    """compile=auto; what was asked for is an error."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("ptxas does not know this GPU")
+
+    blocks = nn.ModuleList(Block(24, 3, mlp_ratio=4.0) for _ in range(2))
+    arguments = torch.randn(6, 24), Ragged.uniform(2, 3)
+    expected = [block(*arguments) for block in blocks]
+    compile_blocks(blocks, broken, may_give_up=True)  # type: ignore[arg-type]
+    assert all(torch.equal(block(*arguments), out) for block, out in zip(blocks, expected, strict=True))
+    (message,) = (record.getMessage() for record in caplog.records if record.name.startswith("fastjepa."))
+    assert message.startswith("compile: none from here on")
+    assert "ptxas does not know this GPU" in message
+    compile_blocks(blocks, broken)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="ptxas does not know this GPU"):
+        blocks[0](*arguments)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from fastjepa.checkpointer import Checkpointer
 from fastjepa.compilation import compile_blocks
 from fastjepa.config import KernelsConfig, MaskConfig, OptimConfig
 from fastjepa.engine import DeepSpeedEngine, Engine, TorchEngine, build_engine
+from fastjepa.errors import ConfigError
 from fastjepa.masks import MaskBatch
 from fastjepa.objective import build_model
 from fastjepa.optim import Schedule, set_schedule
@@ -126,6 +127,11 @@ def test_losses_are_those_of_plain_torch_on_the_cpu(device: torch.device, stage:
     mine = train(engine_on(device, stage, precision), steps)
     plain = train(engine_on(torch.device("cpu"), None), steps)
     torch.testing.assert_close(mine, plain, rtol=1e-4 if precision == "fp32" else 3e-2, atol=0)
+
+
+def test_kernels_that_cannot_run_are_a_mistake_in_the_settings() -> None:
+    with pytest.raises(ConfigError, match=r"kernels\.linear: linear = onednn cannot run for torch\.bfloat16 on cpu"):
+        engine_on(torch.device("cpu"), None, "bf16", kernels=KernelsConfig(linear="onednn"))
 
 
 @pytest.mark.parametrize("device", [CPU])

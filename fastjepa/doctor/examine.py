@@ -194,7 +194,7 @@ def _installed(
     yield from installation.judge_dali(outcomes["dali"], loader=run.config.data.loader, gpu=run.gpu)
     if "apex" in outcomes:
         yield from installation.judge_apex(outcomes["apex"])
-    yield from installation.judge_kernels(kernels, host, gpu=run.gpu)
+    yield from installation.judge_kernels(kernels, gpu=run.gpu)
     yield from installation.judge_cpu(host, outcomes["pytorch"].result["threads"], run.ranks, gpu=run.gpu)
     yield from installation.judge_shm(host, run.ranks, gpu=run.gpu)
 

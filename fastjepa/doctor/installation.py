@@ -49,8 +49,6 @@ class Host:
     """Package -> what fastjepa asks for, and the version that is there, or None; None: fastjepa itself is not installed."""
     apex_is_there: bool
     nvidia_driver: str | None
-    compiler: str | None
-    """Of C, which Triton starts kernels with."""
     cores: float
     """That may be used."""
     busy: float | None
@@ -72,7 +70,6 @@ def look_at_host() -> Host:
         requirements=_requirements(),
         apex_is_there=find_spec("apex") is not None,
         nvidia_driver=driver.read_text(encoding="utf-8").partition("\n")[0] if driver.is_file() else None,
-        compiler=next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None),
         cores=cores,
         busy=None if busy is None else max(0.0, busy - ((os.cpu_count() or 1) - cores)),
         memory=free_memory(),
@@ -211,13 +208,11 @@ def judge_apex(outcome: Outcome) -> Iterator[Finding]:
         yield Finding("apex", "ok", "NVIDIA's, with its CUDA extension; runs with kernels.adamw_ema=apex")
 
 
-def judge_kernels(outcome: Outcome, host: Host, *, gpu: bool) -> Iterator[Finding]:
+def judge_kernels(outcome: Outcome, *, gpu: bool) -> Iterator[Finding]:
     if outcome.failure:
         advice = (
             "expected a step of a small model: kernels.OPERATION=torch (block_attention: padded) goes without Triton"
         )
-        if gpu and not host.compiler:
-            advice += "; Triton needs a C compiler, and none was found (gcc, clang or $CC)"
         yield Finding("kernels", "problem", f"training on them {outcome.failure}", advice)
         return
     facts, told = outcome.result, set[str]()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -65,16 +66,30 @@ def no_wishes() -> Iterator[None]:
         _choose.cache_clear()
 
 
-def _triton_problem(given: Input) -> str | None:
+@cache
+def triton_problem() -> str | None:
+    """Why Triton can start nothing on the GPU, or None. On a new machine it first compiles a part of itself, from C."""
     if find_spec("triton") is None:
         return "triton is not installed"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError) as error:
+        # Of a compiler that fails the command is long, and it has told the rest by itself.
+        reason = f"{error.cmd[0]} fails" if isinstance(error, subprocess.CalledProcessError) else str(error).strip()
+        return f"triton needs a C compiler (gcc, clang or $CC), Python's headers and libcuda: {reason}"
+    return None
+
+
+def _triton_problem(given: Input) -> str | None:
     if _emulated:
         return None
     if given.device_type != "cuda":
         return f"it needs a CUDA device, not {given.device_type}"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    return None
+    return triton_problem()
 
 
 def _triton_float_problem(given: Input) -> str | None:

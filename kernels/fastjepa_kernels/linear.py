@@ -33,9 +33,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     kind = x.device.type
     if (
-        2 * x.numel() * len(weight) < _SMALL
+        torch.compiler.is_compiling()  # first: a graph must not depend on how many tokens there are
+        or 2 * x.numel() * len(weight) < _SMALL
         or torch.is_autocast_enabled(kind)
-        or torch.compiler.is_compiling()
         or _backend.choose("linear", kind, x.dtype) == "torch"
     ):
         return F.linear(x, weight, bias)

@@ -21,7 +21,6 @@ HOST = Host(
     requirements={"torch": (">=2.13", "2.13.0+cpu"), "triton": (">=3.5", "3.8.0"), "deepspeed": (">=0.19.8", "0.19.8")},
     apex_is_there=False,
     nvidia_driver=None,
-    compiler="/usr/bin/gcc",
     cores=8.0,
     busy=0.0,
     memory=64 * GIB,
@@ -148,23 +147,21 @@ def kernel(operation: str = "target_loss", **entry: Any) -> dict[str, Any]:
 def test_kernels_are_named_with_the_reasons_of_the_others() -> None:
     entry = kernel(chosen="torch", others={"triton": "triton is not installed"})
     facts = {"operations": [entry], "agreement": 0.0, "dtype": "bfloat16"}
-    on_cpu, _ = installation.judge_kernels(Outcome(facts), HOST, gpu=False)
+    on_cpu, _ = installation.judge_kernels(Outcome(facts), gpu=False)
     assert (on_cpu.level, on_cpu.found) == ("ok", "torch; not triton: triton is not installed")
-    on_gpu, _ = installation.judge_kernels(Outcome(facts), HOST, gpu=True)
+    on_gpu, _ = installation.judge_kernels(Outcome(facts), gpu=True)
     assert on_gpu.level == "warning"
-    *_, agreement = installation.judge_kernels(Outcome(facts | {"agreement": 0.3}), HOST, gpu=True)
+    *_, agreement = installation.judge_kernels(Outcome(facts | {"agreement": 0.3}), gpu=True)
     assert agreement.level == "problem"
     assert "another loss" in agreement.found
-    *_, nan = installation.judge_kernels(Outcome(facts | {"agreement": float("nan")}), HOST, gpu=True)
+    *_, nan = installation.judge_kernels(Outcome(facts | {"agreement": float("nan")}), gpu=True)
     assert nan.level == "problem"
-    crashed = only(installation.judge_kernels(Outcome({}, "ended"), replace(HOST, compiler=None), gpu=True))
-    assert crashed.level == "problem"
-    assert "C compiler" in crashed.advice
+    assert only(installation.judge_kernels(Outcome({}, "ended"), gpu=True)).level == "problem"
 
 
 def test_a_wish_that_cannot_run_is_told_once() -> None:
     entries = [kernel(op, problem="FASTJEPA_KERNELS=x: expected ...") for op in ("masked_gather", "target_loss")]
-    finding = only(installation.judge_kernels(Outcome({"operations": entries, "agreement": None}), HOST, gpu=False))
+    finding = only(installation.judge_kernels(Outcome({"operations": entries, "agreement": None}), gpu=False))
     assert finding.level == "problem"
 
 

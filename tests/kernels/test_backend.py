@@ -29,6 +29,7 @@ def no_wishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_backend, "triton_problem", lambda: None)
 
 
 def test_a_cpu_runs_pytorch() -> None:
@@ -88,6 +89,16 @@ def test_an_old_gpu_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert choose("target_loss", "cuda", torch.float16) == "torch"
     assert choose("block_attention", "cuda", torch.float16, 64) == "padded"
+
+
+def test_a_gpu_that_triton_cannot_start_on_runs_pytorch_and_the_reason_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here there is no GPU at all; without a C compiler it is the same error."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with caplog.at_level(logging.INFO):
+        assert choose("target_loss", "cuda", torch.float16) == "torch"
+    assert "(triton: triton needs a C compiler (gcc, clang or $CC), Python's headers and libcuda: " in caplog.text
 
 
 def test_a_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
