@@ -290,11 +290,12 @@ class Config:
     """fp8: matrix products of the target encoder's blocks in e4m3, scaled by token and output channel, on GPUs of compute
     capability 8.9 or newer. It changes the targets a little: see README."""
     compile: Literal["auto", "none", "blocks", "cuda_graphs"] = "auto"
-    """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths of
-    sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at ZeRO stage
-    3, which cannot, nor where the compiler fails, which is logged), none on a CPU, where it gains nothing. cuda_graphs: the same, and each micro batch is replayed as a
-    CUDA graph, for models and batches so small that the GPU waits for the host; with plain PyTorch on a GPU, and with
-    masks.mode = budget (not rasterized) and objective.savings.target_last_block = false, so that all shapes are static."""
+    """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths
+    of sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at
+    ZeRO stage 3, which cannot, nor where the compiler fails, which is logged), none on a CPU, where it gains nothing.
+    cuda_graphs: the same, and each micro batch is replayed as a CUDA graph, for models and batches so small that the
+    GPU waits for the host; with plain PyTorch on a GPU, and with masks.mode = budget (not rasterized) and
+    objective.savings.target_last_block = false, so that all shapes are static."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
     of a checkpoint."""
