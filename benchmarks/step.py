@@ -157,6 +157,8 @@ def main() -> None:
         f"batch {args.batch_size}, {args.image_size} x {args.image_size}, {args.precision}, {args.threads} threads, {device}"
     )
     print(f"{'model':<11}{'masks':<10}{'contender':<17}{'step ms':>9}{'p20-p80':>15}{'GiB':>7}{'time':>7}{'memory':>8}")
+    arguments = {key: value for key, value in vars(args).items() if key not in ("output", "child")}
+    environment = {"device": device, "torch": torch.__version__, **arguments}
     rows = []
     for model in args.models:
         for mode in args.modes:
@@ -168,11 +170,10 @@ def main() -> None:
                     flush=True,
                 )
                 rows.append(row)
-    if args.output:
-        arguments = {key: value for key, value in vars(args).items() if key not in ("output", "child")}
-        environment = {"device": device, "torch": torch.__version__, **arguments}
-        path = args.output / f"step_{kind}.json"
-        path.write_text(json.dumps({"environment": environment, "results": rows}, indent=2) + "\n", encoding="utf-8")
+            if args.output:  # as far as it is
+                path = args.output / f"step_{kind}.json"
+                results = {"environment": environment, "results": rows}
+                path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
