@@ -15,8 +15,8 @@ from fastjepa import costs
 from fastjepa.config import Config
 from fastjepa.masks import MaskBatch
 
-_ACTIVATIONS = 400 << 20
-"""Bytes of a slice's activations: about six images of vit_tiny to vit_base at 224 x 224. More are as fast, fewer are slower:
+_ACTIVATIONS = 320 << 20
+"""Bytes of a slice's activations: four to six images of vit_tiny to vit_base at 224 x 224. More are as fast, fewer slower:
 their products are small."""
 
 
