@@ -52,7 +52,7 @@ def page(report: Report) -> str:
     ]
     title = f"{config.model.name}/{config.model.patch_size} at {height} x {width}, {config.masks.mode} masks"
     subtitle = (
-        f"{profile.device}, {profile.precision}, PyTorch {torch.__version__}, {profile.threads} CPU threads; "
+        f"{profile.device}, {profile.precision}, PyTorch {torch.__version__}, {_count(profile.threads, 'CPU thread')}; "
         f"{_count(profile.ranks, 'rank')}, {_count(profile.grad_accum_steps, 'micro batch', 'es')} of "
         f"{profile.micro_batch_size} images"
     )
