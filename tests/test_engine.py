@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastjepa_kernels
 from fastjepa import checkpoint, distributed
 from fastjepa.batch_sizes import BatchSizes
 from fastjepa.checkpoint import RunState
@@ -362,3 +363,14 @@ def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_
         # Not only the wait that comes before a reduction is launched, for the one before it.
         assert events[index - 2] == "current waits for reduction"
     assert isinstance(accelerator.synchronize, type(release))  # the host may wait again, where it asks to
+
+
+def test_an_implementation_that_cannot_run_is_a_mistake_in_the_settings() -> None:
+    try:
+        for kernels in (KernelsConfig(target_loss="triton"), KernelsConfig(linear="onednn")):  # the latter not in bf16
+            with pytest.raises(
+                ConfigError, match=r"kernels\.(target_loss|linear): .* cannot run for torch.bfloat16 on"
+            ):
+                engine_on(torch.device("cpu"), None, "bf16", kernels=kernels)
+    finally:
+        fastjepa_kernels.request({})

@@ -1,7 +1,5 @@
 """A micro batch in slices: the same loss and gradients as whole."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,15 +13,13 @@ IMAGES = 5
 
 
 @pytest.mark.parametrize("mode", ["ragged", "official", "budget"])
-@pytest.mark.parametrize("per_slice", [1, 2, 4, 5])
+@pytest.mark.parametrize("per_slice", [1, 2, 3, 5])
 def test_loss_and_gradients_are_those_of_the_whole_batch(
     mode: str, per_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(masks=MaskConfig(mode=mode, min_keep=2))  # type: ignore[arg-type]
-    config = replace(config, global_batch_size=IMAGES)
     model = build_model(config).double()
-    images, masks = small_batch(config, dtype=torch.float64)
-    images, masks = images[:IMAGES], next(masks.slices(IMAGES)) if masks.num_images > IMAGES else masks
+    images, masks = small_batch(config, IMAGES, dtype=torch.float64)
     model(images, masks).backward()
     expected = [p.grad.clone() for p in model.trained_parameters() if p.grad is not None]
     whole = model(images, masks).detach()

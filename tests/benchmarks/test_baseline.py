@@ -1,11 +1,14 @@
 """The baseline that fastjepa is held to is the same training: loss, gradients, and weights and EMA after steps."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks.baseline import Baseline, BaselineIJEPA
+from fastjepa import slices
 from fastjepa.batch_sizes import BatchSizes
-from fastjepa.config import MaskConfig
+from fastjepa.config import MaskConfig, OptimConfig
 from fastjepa.engine import build_engine
 from fastjepa.objective import build_model
 from tests.small import small_batch, small_config
@@ -30,8 +33,15 @@ def test_same_loss_and_gradients(mode: str) -> None:
             torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=1e-10)
 
 
-def test_same_weights_and_average_after_steps() -> None:
-    config = small_config(masks=MaskConfig(mode="official", min_keep=2))
+@pytest.mark.parametrize("whole", [True, False])
+def test_same_weights_and_average_after_steps(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as the engine computes large batches: one image at a time, products by oneDNN. The settings make decay and
+    average show in three steps."""
+    if not whole:
+        monkeypatch.setattr(slices, "_ACTIVATIONS", 1)
+        monkeypatch.setattr(sys.modules["fastjepa_kernels.linear"], "_SMALL", 0)
+    optim = OptimConfig(warmup_epochs=0, weight_decay=1.0, ema_momentum=(0.5, 1.0))
+    config = small_config(masks=MaskConfig(mode="official", min_keep=2), optim=optim)
     model = build_model(config)
     plain = BaselineIJEPA(config)
     plain.load_state_dict(model.state_dict())

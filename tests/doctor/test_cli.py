@@ -86,7 +86,7 @@ def test_a_run_that_starts_is_no_problem(probed: dict[str, Outcome], capsys: pyt
         ("pytorch", {"import_problem": "ModuleNotFoundError: No module named 'yaml'"}, [], "cannot be imported"),
         ("pytorch", {}, ["--ranks", "3"], "64 cannot be shared out over 3 ranks"),
         ("pytorch", {}, ["micro_batch_size=48"], "no multiple of 48"),
-        ("pytorch", {}, ["output_dir=/proc/run"], "not even one fits"),
+        ("pytorch", {}, ["output_dir=/proc/run"], "PROBLEM output_dir /proc"),
     ],
 )
 def test_what_would_stop_a_run_is_a_problem(

@@ -175,7 +175,9 @@ def test_the_kernels_of_this_machine_agree_with_the_plain_paths() -> None:
 @pytest.mark.gpu
 def test_the_kernels_of_a_gpu_are_tritons_and_agree_with_the_plain_paths() -> None:
     outcome = outcome_of("kernels", {"settings": (None, [])})
-    assert {entry["chosen"] for entry in outcome.result["operations"]} == {"triton"}
+    chosen = {entry["operation"]: entry["chosen"] for entry in outcome.result["operations"]}
+    assert chosen.pop("linear") == "torch"
+    assert set(chosen.values()) == {"triton"}
     assert outcome.result["agreement"] < 1e-2
 
 

@@ -145,8 +145,21 @@ def test_recomputation_is_no_work(profile: StepProfile, tmp_path: Path) -> None:
     assert again.memory.activations < profile.memory.activations
 
 
-def test_a_datasheet_is_quoted_for_known_gpus_only() -> None:
-    assert datasheet_teraflops(CPU, torch.bfloat16) is None
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312),
+        ("NVIDIA H100 PCIe", torch.bfloat16, None),  # a slower one
+        ("NVIDIA H100 80GB HBM3", torch.float32, None),
+    ],
+)
+def test_a_datasheet_is_quoted_for_known_gpus_only(
+    gpu: str, dtype: torch.dtype, teraflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    assert datasheet_teraflops(torch.device("cuda"), dtype) == teraflops
+    assert datasheet_teraflops(CPU, dtype) is None
 
 
 @pytest.mark.gpu
