@@ -33,6 +33,7 @@ from fastjepa.metrics import peak_memory
 from fastjepa.profiling.memory import Memory, measure_memory
 from fastjepa.profiling.time_split import DATA_WAIT, STEP, TimeSplit, split_time
 from fastjepa.profiling.timing import Ceilings, Timing, datasheet_teraflops, device_name, measure_ceilings, summary
+from fastjepa.run_folder import writing
 
 
 class MicroBatch(Protocol):
@@ -194,8 +195,9 @@ class StepProfiler:
                     yield
                     if not left:
                         clock.synchronize()
-        profiler.export_chrome_trace(str(self._trace))
-        events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
+        with writing(str(self._trace), "Choose another folder"):  # the profiler says nothing: it is the reading that fails
+            profiler.export_chrome_trace(str(self._trace))
+            events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
         memory = measure_memory(self._engine, activations=activations, peak=peak)
         self._result = self._summary(times, split_time(events), memory)
 
