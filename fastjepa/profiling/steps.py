@@ -195,7 +195,9 @@ class StepProfiler:
                     yield
                     if not left:
                         clock.synchronize()
-        with writing(str(self._trace), "Choose another folder"):  # the profiler says nothing: it is the reading that fails
+        with writing(
+            str(self._trace), "Choose another folder"
+        ):  # the profiler says nothing: it is the reading that fails
             profiler.export_chrome_trace(str(self._trace))
             events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
         memory = measure_memory(self._engine, activations=activations, peak=peak)
