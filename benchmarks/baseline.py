@@ -89,7 +89,7 @@ class Positions:
     def of(flat: Tensor, lengths: Ragged, num_patches: int) -> Positions:
         rows = (flat % num_patches).split(lengths.lengths().tolist())
         indices = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        valid = torch.arange(indices.shape[1]) < lengths.lengths()[:, None]
+        valid = torch.arange(indices.shape[1], device=indices.device) < lengths.lengths()[:, None]
         return Positions(indices, None if bool(valid.all()) else valid)
 
 
@@ -180,8 +180,8 @@ class BaselineIJEPA(nn.Module):
 class Baseline:
     """The model with its optimizer: what `Engine.micro_step` does, in its plainest form."""
 
-    def __init__(self, model: BaselineIJEPA, config: Config) -> None:
-        self.model = model
+    def __init__(self, model: BaselineIJEPA, config: Config, *, bf16: bool = False) -> None:
+        self.model, self.bf16 = model, bf16
         trained = [*model.context_encoder.parameters(), *model.predictor.parameters()]
         decay = [p for p in trained if p.ndim > 1]
         no_decay = [p for p in trained if p.ndim <= 1]
@@ -193,7 +193,8 @@ class Baseline:
         self.ema_momentum = optim.ema_momentum[0]
 
     def step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        loss: Tensor = self.model(images, masks)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            loss: Tensor = self.model(images, masks)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

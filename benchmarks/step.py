@@ -54,7 +54,7 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     from benchmarks.baseline import Baseline, BaselineIJEPA
     from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
-    from fastjepa.engine import build_engine
+    from fastjepa.engine import build_engine, resolve_precision
     from fastjepa.masks import sample_masks
     from fastjepa.metrics import peak_memory
     from fastjepa.objective import build_model
@@ -78,7 +78,8 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     else:
         plain = BaselineIJEPA(config)
         plain.load_state_dict(model.state_dict())
-        step = Baseline(plain.to(device), config).step
+        bf16 = resolve_precision(config, device) == torch.bfloat16
+        step = Baseline(plain.to(device), config, bf16=bf16).step
     del model
     images = torch.randn(batch, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(device)
     for line in sys.stdin:
@@ -106,7 +107,8 @@ def measure(model: str, mode: str, args: argparse.Namespace) -> list[dict[str, A
     for child in children.values():
         child.close()
     losses = {name: steps[0]["loss"] for name, steps in results.items()}
-    if max(losses.values()) - min(losses.values()) > 1e-4 * losses["baseline"]:
+    bound = 1e-4 if args.precision == "fp32" else 1e-2
+    if max(losses.values()) - min(losses.values()) > bound * losses["baseline"]:
         raise SystemExit(f"the losses of the first step differ: {losses}")
     rows = []
     for name, steps in results.items():
