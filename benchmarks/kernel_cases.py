@@ -134,6 +134,18 @@ def attention_backward_work(queries: Ragged, keys: Ragged, num_heads: int, head_
     return Work(num_heads * (rows * head_dim * element_size + 4 * queries.total), forward.flops * 5 // 2)
 
 
+def linear_work(rows: int, inputs: int, outputs: int, element_size: int) -> Work:
+    """Input, weights and bias read, output written."""
+    elements = rows * (inputs + outputs) + outputs * (inputs + 1)
+    return Work(elements * element_size, 2 * rows * inputs * outputs)
+
+
+def linear_backward_work(rows: int, inputs: int, outputs: int, element_size: int) -> Work:
+    """Input, its upstream gradient and weights read, three gradients written; two products."""
+    elements = rows * (2 * inputs + outputs) + outputs * (2 * inputs + 1)
+    return Work(elements * element_size, 4 * rows * inputs * outputs)
+
+
 def gather_work(num_rows: int, width: int, element_size: int, *, index_bytes: int = 8) -> Work:
     """Rows read and written, and their indices."""
     return Work(num_rows * (2 * width * element_size + index_bytes))

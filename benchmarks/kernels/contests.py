@@ -157,6 +157,39 @@ def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterato
             yield Contest("block_attention", part, name, dtype, work, (expected,), providers)
 
 
+# Products
+
+
+def products(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
+    """Those of the MLP's first layer."""
+    from fastjepa_kernels import linear  # here: kernels to be compared may be older than it
+
+    for place, lengths, _ in _attention_places(shape):
+        rows, width = lengths.total, shape.predictor_width if place == "predictor" else shape.width
+        sizes = (rows, width), (4 * width, width), (4 * width,)
+        inputs = [torch.randn(size, device=device).to(dtype).requires_grad_() for size in sizes]
+        upstream = torch.randn(rows, 4 * width, device=device).to(dtype)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        out = F.linear(*exact)
+        gradients = torch.autograd.grad(out, exact, upstream.double())
+
+        def forward(inputs: list[Tensor] = inputs) -> Callable[[], Outputs]:
+            return lambda: linear(*inputs).detach()
+
+        def backward(inputs: list[Tensor] = inputs, upstream: Tensor = upstream) -> Callable[[], Outputs]:
+            kept = linear(*inputs)
+            return lambda: torch.autograd.grad(kept, inputs, upstream, retain_graph=True)
+
+        for part, build, expected, formula in (
+            ("forward", forward, (out.detach(),), cases.linear_work),
+            ("backward", backward, gradients, cases.linear_backward_work),
+        ):
+            providers = Providers()
+            providers.add_ours("linear", build, device, dtype)
+            work = formula(rows, width, 4 * width, upstream.element_size())
+            yield Contest("linear", part, f"{shape.name} {place}", dtype, work, expected, providers)
+
+
 # Gathers
 
 
@@ -393,6 +426,7 @@ def masks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Co
 
 CONTESTS = {
     "block_attention": attention,
+    "linear": products,
     "masked_gather": gathers,
     "adamw_ema": optimizers,
     "target_loss": losses,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +11,19 @@ from torch import Tensor
 
 from benchmarks import counts
 from benchmarks.counts import ACCEPT, RESULTS, Case, Counts, cases, changes, count, main, masks_of, problem_with
+from benchmarks.launch import launch
 from fastjepa.costs import Lengths, forward_flops
 from fastjepa.models.layers import Mlp
 
 RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))
 CASE = Case("budget", "fp32")
 
-counted = functools.cache(count)
-
 
 @pytest.fixture(scope="module")
 def counted_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
     """In a process of its own: once ZeRO 3 has run in one, its linear layers are DeepSpeed's."""
     folder = tmp_path_factory.mktemp("counts")
-    subprocess.run([sys.executable, "-m", "benchmarks.counts", "--output", folder], check=True)
+    launch("benchmarks.counts", 1, "--output", str(folder))
     counts: dict[str, Counts] = json.loads((folder / RESULTS.name).read_text(encoding="utf-8"))["cases"]
     return counts
 
@@ -53,11 +49,11 @@ def test_two_runs_give_the_same_figures(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if not case.checkpointing], ids=lambda case: case.name)
-def test_all_arithmetic_of_the_forward_pass_is_counted(case: Case) -> None:
+def test_all_arithmetic_of_the_forward_pass_is_counted(case: Case, counted_alone: dict[str, Counts]) -> None:
     """Whichever operators do it: one without a formula would be missing here."""
     images = case.config.global_batch_size
     formula = forward_flops(case.config, Lengths.of(masks_of(case, step=1)).tokens())
-    parts = counted(case)
+    parts = counted_alone[case.name]
     assert parts["target encoder"]["flops"] == pytest.approx(images * formula.target, rel=1e-12)
     rest = formula.context + formula.predictor + formula.ends + formula.embedding
     trained = parts["context encoder"]["flops"] + parts["predictor"]["flops"]

@@ -17,10 +17,12 @@ from benchmarks.kernels import compare
 from benchmarks.kernels.__main__ import main, measure
 from benchmarks.kernels.compare import compared, kernels_of
 from benchmarks.kernels.contest import Contest, Providers
+from benchmarks.kernels.contests import CONTESTS
 from benchmarks.kernels.plot import plot_roofline, plot_times
 from benchmarks.launch import ROOT
 from fastjepa.errors import ConfigError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timed, Timing
+from fastjepa_kernels._backend import OPERATIONS
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(gigabytes_per_second=10.0, teraflops=0.1)
@@ -52,6 +54,10 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         return refuse
 
     monkeypatch.setattr(torch, "compile", compile)
+
+
+def test_every_operation_has_a_contest() -> None:
+    assert set(CONTESTS) == set(OPERATIONS)
 
 
 def test_only_those_who_are_right_are_timed() -> None:
