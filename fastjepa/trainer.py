@@ -159,16 +159,18 @@ class Trainer:
         if metrics is not None:
             metrics.close()
 
-    def _profiler(self) -> StepProfiler:
+    def _profiler(self) -> StepProfiler | None:
         """
         Raises:
-            ConfigError: the run ends before all is measured.
+            ConfigError: the run is too short to measure. What is left of one that goes on may be: it is not held up.
         """
         left, needed = self.total_steps - self.start_step, DEFAULT_STEPS.total
         if left < needed:
-            raise ConfigError(
-                f"--profile: expected {needed} steps or more, but the run has only {left} left: raise epochs"
-            )
+            problem = f"--profile: expected {needed} steps or more, but the run has only {left} left"
+            if self.start_step:
+                logger.warning("%s: not measured", problem)
+                return None
+            raise ConfigError(f"{problem}: raise epochs")
         with distributed.together(), writing(str(self.folder.profile), "Choose another output_dir"):
             self.folder.profile.mkdir(exist_ok=True)
         return StepProfiler(self.engine, self.config, self.sizes, self.folder.profile)
