@@ -60,14 +60,17 @@ def plot_times(records: Sequence[Record], environment: Mapping[str, str], path: 
         for contest, axis in zip(row, places, strict=False):
             axis.set_visible(True)
             _bars(axis, contest, height)
-    figure.suptitle(
-        "Time as a multiple of the fastest (beside the bar: median, share of the machine's bound; in blue: fastjepa)\n"
-        + _details(records, environment),
-        fontsize=12,
-        x=0.01,
-        ha="left",
+    title = (
+        "Time as a multiple of the fastest (beside the bar: median, share of the machine's bound; in blue: fastjepa)"
     )
-    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.12)
+    _save(figure, f"{title}\n{_details(records, environment)}", path)
+
+
+def _save(figure: Any, title: str, path: Path) -> None:
+    plt = _pyplot()
+
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.15)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -106,16 +109,8 @@ def plot_roofline(records: Sequence[Record], environment: Mapping[str, str], pat
         _bandwidths(right, [contest for contest in contests if not contest[0]["flops"]], records)
         left.set_title(f"{model}: with matrix products", loc="left", fontsize=11)
         right.set_title(f"{model}: moving bytes only", loc="left", fontsize=11)
-    figure.suptitle(
-        "Rates, of the least work that each operation can do, under what this machine reaches at best\n"
-        + _details(records, environment),
-        fontsize=12,
-        x=0.01,
-        ha="left",
-    )
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.15)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    title = "Rates, of the least work that each operation can do, under what this machine reaches at best"
+    _save(figure, f"{title}\n{_details(records, environment)}", path)
 
 
 def _roof(

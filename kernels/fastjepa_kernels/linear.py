@@ -23,9 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: [T, K] floating.
-        weight: [N, K], of x's dtype and device, or any under autocast. With an attribute `grad_buffer`, [N, K], oneDNN's
-            backward adds the gradient to that, in the product itself, and none reaches `weight.grad` by autograd: for
-            leaves whose .grad the buffer is, and that nothing hooks.
+        weight: [N, K], of x's dtype and device, or any under autocast. With an attribute `grad_buffer`, [N, K], which
+            is its .grad, oneDNN's backward adds the gradient to that in the product itself, and autograd none: for leaves
+            that nothing hooks.
         bias: [N], like weight.
 
     Returns:
@@ -54,7 +54,8 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.grad_buffer = getattr(weight, "grad_buffer", None)
+        buffer = getattr(weight, "grad_buffer", None)
+        ctx.grad_buffer = buffer if buffer is not None and weight.grad is buffer else None
         return _product(x, weight, bias)
 
     @staticmethod

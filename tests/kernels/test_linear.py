@@ -64,3 +64,16 @@ def test_with_a_buffer_the_weights_gradient_ends_there(implementation: str, rows
         torch.testing.assert_close(buffer, 1 + x.sum(0).expand(320, 256), rtol=1e-4, atol=1e-3)
     finally:
         request({})
+
+
+def test_a_buffer_that_is_not_the_gradient_any_more_is_left_alone(implementation: str) -> None:
+    request({"linear": implementation})
+    try:
+        weight = torch.randn(320, 256, requires_grad=True)
+        weight.grad_buffer = buffer = torch.zeros(320, 256)  # type: ignore[attr-defined]
+        linear(torch.ones(600, 256), weight, torch.zeros(320)).sum().backward()
+        assert not buffer.any()
+        assert weight.grad is not None
+        assert bool((weight.grad == 600).all())
+    finally:
+        request({})
