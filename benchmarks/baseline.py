@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.config import Config
-from fastjepa.masks import MaskBatch
 from fastjepa.models.layers import sincos_position_table
+from fastjepa.objectives.ijepa.masks import MaskBatch
 from fastjepa_kernels import Ragged
 
 

@@ -40,7 +40,7 @@ def make_list(file: Path, count: int) -> Path:
 
 
 def _settle(path: Path) -> None:
-    """What has just changed is listed again the next time: see fastjepa.data.index."""
+    """What has just changed is listed again the next time: see fastjepa.data.sources.index."""
     os.utime(path, (time.time() - _HOUR,) * 2)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.config import MODEL_SIZES, MaskConfig, ModelSize
-from fastjepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels import MaskRules, Ragged
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.launch import ROOT
 from fastjepa.config import Config
 
-ROOT = Path(__file__).parents[1]
 MOST_GROWTH = 1.02
 """Of the peak memory, from the first tenth of the run to its end. (Step times are only printed: machines are shared.)"""
 BATCH = 8  # 8,000 images: an epoch is 1,000 steps

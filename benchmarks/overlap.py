@@ -27,11 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.launch import ROOT, launch
 from benchmarks.loader.photographs import make_photographs
 from fastjepa import distributed
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, ModelConfig
+from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Loader, open_dataset
-from fastjepa.engine import DeepSpeedEngine
-from fastjepa.objective import build_model
+from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
+from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.profiling.timing import summary
 
 RANKS = 2

@@ -25,16 +25,19 @@ from typing import Any
 import torch
 
 from benchmarks.launch import launch
-from fastjepa import costs, distributed
-from fastjepa.batch_sizes import BatchSizes
+from fastjepa import distributed
 from fastjepa.config import Config
-from fastjepa.config_file import load_config
-from fastjepa.engine import build_engine, resolve_precision
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.config.file import load_config
+from fastjepa.engine.base import resolve_precision
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.slices import slice_size
 from fastjepa.errors import FastjepaError
-from fastjepa.objective import build_model
+from fastjepa.objectives.ijepa import costs
+from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.plan import zero
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
-from fastjepa.run_folder import writing
-from fastjepa.slices import slice_size
+from fastjepa.run.folder import writing
 
 BASE = ("model.name=vit_tiny", "global_batch_size=4", "data.image_size=224", "masks.mode=ragged")
 AXES: dict[str, tuple[str, tuple[str | int, ...], str]] = {
@@ -109,7 +112,7 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
         teraflop=found.teraflop_per_step,
         ceiling_teraflops=found.ceilings.teraflops,
         memory=found.memory.state + found.memory.activations,
-        formula_memory=costs.state_bytes(config, "torch", world, bf16=bf16).resident + activations,
+        formula_memory=zero.state_bytes(config, "torch", world, bf16=bf16).resident + activations,
     )
     if distributed.rank() == 0:
         result.write_text(json.dumps(asdict(point)), encoding="utf-8")

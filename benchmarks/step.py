@@ -18,7 +18,7 @@ from typing import Any
 from fastjepa import host, train  # noqa: F401  # train before torch, which reads the environment that it sets
 from fastjepa.config import MODEL_SIZES
 from fastjepa.errors import FastjepaError
-from fastjepa.run_folder import writing
+from fastjepa.run.folder import writing
 
 CONTENDERS = ("fastjepa", "baseline")
 
@@ -52,13 +52,14 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.baseline import Baseline, BaselineIJEPA
-    from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
-    from fastjepa.engine import build_engine, resolve_precision
-    from fastjepa.masks import sample_masks
-    from fastjepa.metrics import peak_memory
-    from fastjepa.objective import build_model
-    from fastjepa.optim import Schedule, set_schedule
+    from fastjepa.config.batch_sizes import BatchSizes
+    from fastjepa.engine.base import resolve_precision
+    from fastjepa.engine.build import build_engine
+    from fastjepa.objectives.ijepa.masks import sample_masks
+    from fastjepa.objectives.ijepa.objective import build_model
+    from fastjepa.optim.schedule import Schedule, set_schedule
+    from fastjepa.run.meter import peak_memory
 
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,14 +24,15 @@ from pathlib import Path
 import torch
 
 from fastjepa import distributed
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
-from fastjepa.config_file import load_config
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.config.file import load_config
 from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
-from fastjepa.engine import build_engine, resolve_precision
+from fastjepa.engine.base import resolve_precision
+from fastjepa.engine.build import build_engine
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.host import free_memory
-from fastjepa.objective import build_model
+from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.profiling import (
     Ceilings,
     MicroBatch,
@@ -42,7 +43,7 @@ from fastjepa.profiling import (
     synthetic_batches,
 )
 from fastjepa.profiling.report import Report, figures, format_profile
-from fastjepa.run_folder import writing
+from fastjepa.run.folder import writing
 
 GAIN = 1.05
 """By which a larger micro batch has to be faster than all before it to be worth going on."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("fastjepa.train", "pretrain I-JEPA"),
     "doctor": ("fastjepa.doctor.__main__", "check the installation, and what limits a run"),
-    "plan": ("fastjepa.plan", "which ZeRO stage and micro batch for a model on a number of GPUs"),
-    "check": ("fastjepa.data.check", "look at every image of a data set"),
+    "plan": ("fastjepa.plan.__main__", "which ZeRO stage and micro batch for a model on a number of GPUs"),
+    "check": ("fastjepa.data.check.__main__", "look at every image of a data set"),
     "evaluate": ("fastjepa.evaluate.__main__", "k-NN and linear probe of a run"),
 }
 USAGE = "usage: fastjepa COMMAND ...\n\n" + "".join(f"  {name:<10}{what}\n" for name, (_, what) in COMMANDS.items())

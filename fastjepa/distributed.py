@@ -1,6 +1,6 @@
 """Processes of a run: who am I, and the few collectives that the trainer itself needs.
 
-Who starts them is the matter of `fastjepa.launch`, how they find one another that of `fastjepa.rendezvous`.
+Who starts them is the matter of `fastjepa.launch`, how they find one another that of `fastjepa.launch.rendezvous`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from fastjepa.errors import ConfigError, FastjepaError, described
-from fastjepa.launch import Launch, read_launch
-from fastjepa.rendezvous import meet, seconds_to_wait
+from fastjepa.launch.environment import Launch, read_launch
+from fastjepa.launch.rendezvous import meet, seconds_to_wait
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def init(facts: Mapping[str, str] | None = None) -> torch.device:
     """Join the process group, share out the cores, and return this rank's device.
 
     Args:
-        facts: what must be the same on all ranks (`fastjepa.versions`); compared before anything else is done.
+        facts: what must be the same on all ranks (`fastjepa.launch.versions`); compared before anything else is done.
 
     Raises:
         ConfigError: the launcher's variables cannot be right, or the ranks did not meet, are not alike, or are more than the

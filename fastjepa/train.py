@@ -27,9 +27,9 @@ from collections.abc import Sequence
 
 from fastjepa import distributed
 from fastjepa.config import Config
-from fastjepa.config_file import dump_config, load_config
+from fastjepa.config.file import dump_config, load_config
 from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
-from fastjepa.stop_request import StopRequest
+from fastjepa.run.stop_request import StopRequest
 
 logger = logging.getLogger("fastjepa.train")
 
@@ -79,14 +79,14 @@ def train(
     # Imported here: --help, --print_config and a mistake in the configuration need none of this.
     import torch
 
-    from fastjepa.batch_sizes import BatchSizes
+    from fastjepa.config.batch_sizes import BatchSizes
     from fastjepa.data import open_dataset
-    from fastjepa.engine import build_engine
+    from fastjepa.engine.build import build_engine
     from fastjepa.evaluate import evaluate_run
-    from fastjepa.objective import build_model
-    from fastjepa.run_folder import RunFolder
+    from fastjepa.launch.versions import versions_and_settings
+    from fastjepa.objectives.ijepa.objective import build_model
+    from fastjepa.run.folder import RunFolder
     from fastjepa.trainer import Trainer
-    from fastjepa.versions import versions_and_settings
 
     device = distributed.init(versions_and_settings(config, ds_config))
     first = distributed.rank() == 0

@@ -14,22 +14,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastjepa import checkpoint, distributed
-from fastjepa.batch_sizes import BatchSizes
-from fastjepa.checkpoint import RunState
-from fastjepa.checkpointer import Checkpointer
+from fastjepa import distributed
+from fastjepa.checkpoint import restore
+from fastjepa.checkpoint.checkpointer import Checkpointer
+from fastjepa.checkpoint.format import RunState, latest, latest_for_message, newest_first
 from fastjepa.config import Config
+from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.data.dataset import Ints
-from fastjepa.engine import Engine
+from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError, Preempted, TrainingError
-from fastjepa.metrics import Meter, MetricsFile, Progress
-from fastjepa.optim import Schedule, set_schedule
+from fastjepa.optim.schedule import Schedule, set_schedule
 from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
 from fastjepa.profiling.report import Report, format_profile
-from fastjepa.run_folder import RunFolder, writing
-from fastjepa.stop_request import StopRequest
-from fastjepa.watchdog import Watchdog
+from fastjepa.run.folder import RunFolder, writing
+from fastjepa.run.meter import Meter
+from fastjepa.run.metrics_file import MetricsFile
+from fastjepa.run.progress import Progress
+from fastjepa.run.stop_request import StopRequest
+from fastjepa.run.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +251,7 @@ class Trainer:
         return Watchdog(self.folder.heartbeats, self.config.hang_timeout)
 
     def _not_finite(self, what: str) -> TrainingError:
-        newest = checkpoint.latest_for_message(self.folder.checkpoints)
+        newest = latest_for_message(self.folder.checkpoints)
         return TrainingError(
             f"{what}. Try a lower optim.lr, optim.clip_grad, or precision=fp32. Newest checkpoint: {newest}"
         )
@@ -273,7 +276,7 @@ class Trainer:
         damaged: list[str] = []
         for source in sources:
             try:
-                state = checkpoint.load(source, self.engine)
+                state = restore.load(source, self.engine)
                 break
             except DamagedCheckpointError as problem:
                 damaged.append(str(problem))
@@ -302,7 +305,7 @@ class Trainer:
 
     def _checkpoints_to_resume(self) -> list[Path]:
         """The run's own, newest first; if it has none, the one that `resume` names. The first that is whole will do."""
-        resume, own = self.config.resume, checkpoint.newest_first(self.folder.checkpoints)
+        resume, own = self.config.resume, newest_first(self.folder.checkpoints)
         if resume == "never" and own:
             raise CheckpointError(
                 f"{self.folder.path} already holds {own[0].name}: choose another output_dir, or resume=auto"
@@ -319,7 +322,7 @@ class Trainer:
 def _checkpoint_in(path: str) -> Path:
     """A checkpoint by its own path, or the newest of a run folder."""
     folder = Path(path)
-    return checkpoint.latest(RunFolder(folder).checkpoints) or checkpoint.latest(folder) or folder
+    return latest(RunFolder(folder).checkpoints) or latest(folder) or folder
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

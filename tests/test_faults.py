@@ -18,21 +18,22 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.equality import FP32_BOUND, full_state, relative_errors, trajectory_config
-from benchmarks.launch import launch
-from fastjepa import checkpoint, distributed
-from fastjepa.batch_sizes import BatchSizes
-from fastjepa.engine import build_engine
+from benchmarks.launch import ROOT, launch
+from benchmarks.proofs.equality import FP32_BOUND, full_state, relative_errors, trajectory_config
+from fastjepa import distributed
+from fastjepa.checkpoint.format import latest, load_weights
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.build import build_engine
 from fastjepa.errors import Preempted, RunFolderError
-from fastjepa.objective import build_model
-from fastjepa.run_folder import RunFolder
-from fastjepa.stop_request import StopRequest
+from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.run.folder import RunFolder
+from fastjepa.run.stop_request import StopRequest
+from fastjepa.run.watchdog import EXIT_STATUS, Watchdog
 from fastjepa.train import main
-from fastjepa.watchdog import EXIT_STATUS, Watchdog
-from tests import worker_other_ranks
-from tests.reliability import Record, survive_kills
-from tests.small import small_batch
-from tests.tiny_run import ROOT, at_step, ended, metrics, start, write_recipe
+from tests.support.reliability import Record, survive_kills
+from tests.support.small import small_batch
+from tests.support.tiny_run import at_step, ended, metrics, start, write_recipe
+from tests.workers import other_ranks
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +49,11 @@ def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = latest(run / "checkpoints")
     assert newest is not None
     assert newest.name == "step_00000032"
     parts = ("context_encoder", "target_encoder", "predictor")
-    return {f"{part}.{name}": w for part in parts for name, w in checkpoint.load_weights(newest, part).items()}
+    return {f"{part}.{name}": w for part in parts for name, w in load_weights(newest, part).items()}
 
 
 def assert_same_end(run: Path, expected: Path) -> None:
@@ -70,7 +71,7 @@ def test_a_signal_ends_in_a_checkpoint_and_a_status_for_queueing_again(
     ((status, message),) = ended(start(fault, arguments))
     assert status == Preempted.exit_status == 75, message
     assert f"fastjepa: stopped: {name}: stopped after step 10" in message
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
     assert main(arguments) == 0
     assert_same_end(tmp_path, uninterrupted)
     record(
@@ -84,7 +85,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_pat
     results = ended(start(fault, arguments, world=2))
     assert [status for status, _ in results] == [75, 75], results
     assert "SIGUSR1: stopped after step 11" in results[0][1]
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000011"
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000011"
     record("SIGUSR1 to one of two ranks, in step 10", "both stopped after step 11, exit status 75", "nothing")
 
 
@@ -157,7 +158,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
     )
     assert "Traceback" not in message
     assert ".cc:" not in message
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
     assert all(status == 0 for status, _ in ended(start("", arguments, world=2)))
     assert [step for (step,) in metrics(tmp_path, "step")] == list(range(1, 33))
     record(
@@ -178,12 +179,12 @@ def seen(run: Path) -> dict[int, list[Any]]:
 
 def test_a_run_goes_on_on_other_ranks_and_by_other_stages(recipe: str, tmp_path: Path, record: Record) -> None:
     """What a step sees and its schedule are exact. Weights differ by the order of sums, which the bound of
-    benchmarks.equality is for."""
+    benchmarks.proofs.equality is for."""
     calm, moved = tmp_path / "calm", tmp_path / "moved"
-    worker_other_ranks.go_on(recipe, calm, stage=None, signal_in_step=None)
-    worker_other_ranks.go_on(recipe, moved, stage=None, signal_in_step=5)
-    launch("tests.worker_other_ranks", 2, recipe, str(moved))
-    worker_other_ranks.go_on(recipe, moved, stage=None, signal_in_step=None)
+    other_ranks.go_on(recipe, calm, stage=None, signal_in_step=None)
+    other_ranks.go_on(recipe, moved, stage=None, signal_in_step=5)
+    launch("tests.workers.other_ranks", 2, recipe, str(moved))
+    other_ranks.go_on(recipe, moved, stage=None, signal_in_step=None)
     shards = {path.name: len(list(path.glob("rank_*"))) for path in (moved / "checkpoints").glob("step_*")}
     one, two = (4, 6, 24, 28, 32), (8, 12, 14, 16, 20, 22)  # 6, 14, 22: where it was stopped
     assert shards == {f"step_{step:08d}": 1 for step in one} | {f"step_{step:08d}": 2 for step in two}
@@ -231,7 +232,7 @@ def test_a_rank_killed_in_a_background_save_ends_the_run_and_the_checkpoint_befo
     assert last.startswith(f"fastjepa: error (rank {1 - rank}): lost contact with the other ranks"), message
     assert "Traceback" not in message
     folder = tmp_path / "checkpoints"
-    assert checkpoint.latest(folder) == folder / "step_00000004"
+    assert latest(folder) == folder / "step_00000004"
     assert [path.name for path in folder.glob(".*")] == [".step_00000008.tmp"]
     assert main(arguments) == 0
     assert [step for (step,) in metrics(tmp_path, "step")] == list(range(1, 33))
@@ -249,7 +250,7 @@ def test_a_save_that_hangs_does_not_keep_a_run_that_ends(recipe: str, tmp_path: 
     assert status == EXIT_STATUS, message
     assert "error (rank 0): no progress for 3 s" in message
     assert re.search(r"checkpointer\.py.* in wait", message), message
-    assert checkpoint.latest(tmp_path / "checkpoints") is None
+    assert latest(tmp_path / "checkpoints") is None
     record(
         "a background save that hangs, in a run that ends for want of memory, hang_timeout=3",
         f"status {status}, with the stacks of the save and of what waits for it",
@@ -292,7 +293,7 @@ def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
 @contextmanager
 def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[None]:
     """The objective's loss is not finite in these of its calls (counted from 0)."""
-    from fastjepa.objective import IJEPA
+    from fastjepa.objectives.ijepa.objective import IJEPA
 
     plain, calls = IJEPA.loss, iter(range(10**6))
 
@@ -323,7 +324,7 @@ def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
 
 
 def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path, record: Record) -> None:
-    launch("tests.worker_skipped", 2, str(tmp_path))
+    launch("tests.workers.skipped", 2, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     engines = ("torch", "zero0", "zero1", "zero2", "zero3")
     assert list(results) == [f"{name} {precision}" for name in engines for precision in ("fp32", "bf16")]
@@ -355,7 +356,7 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
     ]
     assert all(name.endswith(".png") for line in named for name in line["samples"])
     # The last step was a bad one, and what came before it is not passed off as good.
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
     record(
         "losses of NaN in a row, max_skipped_steps=3",
         f"stopped; skipped_steps.jsonl names the {sum(len(line['samples']) for line in named)} samples of the skipped steps",
@@ -376,7 +377,7 @@ def test_a_preemption_right_after_a_skipped_step_saves(recipe: str, tmp_path: Pa
     fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1); images = images * float('nan')")
     ((status, message),) = ended(start(fault, arguments))
     assert status == Preempted.exit_status, message
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
+    assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
     assert metrics(tmp_path, "skipped_steps")[-1] == [1]
 
 
@@ -426,7 +427,7 @@ def test_a_clock_that_jumps_changes_nothing(
 
 
 def test_kills_at_random_moments_do_not_show(recipe: str, tmp_path: Path) -> None:
-    """50 of them: python -m tests.reliability."""
+    """50 of them: python -m tests.support.reliability."""
     kills = survive_kills(tmp_path, ["--config", recipe], kills=2, steps=160, seed=1)
     assert kills.equal
     assert kills.kills == 2

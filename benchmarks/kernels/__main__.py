@@ -28,7 +28,7 @@ from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS, DTYPES, chosen
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timing, device_name, time_in_turns
-from fastjepa.run_folder import writing
+from fastjepa.run.folder import writing
 
 
 @dataclass(frozen=True)

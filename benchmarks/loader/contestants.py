@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, Loader, open_dataset, steps_per_epoch
-from fastjepa.data.dali import dali_problem
+from fastjepa.data.decode.dali import dali_problem
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width."""
@@ -34,7 +34,7 @@ RIVAL = RIVALS[0]
 DALI_ON_GPU = "fastjepa DALI, GPU"
 
 # Name -> data settings, and how far the pixels may be from Pillow's, in levels of 255: the largest difference and the mean
-# over a batch. As in tests/data/test_decoders.py, but that among millions of pixels a few of turbo's are 2 levels off.
+# over a batch. As in tests/data/decode, but that among millions of pixels a few of turbo's are 2 levels off.
 OURS: dict[str, tuple[dict[str, object], float, float]] = {
     "fastjepa turbo": ({"loader": "turbo"}, 20, 0.5),
     "fastjepa turbo, to fp32": ({"loader": "turbo", "pixels": "normalised"}, 20, 0.5),

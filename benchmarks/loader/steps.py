@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.loader.contestants import open_loader
 from benchmarks.loader.photographs import make_photographs
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config, DataConfig, ModelConfig
+from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Batch
-from fastjepa.engine import build_engine
-from fastjepa.objective import build_model
+from fastjepa.engine.build import build_engine
+from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.profiling.timing import summary
 
 

@@ -6,8 +6,8 @@ sees the same images on any number of ranks.
 """
 
 from fastjepa.data.dataset import ImageDataset
+from fastjepa.data.decode.images import BadImage, BadImages
 from fastjepa.data.evaluation import evaluation_batches
-from fastjepa.data.images import BadImage, BadImages
 from fastjepa.data.loader import Batch, Loader, Seconds, normalise
 from fastjepa.data.order import steps_per_epoch
 from fastjepa.data.sources import open_dataset

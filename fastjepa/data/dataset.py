@@ -2,7 +2,7 @@
 
 Bytes are a file of their own (folders, lists) or a span of a larger one (tar shards, Arrow files), so reading is the same
 for every source: open, read at an offset, close. No file stays open, no process holds more than the table, and the table
-of a large set is memory-mapped (`fastjepa.data.index`): 14 million names are 0.6 GB of page cache that all ranks share.
+of a large set is memory-mapped (`sources.index`): 14 million names are 0.6 GB of page cache that all ranks share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastjepa.data.images import BadImage, describe
+from fastjepa.data.decode.images import BadImage, describe
 
 Ints = npt.NDArray[np.int64]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset, Ints
-from fastjepa.data.decoders import choose_decoder
-from fastjepa.data.images import BadImages
+from fastjepa.data.decode.choice import choose_decoder
+from fastjepa.data.decode.images import BadImages
 from fastjepa.data.order import central_boxes
 from fastjepa.data.reader import fetch, sizes_of
 

@@ -28,10 +28,10 @@ from torch.profiler import record_function
 from fastjepa.config import Config, DataConfig
 from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.dataset import ImageDataset, Ints
-from fastjepa.data.decoders import choose_decoder
+from fastjepa.data.decode.choice import choose_decoder
 from fastjepa.data.order import Boxes, batch_positions, epoch_order
 from fastjepa.data.reader import Reader
-from fastjepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 
 _MAX_LANES = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from fastjepa.data.images import BadImage
+from fastjepa.data.decode.images import BadImage
 
 
 def for_each(work: Callable[[int], None], count: int, pool: Executor, num_threads: int) -> dict[int, str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastjepa.doctor import installation
+from fastjepa.doctor.diagnosis import Report, format_report
 from fastjepa.doctor.probes import Running, say
-from fastjepa.doctor.report import Report, format_report
 from fastjepa.errors import ConfigError, FastjepaError
 
 

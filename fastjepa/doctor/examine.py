@@ -8,21 +8,21 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from fastjepa import checkpoint
+from fastjepa.checkpoint.format import latest
 from fastjepa.config import Config
-from fastjepa.costs import Stage
 from fastjepa.data import steps_per_epoch
-from fastjepa.data.index import cache_folder
+from fastjepa.data.sources.index import cache_folder
 from fastjepa.doctor import installation
+from fastjepa.doctor.diagnosis import Report
 from fastjepa.doctor.installation import GIB, Finding, Host
+from fastjepa.doctor.limits import Link, Rate, Run, Verdict, amount, checkpoint_bytes, judge
 from fastjepa.doctor.probes import Outcome, Settings, outcome_of, say
-from fastjepa.doctor.report import Report
-from fastjepa.doctor.run import Link, Rate, Run, Verdict, amount, checkpoint_bytes, judge
 from fastjepa.doctor.suggest import Suggestion, applied, as_yaml, command, shares, suggest, what_to_do
-from fastjepa.ds_config import read_ds_config
+from fastjepa.engine.ds_config import read_ds_config
 from fastjepa.errors import CheckpointError, ConfigError
-from fastjepa.plan import count, usable_memory
-from fastjepa.run_folder import RunFolder
+from fastjepa.objectives.ijepa.costs import Stage
+from fastjepa.plan.planner import count, usable_memory
+from fastjepa.run.folder import RunFolder
 from fastjepa.train import DEFAULT_CONFIG
 from fastjepa_kernels import no_wishes
 
@@ -312,7 +312,7 @@ def _judge_folders(config: Config, images: int) -> Iterator[Finding]:
     held = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
     yield from installation.judge_folders(folder.path, cache_folder(), checkpoint_bytes(config), kept, held)
     try:
-        newest = checkpoint.latest(folder.checkpoints)
+        newest = latest(folder.checkpoints)
     except CheckpointError as error:
         yield Finding("checkpoint", "problem", str(error), "choose another output_dir, or repair the file")
         return

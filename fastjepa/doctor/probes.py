@@ -135,7 +135,7 @@ def pytorch() -> dict[str, Any]:
             facts["gpu_problem"] = str(error).strip().partition("\n")[0]
     try:
         import fastjepa.data
-        import fastjepa.engine
+        import fastjepa.engine.build
         import fastjepa.evaluate  # noqa: F401
     except ImportError as error:
         facts["import_problem"] = f"{type(error).__name__}: {error}"
@@ -183,9 +183,9 @@ def dali(rounds: int = 10) -> dict[str, Any]:
     import torch
 
     from fastjepa.config import DataConfig
-    from fastjepa.data.dali import DaliDecoder, dali_problem
-    from fastjepa.data.images import read_header
-    from fastjepa.data.turbo import TurboDecoder
+    from fastjepa.data.decode.cpu import TurboDecoder
+    from fastjepa.data.decode.dali import DaliDecoder, dali_problem
+    from fastjepa.data.decode.images import read_header
 
     if problem := dali_problem():
         return {"problem": problem}
@@ -217,8 +217,8 @@ def kernels(settings: Settings) -> dict[str, Any]:
 
     import fastjepa_kernels
     from fastjepa.config import KernelsConfig
-    from fastjepa.config_file import load_config
-    from fastjepa.engine import resolve_precision
+    from fastjepa.config.file import load_config
+    from fastjepa.engine.base import resolve_precision
     from fastjepa.errors import ConfigError
 
     run, device = load_config(*settings), _device()
@@ -261,11 +261,11 @@ def _small_loss(kernels: Any, device: torch.device) -> float:
     """Of the second step, in fp32: it passed every kernel forward and backward, and the optimizer."""
     import torch
 
-    from fastjepa.batch_sizes import BatchSizes
     from fastjepa.config import Config, DataConfig, ModelConfig
-    from fastjepa.engine import build_engine
-    from fastjepa.masks import sample_masks
-    from fastjepa.objective import build_model
+    from fastjepa.config.batch_sizes import BatchSizes
+    from fastjepa.engine.build import build_engine
+    from fastjepa.objectives.ijepa.masks import sample_masks
+    from fastjepa.objectives.ijepa.objective import build_model
 
     model = ModelConfig(embed_dim=64, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2, init="fan_in")
     data = DataConfig(image_size=96)
@@ -291,7 +291,7 @@ def loader(settings: Settings, threads: list[int], micro: int, seconds: float) -
         micro: images per batch.
         seconds: for each number of threads.
     """
-    from fastjepa.config_file import load_config
+    from fastjepa.config.file import load_config
     from fastjepa.data import open_dataset
     from fastjepa.errors import FastjepaError
 
@@ -372,12 +372,13 @@ def step(settings: Settings, sizes: list[int], threads: int, seconds: float, rea
 
     import torch
 
-    from fastjepa import costs
-    from fastjepa.batch_sizes import BatchSizes
-    from fastjepa.config_file import load_config
+    from fastjepa.config.batch_sizes import BatchSizes
+    from fastjepa.config.file import load_config
     from fastjepa.data import open_dataset
-    from fastjepa.engine import build_engine, resolve_precision
-    from fastjepa.objective import build_model
+    from fastjepa.engine.base import resolve_precision
+    from fastjepa.engine.build import build_engine
+    from fastjepa.objectives.ijepa import costs
+    from fastjepa.objectives.ijepa.objective import build_model
     from fastjepa.profiling import Steps, measure_ceilings, profile_steps, synthetic_batches
 
     config, device = load_config(*settings), _device()

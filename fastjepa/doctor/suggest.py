@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastjepa import costs
 from fastjepa.config import Savings
-from fastjepa.costs import STAGES, Stage
-from fastjepa.doctor.run import GIB, Run, Verdict, amount, judge, memory_formula
+from fastjepa.doctor.limits import GIB, Run, Verdict, amount, judge, memory_formula
 from fastjepa.errors import ConfigError
-from fastjepa.plan import recommend
+from fastjepa.objectives.ijepa import costs
+from fastjepa.objectives.ijepa.costs import STAGES, Stage
+from fastjepa.plan import zero
+from fastjepa.plan.planner import recommend
 
 _WORTH_IT = 1.05  # a smaller gain is within the error of measurements this short
 _DS_CONFIG = "--ds_config"
@@ -165,7 +166,7 @@ def _memory(run: Run) -> Iterator[Suggestion]:
     for config in (run.config, lean):
         for stage in stages:
             state, per_image = memory_formula(config, stage, run.ranks, bf16=run.bf16)
-            micro = costs.largest_micro_batch(per_image, run.memory - state, share)
+            micro = zero.largest_micro_batch(per_image, run.memory - state, share)
             if not micro:
                 continue
             fits = f"{(state + micro * per_image) / GIB:.1f} GiB"

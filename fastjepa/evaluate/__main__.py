@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from fastjepa.errors import FastjepaError
-from fastjepa.evaluate.run import evaluate_run
-from fastjepa.run_folder import RunFolder
+from fastjepa.evaluate.evaluation import evaluate_run
+from fastjepa.run.folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Vision transformer and predictor on packed tokens."""
 
-from fastjepa.models.predictor import Predictor
 from fastjepa.models.vision_transformer import VisionTransformer
+from fastjepa.objectives.ijepa.predictor import Predictor
 
 __all__ = ["Predictor", "VisionTransformer"]

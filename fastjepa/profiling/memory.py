@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastjepa.engine import Engine
+from fastjepa.engine.base import Engine
 
 
 @dataclass(frozen=True)

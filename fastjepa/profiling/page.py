@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastjepa.config_file import dump_config
+from fastjepa.config.file import dump_config
 from fastjepa.profiling.plots import Line, Piece, bars, line_plot, stacked_bar, strip_plot
 from fastjepa.profiling.steps import StepProfile
 from fastjepa.profiling.time_split import TimeSplit

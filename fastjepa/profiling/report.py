@@ -14,7 +14,7 @@ import torch
 from fastjepa.config import Config
 from fastjepa.profiling.page import page, readable_flops
 from fastjepa.profiling.steps import StepProfile
-from fastjepa.run_folder import writing
+from fastjepa.run.folder import writing
 
 KNEE = 0.95
 """Share of the best rate at which a larger micro batch is no longer worth its memory."""

@@ -22,18 +22,18 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastjepa import distributed
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
-from fastjepa.costs import Lengths, Tokens, flops_per_image
+from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data.loader import normalise
 from fastjepa.data.order import batch_positions
-from fastjepa.engine import Engine, resolve_precision
-from fastjepa.masks import MaskBatch, sample_masks
-from fastjepa.metrics import peak_memory
+from fastjepa.engine.base import Engine, resolve_precision
+from fastjepa.objectives.ijepa.costs import Lengths, Tokens, flops_per_image
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa.profiling.memory import Memory, measure_memory
 from fastjepa.profiling.time_split import DATA_WAIT, STEP, TimeSplit, split_time
 from fastjepa.profiling.timing import Ceilings, Timing, datasheet_teraflops, device_name, measure_ceilings, summary
-from fastjepa.run_folder import writing
+from fastjepa.run.folder import writing
+from fastjepa.run.meter import peak_memory
 
 
 class MicroBatch(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastjepa.host import cpu_name
-from fastjepa.plan import DEVICES
+from fastjepa.plan.datasheets import DEVICES
 
 _CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
 

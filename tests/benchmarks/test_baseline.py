@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.baseline import Baseline, BaselineIJEPA
-from fastjepa import slices
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import MaskConfig, OptimConfig
-from fastjepa.engine import build_engine
-from fastjepa.objective import build_model
-from tests.small import small_batch, small_config
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine import slices
+from fastjepa.engine.build import build_engine
+from fastjepa.objectives.ijepa.objective import build_model
+from tests.support.small import small_batch, small_config
 
 
 @pytest.mark.parametrize("mode", ["official", "ragged"])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
-from fastjepa.data.dali import dali_problem
+from fastjepa.data.decode.dali import dali_problem
 
 NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
 Pixels = npt.NDArray[np.uint8]

@@ -15,8 +15,8 @@ from PIL import Image
 import fastjepa.data.evaluation as evaluation
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import ImageDataset, evaluation_batches, open_dataset
-from fastjepa.data.decoders import choose_decoder
-from fastjepa.data.images import read_header
+from fastjepa.data.decode.choice import choose_decoder
+from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import central_boxes
 from fastjepa.data.reader import sizes_of
 

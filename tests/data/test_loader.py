@@ -21,14 +21,15 @@ from PIL import Image
 
 import fastjepa.data.loader as loader_module
 from fastjepa.config import Config, DataConfig
-from fastjepa.data import Batch, DataError, ImageDataset, Loader, decoders, open_dataset
-from fastjepa.data.dali import dali_problem
-from fastjepa.data.decoders import choose_decoder
-from fastjepa.data.images import read_header
+from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
+from fastjepa.data.decode import choice
+from fastjepa.data.decode.choice import choose_decoder
+from fastjepa.data.decode.cpu import TurboDecoder
+from fastjepa.data.decode.dali import dali_problem
+from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
 from fastjepa.data.reader import sizes_of
-from fastjepa.data.turbo import TurboDecoder
-from fastjepa.masks import sample_masks
+from fastjepa.objectives.ijepa.masks import sample_masks
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]
@@ -381,7 +382,7 @@ def test_memory_does_not_grow_with_the_steps(
 
 
 def test_on_a_cpu_auto_is_turbo_and_says_so_once(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    decoders._use_dali.cache_clear()
+    choice._use_dali.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), TurboDecoder)
@@ -398,16 +399,16 @@ def test_without_dali_auto_is_turbo_on_a_gpu_too_and_says_why_once(
     monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
     monkeypatch.setitem(sys.modules, "nvidia.dali", placeholder)
     assert "placeholder" in str(dali_problem())
-    decoders._use_dali.cache_clear()
+    choice._use_dali.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert not decoders._use_dali("auto", "cuda")
+            assert not choice._use_dali("auto", "cuda")
     (message,) = [message for message in caplog.messages if "decoded by" in message]
     assert "Pillow" in message
     assert "placeholder" in message
     with pytest.raises(ValueError, match=r"data\.loader = dali: .*placeholder.*fastjepa\[dali\].*turbo"):
         choose_decoder(make_config(loader="dali").data, CPU, 4, ThreadPoolExecutor(1))
-    decoders._use_dali.cache_clear()
+    choice._use_dali.cache_clear()
 
 
 # With a GPU

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data import worker_loader
-from tests.data.worker_loader import GLOBAL_BATCH, STEPS
+from tests.workers import loader
+from tests.workers.loader import GLOBAL_BATCH, STEPS
 
 NUM_IMAGES = 50  # four steps an epoch; two images are left out of each
 BAD = (7, 31)
@@ -78,7 +78,7 @@ class Run:
         """Step -> images in the order of the global batch, of the steps that all ranks did. Killed (SIGKILL) once a rank has
         done `kill_after` steps, wherever the others are."""
         outputs = [self._folder / f"{start_step}_{world_size}_{rank}.jsonl" for rank in range(world_size)]
-        command = [sys.executable, "-m", "tests.data.worker_loader", self._source]
+        command = [sys.executable, "-m", "tests.workers.loader", self._source]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         ranks = [
             subprocess.Popen([*command, str(output), str(rank), str(world_size), str(start_step)], env=environment)
@@ -107,7 +107,7 @@ def _steps(path: Path) -> dict[int, Any]:
 def test_killed_and_resumed_on_other_ranks_a_run_sees_what_an_uninterrupted_one_sees(kind: str, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     source = make_source(kind, tmp_path / "source")
-    worker_loader.main(source, tmp_path / "whole.jsonl", 0, 1, 0)
+    loader.main(source, tmp_path / "whole.jsonl", 0, 1, 0)
     whole = _steps(tmp_path / "whole.jsonl")
     assert list(whole) == list(range(STEPS))
     run, rng, start = Run(source, tmp_path / "killed"), random.Random(kind), 0

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 import fastjepa.__main__ as command_line
+from benchmarks.launch import ROOT
 from fastjepa.doctor import __main__ as doctor
 from fastjepa.doctor import examine
 from fastjepa.doctor.probes import Outcome
-from tests.tiny_run import ROOT, write_recipe
+from tests.support.tiny_run import write_recipe
 
 WORKS: dict[str, dict[str, Any]] = {
     "pytorch": {"version": "2.13.0", "cuda": None, "threads": 2, "cpu_bf16": False, "gpus": [], "gpu_problem": None},

@@ -10,7 +10,7 @@ import pytest
 
 from fastjepa.doctor import probes
 from fastjepa.doctor.probes import Running, outcome_of
-from tests.tiny_run import write_recipe
+from tests.support.tiny_run import write_recipe
 
 
 def test_a_probe_that_hangs_is_cut_off_with_all_that_it_started(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastjepa.models.layers import Block
-from fastjepa.objective import IJEPA, build_model
-from tests.small import small_batch, small_config
+from fastjepa.objectives.ijepa.objective import IJEPA, build_model
+from tests.support.small import small_batch, small_config
 
 
 def model_with(recompute: bool) -> IJEPA:

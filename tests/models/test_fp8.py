@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastjepa_kernels
-from fastjepa.batch_sizes import BatchSizes
-from fastjepa.compilation import compile_blocks
 from fastjepa.config import Config, ModelConfig
-from fastjepa.engine import build_engine
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.compilation import compile_blocks
 from fastjepa.errors import ConfigError
 from fastjepa.models.fp8 import check_fp8, fp8_linear, quantise, use_fp8
 from fastjepa.models.layers import Linear
-from fastjepa.objective import build_model
+from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa_kernels import Ragged
-from tests.small import small_batch, small_config
+from tests.support.small import small_batch, small_config
 
 
 @pytest.fixture

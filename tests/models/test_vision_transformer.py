@@ -10,7 +10,7 @@ from fastjepa.config import MODEL_SIZES, Config, DataConfig, ModelConfig
 from fastjepa.errors import ConfigError
 from fastjepa.models import Predictor, VisionTransformer
 from fastjepa.models.layers import Block, sincos_position_table
-from tests.small import small_config
+from tests.support.small import small_config
 
 BLOCK = [
     f"{layer}.{kind}"
@@ -65,7 +65,7 @@ def test_positions_follow_mae() -> None:
 
 
 def test_whole_images_equal_the_plain_encoder() -> None:
-    from tests import plain_ijepa
+    from tests.support import plain_ijepa
 
     config = small_config()
     model = VisionTransformer(config).double()

@@ -10,8 +10,8 @@ import pytest
 
 from fastjepa.profiling import DEFAULT_STEPS
 from fastjepa.train import main
-from tests.test_train_cli import LEARNT, TRAIN, output_of
-from tests.tiny_run import metrics, write_recipe
+from tests.support.tiny_run import metrics, write_recipe
+from tests.test_train import LEARNT, TRAIN, output_of
 
 FILES = {"report.html", "report.json", "report.csv", "operators.csv", "trace.json"}
 

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import throughput
 from fastjepa.config import Config, ModelConfig
-from fastjepa.costs import Tokens
 from fastjepa.errors import RunFolderError
+from fastjepa.objectives.ijepa.costs import Tokens
 from fastjepa.profiling import Ceilings, Memory, Operator, Part, StepProfile, TimeSplit, Timing
 from fastjepa.profiling.plots import nice_ticks
 from fastjepa.profiling.report import Report, format_profile
-from tests.small import small_config
-from tests.tiny_run import write_recipe
+from tests.support.small import small_config
+from tests.support.tiny_run import write_recipe
 
 HOSTILE = '<script>alert("x")</script>'
 OPERATORS = (

@@ -13,16 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa import costs
-from fastjepa.batch_sizes import BatchSizes
 from fastjepa.config import Config
-from fastjepa.costs import Lengths
-from fastjepa.engine import Engine, build_engine
-from fastjepa.masks import MaskBatch
-from fastjepa.objective import build_model
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.base import Engine
+from fastjepa.engine.build import build_engine
+from fastjepa.objectives.ijepa import costs
+from fastjepa.objectives.ijepa.costs import Lengths
+from fastjepa.objectives.ijepa.masks import MaskBatch
+from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.plan import zero
 from fastjepa.profiling import StepProfile, Steps, SyntheticBatch, profile_steps, synthetic_batches
 from fastjepa.profiling.timing import datasheet_teraflops
-from tests.small import small_config
+from tests.support.small import small_config
 
 STEPS = Steps(warmup=1, timed=3, traced=2)
 CPU = torch.device("cpu")
@@ -88,7 +90,7 @@ def test_the_split_adds_up_and_names_all_parts(profile: StepProfile) -> None:
 
 def test_memory_is_that_of_the_state(profile: StepProfile) -> None:
     encoder, predictor = costs.count_parameters(CONFIG)
-    state = costs.state_bytes(CONFIG, "torch", 1, bf16=False)
+    state = zero.state_bytes(CONFIG, "torch", 1, bf16=False)
     model = build_model(CONFIG)
     buffers = sum(b.nbytes for module in (model.context_encoder, model.predictor) for b in module.buffers())
     slack = 6 * 64 + 64  # the groups' flat buffers are padded, and count their updates

@@ -25,8 +25,8 @@ from typing import Literal
 
 from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset, printable
-from fastjepa.data.index import Listing, entries, indexed
 from fastjepa.data.sources.folder import is_image_name, list_folder
+from fastjepa.data.sources.index import Listing, entries, indexed
 from fastjepa.data.sources.list_file import list_list_file
 from fastjepa.data.sources.tables import list_tables
 from fastjepa.data.sources.webdataset import list_shards
@@ -85,7 +85,7 @@ def _split(source: str) -> dict[str, _Part]:
     if not source:
         raise DataError("expected the path of images, shards, tables or a list of files, or fashion_mnist")
     if source == "fashion_mnist":
-        from fastjepa.data.embedded import fashion_mnist  # here, not above: nobody else pays for unpacking it
+        from fastjepa.data.sources.embedded import fashion_mnist  # here, not above: nobody else pays for unpacking it
 
         return _split_folder(fashion_mnist())
     path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 (links stay as they are)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastjepa.data.dataset import Ints
-from fastjepa.data.images import describe
+from fastjepa.data.decode.images import describe
 from fastjepa.errors import DataError
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp")

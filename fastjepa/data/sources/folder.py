@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from fastjepa.data.dataset import ImageDataset, Ints, Strings
-from fastjepa.data.index import Listing, entries
+from fastjepa.data.sources.index import Listing, entries
 from fastjepa.errors import DataError
 
 # What is taken for an image, by its name; what it really is, its header says.

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.data.dataset import ImageDataset, Ints, Spans, Strings
-from fastjepa.data.index import Listing
 from fastjepa.data.sources.folder import is_image_name
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.labels import classes
 from fastjepa.data.sources.names import unique
 from fastjepa.errors import DataError

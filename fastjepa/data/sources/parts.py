@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastjepa.data.dataset import ImageDataset, Ints, Spans, Strings
-from fastjepa.data.index import Listing
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.labels import classes
 
 

@@ -15,8 +15,8 @@ from importlib.util import find_spec
 import numpy as np
 
 from fastjepa.data.dataset import Ints, Strings
-from fastjepa.data.index import Listing
 from fastjepa.data.sources import arrow
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.parts import Part, common_folder, join
 from fastjepa.data.sources.unpacked import Unpacked, require_space
 from fastjepa.errors import DataError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.data.dataset import Ints
-from fastjepa.data.index import cache_folder, temporary_folder
+from fastjepa.data.sources.index import cache_folder, temporary_folder
 from fastjepa.errors import DataError
 
 logger = logging.getLogger(__name__)

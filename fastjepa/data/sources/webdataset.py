@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastjepa.data.dataset import Strings
-from fastjepa.data.images import describe
-from fastjepa.data.index import Listing
+from fastjepa.data.decode.images import describe
 from fastjepa.data.sources.folder import IMAGE_EXTENSIONS, is_image_name
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.names import unique
 from fastjepa.data.sources.parts import Part, common_folder, join
 from fastjepa.data.sources.tar_members import BrokenTar, Member, TarReader

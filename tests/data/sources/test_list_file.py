@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.images import BadImage
+from fastjepa.data.decode.images import BadImage
 from fastjepa.data.sources.list_file import list_list_file
 from fastjepa.errors import DataError
 

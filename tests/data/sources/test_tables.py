@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.images import BadImage
-from fastjepa.data.index import Listing
+from fastjepa.data.decode.images import BadImage
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.tables import list_tables
 from fastjepa.errors import DataError
 

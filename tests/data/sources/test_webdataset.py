@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.index import Listing
+from fastjepa.data.sources.index import Listing
 from fastjepa.data.sources.webdataset import list_shards
 from fastjepa.errors import DataError
 

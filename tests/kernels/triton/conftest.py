@@ -53,7 +53,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         bf16_interpreter.install()
         emulation = emulated_triton()
     else:
-        from benchmarks.aot.launches import simulated
+        from benchmarks.proofs.aot.launches import simulated
 
         emulation = simulated(name)
     with emulation:

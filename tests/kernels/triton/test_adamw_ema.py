@@ -243,7 +243,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="about compiled code")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
     """38 bytes per element with everything, 14 for the average and its copy; 4 elements per thread and instruction."""
-    from benchmarks.aot.launches import simulated
+    from benchmarks.proofs.aot.launches import simulated
 
     n, warps = 3 * BLOCK, 3 * BLOCK // (4 * 32)
     state = state_of(n, CPU, torch.bfloat16)
@@ -271,8 +271,8 @@ def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp_path: Path) -> None:
     """The last two programs of such a launch, on sparse files of which only the touched pages exist."""
-    from benchmarks import ptxsim
-    from benchmarks.aot.launches import recorded
+    from benchmarks.proofs import ptxsim
+    from benchmarks.proofs.aot.launches import recorded
 
     n = 2**31 + BLOCK + 5
     tail = slice(2**31, n)

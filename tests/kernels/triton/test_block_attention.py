@@ -272,7 +272,7 @@ def test_rows_past_two_to_the_31_elements_are_found(engine: Engine) -> None:
 @compiled_only
 @pytest.mark.parametrize("longest", [100, 1024])
 def test_launches_for_many_sequences_stay_within_the_limits_of_a_grid(longest: int) -> None:
-    from benchmarks.aot.launches import recorded
+    from benchmarks.proofs.aot.launches import recorded
 
     num_seqs, heads = 4096, 16
     # Stored lengths of 0: nothing runs, grids come from the bounds
@@ -292,7 +292,7 @@ def test_launches_for_many_sequences_stay_within_the_limits_of_a_grid(longest: i
 @compiled_only
 def test_results_cannot_depend_on_the_order_of_programs() -> None:
     """No atomics, and no two programs write the same row, or the other tests would see sums missing."""
-    from benchmarks.aot.launches import recorded
+    from benchmarks.proofs.aot.launches import recorded
 
     names = set()
     for longest in (100, 200):
@@ -348,7 +348,7 @@ def test_more_sequences_than_a_grid_takes_are_refused(engine: Engine) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_tensor_crosses_memory_once(target: str) -> None:
     """A whole sequence of ViT-B's width: what is read and written, in bytes, is the formula, in sectors that are full."""
-    from benchmarks.aot.launches import simulated
+    from benchmarks.proofs.aot.launches import simulated
 
     tokens, heads, width = 92, 2, 64
     lengths = Ragged.uniform(1, tokens)
@@ -375,7 +375,7 @@ def test_every_tensor_crosses_memory_once(target: str) -> None:
 
 @compiled_only
 def test_four_thousand_sequences_most_of_them_empty() -> None:
-    from benchmarks.aot.launches import simulated
+    from benchmarks.proofs.aot.launches import simulated
 
     lengths = Ragged.from_lengths(torch.tensor([1, 0, 2, 0]).repeat(1024))
     qkv = torch.randn(lengths.total, 3, 1, 16).bfloat16().requires_grad_()

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.reference import mask_sampling_reference
-from tests.kernels.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
 from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
+from tests.support.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
 
 SEED, STEP = 2**63 + 12345, 2**32 - 2
 SAMPLES = [3, 2**33 + 1, 2**40 - 1, 0, 2**32 - 1]
@@ -161,7 +161,7 @@ def test_nothing_is_read_back_to_the_host(engine: Engine, mode: str, monkeypatch
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 def test_steps_share_the_compiled_kernels() -> None:
     """Whatever differs between the steps of a run: no value of it leads to a compilation of its own."""
-    from benchmarks.aot.launches import recorded
+    from benchmarks.proofs.aot.launches import recorded
 
     rules = mask_rules("multiblock", "ragged", 20, 20)
     with recorded("sm_80") as launches:

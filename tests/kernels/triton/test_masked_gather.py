@@ -228,7 +228,7 @@ def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
 def counts(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
     if INTERPRETED:
         pytest.skip("for the simulator")
-    from benchmarks.aot.launches import simulated
+    from benchmarks.proofs.aot.launches import simulated
 
     with simulated(request.param) as launches:
         yield launches

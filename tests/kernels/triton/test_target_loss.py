@@ -143,7 +143,7 @@ def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_row_is_read_once_and_only_the_gradient_is_written(target: str, dtype: torch.dtype) -> None:
-    from benchmarks.aot.launches import simulated
+    from benchmarks.proofs.aot.launches import simulated
 
     tokens, width = 8, 768
     predictions = torch.zeros(tokens, width, dtype=dtype, requires_grad=True)

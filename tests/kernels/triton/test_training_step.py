@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 import fastjepa_kernels
-from fastjepa.batch_sizes import BatchSizes
-from fastjepa.compilation import compile_blocks
 from fastjepa.config import Config, MaskConfig, ModelConfig
-from fastjepa.engine import TorchEngine
-from fastjepa.masks import MaskBatch, sample_masks
-from fastjepa.objective import build_model
-from fastjepa.optim import Schedule, set_schedule
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.compilation import compile_blocks
+from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.optim.schedule import Schedule, set_schedule
 from tests.kernels.triton.conftest import Engine
-from tests.small import small_batch, small_config
+from tests.support.small import small_batch, small_config
 
 ON_TORCH = {
     "masked_gather": "torch",

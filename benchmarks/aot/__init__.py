@@ -1,1 +1,0 @@
-"""What can be known of the Triton kernels without a GPU: python -m benchmarks.aot."""

@@ -1,0 +1,1 @@
+"""Checkpoints: the format, writing, saving in the background, restoring, resuming."""

@@ -1,0 +1,52 @@
+"""Loads a checkpoint into an engine, whatever world size and ZeRO stage wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastjepa import distributed
+from fastjepa.checkpoint.format import INDEX, MODEL, Reader, RunState, check_sums, read_index
+from fastjepa.engine.base import Engine
+from fastjepa.errors import CheckpointError
+
+
+@torch.no_grad()
+def load(checkpoint: Path, engine: Engine) -> RunState:
+    """Bring weights, moments and EMA back into the engine, whatever world size and stage wrote them. All ranks call it.
+
+    The ranks share out the files to verify, and nothing is written to the engine before all are.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint is incomplete or not as it was written. The engine is as it was.
+        CheckpointError: it is of another model or format. The engine is as it was.
+    """
+    with distributed.together():
+        index = read_index(checkpoint)
+        names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
+        check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
+        _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
+        reader = Reader(checkpoint, index)
+        parts = [
+            part
+            for piece in engine.pieces()
+            for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items()
+            for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
+        ]
+    with distributed.together():
+        for out, stored in parts:
+            out.copy_(stored())
+    engine.optimizer.updates = index["updates"]
+    engine.publish_weights()
+    return RunState(index["step"], index["config"], index["dataset"])
+
+
+def _check_same_model(checkpoint: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    for name in wanted | saved:
+        theirs, ours = saved.get(name), wanted.get(name)
+        if theirs is None or ours is None or list(theirs) != list(ours):
+            raise CheckpointError(
+                f"{checkpoint} is of another model: {name} is {theirs or 'absent'} there and {ours or 'absent'} in this "
+                "run. Use the configuration that it was trained with (config.yaml of its run), or another output_dir"
+            )

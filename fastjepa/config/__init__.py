@@ -1,0 +1,29 @@
+"""Settings of a run: the dataclasses, the file and command line that they are read from, and the shares of a batch."""
+
+from fastjepa.config.settings import (
+    MODEL_SIZES,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    MaskConfig,
+    ModelConfig,
+    ModelSize,
+    ObjectiveConfig,
+    OptimConfig,
+    Pair,
+    Savings,
+)
+
+__all__ = [
+    "MODEL_SIZES",
+    "Config",
+    "DataConfig",
+    "KernelsConfig",
+    "MaskConfig",
+    "ModelConfig",
+    "ModelSize",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "Pair",
+    "Savings",
+]

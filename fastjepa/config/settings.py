@@ -1,0 +1,370 @@
+"""Every setting of a run, typed: one frozen dataclass per component, nested in `Config`.
+
+The defaults are those of I-JEPA (Assran et al. 2023, appendix A.1; the official configuration where paper and code differ).
+`fastjepa.config.file` reads these from YAML and the command line. A value that cannot work is refused here, when the
+configuration is read, with the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from fastjepa.errors import ConfigError
+
+Pair = tuple[float, float]
+
+
+class ModelSize(NamedTuple):
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    predictor_depth: int
+
+
+# The paper's models (appendix A.1) and the official model code. A head dim of 64, but for huge (80) and giant (88).
+MODEL_SIZES = {
+    "vit_tiny": ModelSize(192, 12, 3, 4.0, 6),
+    "vit_small": ModelSize(384, 12, 6, 4.0, 6),
+    "vit_base": ModelSize(768, 12, 12, 4.0, 6),
+    "vit_large": ModelSize(1024, 24, 16, 4.0, 12),
+    "vit_huge": ModelSize(1280, 32, 16, 4.0, 12),
+    "vit_giant": ModelSize(1408, 40, 16, 48 / 11, 16),
+}
+
+
+def _require(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+def _require_range(key: str, value: Pair, low: float, high: float) -> None:
+    ok = low < value[0] <= value[1] <= high
+    _require(
+        ok, key, list(value), f"[min, max] with {low:g} < min <= max" + (f" <= {high:g}" if high < math.inf else "")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are cropped (no other augmentation: paper, section 4)."""
+
+    source: str = "fashion_mnist"
+    """A folder of images, tar shards (WebDataset), Arrow or Parquet files (Hugging Face), a text file that lists images, or
+    `fashion_mnist`, the set shipped in the package; see fastjepa.data.sources."""
+    val_source: str | None = None
+    """Held-out images for the probes; null: the source's own split, if it has one."""
+    image_size: int | tuple[int, int] = 224
+    """Height and width of a crop in pixels; one number means square."""
+    in_channels: int = 3
+    """3: RGB, 1: grey. Images are converted."""
+    crop_scale: Pair | None = (0.3, 1.0)
+    """Area of a random crop as a share of the image; null: the whole image is resized."""
+    crop_aspect: Pair = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of a random crop, drawn log-uniformly."""
+    flip: float = 0.0
+    """Probability that a crop is mirrored left to right. The official runs do not flip."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Per channel, of pixels in [0, 1]."""
+    loader: Literal["auto", "dali", "turbo"] = "auto"
+    """dali: NVIDIA DALI, on the GPU if there is one. turbo: libjpeg-turbo and Pillow on the CPU. auto: dali with a GPU where
+    it is installed, else turbo, which is the faster one on a CPU."""
+    pixels: Literal["uint8", "normalised"] = "uint8"
+    """What a batch holds. uint8: a quarter of the bytes; the model normalises the patches that it takes. normalised: fp32,
+    (x / 255 - mean) / std."""
+    dct_scaling: bool = True
+    """Where a crop has four times the pixels of the result a side, or more, it begins and ends at multiples of 2, 4 or 8
+    pixels, and turbo decodes a JPEG file at 1/2, 1/4 or 1/8 of its size. false: all crops as torchvision's, to the pixel."""
+    hw_decoder_load: float = 0.65
+    """dali on a GPU: share of the JPEG files for its hardware decoder (A100, H100 and newer); 0 turns it off."""
+    num_threads: int = 4
+    """Threads per rank that read and decode; DALI decodes with as many of its own."""
+    prefetch: int = 2
+    """Micro batches prepared ahead of the step."""
+    max_pixels: int = 100_000_000
+    """An image with more pixels is refused by its header, before it is decoded."""
+    max_bad_share: float = 0.01
+    """The run stops when more than this share of the data set's images, and more than one, have turned out bad; 0: at the
+    first."""
+
+    def __post_init__(self) -> None:
+        _require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
+        _require(self.in_channels > 0, "data.in_channels", self.in_channels, "a positive number")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            _require(
+                len(values) == self.in_channels,
+                f"data.{key}",
+                list(values),
+                f"{self.in_channels} values (data.in_channels)",
+            )
+        _require(min(self.std) > 0, "data.std", list(self.std), "positive values")
+        if self.crop_scale is not None:
+            _require_range("data.crop_scale", self.crop_scale, 0, 1)
+        _require_range("data.crop_aspect", self.crop_aspect, 0, math.inf)
+        for key in ("num_threads", "prefetch", "max_pixels"):
+            _require(getattr(self, key) > 0, f"data.{key}", getattr(self, key), "a positive number")
+        for key in ("flip", "hw_decoder_load", "max_bad_share"):
+            _require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a number from 0 to 1")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Vision transformer and predictor. null takes the named model's value."""
+
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = "vit_base"
+    patch_size: int = 16
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    """Also the number of heads of the predictor, as in the official code."""
+    mlp_ratio: float | None = None
+    predictor_embed_dim: int = 384
+    predictor_depth: int | None = None
+    init: Literal["official", "depth_rescale", "fan_in"] = "official"
+    """official: std 0.02 everywhere, as the released models were trained; depth_rescale: residual outputs of block l also
+    divided by sqrt(2 l); fan_in: std 1/sqrt(fan_in) with that rescale, which narrow models (32-64) need not to collapse."""
+    activation_checkpointing: bool = False
+    """Of each transformer block keep only its input for backward, which computes the rest again: the same numbers in much
+    less memory, for one more forward pass of the context encoder's and the predictor's blocks."""
+
+    def __post_init__(self) -> None:
+        for key, value in (*self.size._asdict().items(), ("patch_size", self.patch_size)):
+            _require(value > 0, f"model.{key}", value, "a positive number")
+        for key, width in (("embed_dim", self.size.embed_dim), ("predictor_embed_dim", self.predictor_embed_dim)):
+            heads = self.size.num_heads
+            _require(
+                width > 0 and width % heads == 0, f"model.{key}", width, f"a multiple of model.num_heads = {heads}"
+            )
+            _require(
+                width % 4 == 0, f"model.{key}", width, "a multiple of 4 (the 2-D sin-cos position table has 4 parts)"
+            )
+
+    @property
+    def size(self) -> ModelSize:
+        """The named model's size, with the values given here in place of its own."""
+        given = {key: getattr(self, key) for key in ModelSize._fields if getattr(self, key) is not None}
+        return MODEL_SIZES[self.name]._replace(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches are seen and which are predicted (paper, section 3 and Table 6)."""
+
+    mode: Literal["ragged", "official", "budget"] = "ragged"
+    """ragged: every sampled token is kept (packed sequences of different lengths). official: the distribution of the
+    released code, with its cut to the batch minimum. budget: a uniform random subset of `context_budget` of the context,
+    so that all shapes are static but for the size of a step's target blocks, and of their union."""
+    strategy: Literal["multiblock", "block", "random", "rasterized"] = "multiblock"
+    """multiblock: target blocks, context block minus targets. block: one target block, the rest is context. random: random
+    target patches, the rest is context. rasterized: one quadrant is context, the other three are targets."""
+    num_target_blocks: int = 4
+    """1 for block and random, 3 for rasterized."""
+    target_scale: Pair = (0.15, 0.2)
+    """Size of a target block as a share of the patches."""
+    target_aspect_ratio: Pair = (0.75, 1.5)
+    """Height / width of a target block, in patches."""
+    context_scale: Pair = (0.85, 1.0)
+    """Size of the context block as a share of the patches; it has the grid's aspect ratio."""
+    context_budget: float = 0.25
+    """budget mode: context tokens as a share of the patches."""
+    min_keep: int = 10
+    """A context of this many tokens or fewer is drawn again (multiblock). Settings under which every context would be so
+    small are refused."""
+
+    def __post_init__(self) -> None:
+        blocks = {"multiblock": None, "block": 1, "random": 1, "rasterized": 3}[self.strategy]
+        ok = self.num_target_blocks == blocks if blocks else self.num_target_blocks > 0
+        expected = f"{blocks} with masks.strategy = {self.strategy}" if blocks else "a positive number"
+        _require(ok, "masks.num_target_blocks", self.num_target_blocks, expected)
+        _require_range("masks.target_scale", self.target_scale, 0, 1)
+        _require_range("masks.target_aspect_ratio", self.target_aspect_ratio, 0, math.inf)
+        _require_range("masks.context_scale", self.context_scale, 0, 1)
+        _require(0 < self.context_budget < 1, "masks.context_budget", self.context_budget, "a share between 0 and 1")
+        _require(self.min_keep >= 0, "masks.min_keep", self.min_keep, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Work left out of the step without changing its outputs or gradients (each can be turned off to see that)."""
+
+    gather_before_embed: bool = True
+    """Embed the context patches only, not all patches of the image."""
+    target_last_block: bool = True
+    """Queries, projection and MLP of the target encoder's last block only for patches that some target block holds."""
+    predictor_last_block: bool = True
+    """The same in the predictor's last block, for the mask tokens."""
+    predictor_first_block: bool = True
+    """LayerNorm and QKV of the predictor's first block once per context token and mask position, not per target block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is predicted and how the error is measured (paper, Eq. 1)."""
+
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    """smooth_l1 (beta 1) is what the official code trains with; l2, the mean squared error, is what the paper writes."""
+    normalize_targets: bool = True
+    """LayerNorm without affine over each target's features."""
+    savings: Savings = field(default_factory=Savings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedules, and the EMA of the context encoder (paper, appendix A.1)."""
+
+    lr: float = 1e-3
+    """Peak learning rate, for the global batch size of the run (no scaling is applied)."""
+    start_lr: float = 2e-4
+    """At the start of the warm-up."""
+    final_lr: float = 1e-6
+    warmup_epochs: float = 40.0
+    weight_decay: float = 0.04
+    """At the start; cosine to final_weight_decay. None on biases and 1-D tensors."""
+    final_weight_decay: float = 0.4
+    betas: Pair = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_grad: float | None = None
+    """Largest global gradient norm; null: no clipping, as in the official code."""
+    ema_momentum: Pair = (0.996, 1.0)
+    """Weight of the old target at the start and at the end, linear between."""
+    schedule_scale: float = 1.0
+    """All schedules are stretched by this factor and cut at the end of the run (`ipe_scale` in the official code)."""
+
+    def __post_init__(self) -> None:
+        for key in ("lr", "start_lr", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
+            _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+        _require(0 <= min(self.betas) <= max(self.betas) < 1, "optim.betas", list(self.betas), "two values in [0, 1)")
+        _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        _require(
+            self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "a positive number or null"
+        )
+        m0, m1 = self.ema_momentum
+        _require(0 <= m0 <= m1 <= 1, "optim.ema_momentum", [m0, m1], "[start, end] with 0 <= start <= end <= 1")
+        _require(self.schedule_scale >= 1, "optim.schedule_scale", self.schedule_scale, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation of each operation of fastjepa_kernels runs. auto: Triton on a GPU, PyTorch elsewhere, chosen by
+    device, dtype and head dim and logged. One that cannot run is an error. The environment variable FASTJEPA_KERNELS
+    (operation=implementation,...) goes before these."""
+
+    masked_gather: Literal["auto", "triton", "torch"] = "auto"
+    block_attention: Literal["auto", "triton", "varlen", "buckets", "padded", "xformers"] = "auto"
+    """varlen: PyTorch's FlashAttention on packed sequences. buckets: one dense call per length (CPU). padded: dense, with a
+    mask."""
+    adamw_ema: Literal["auto", "triton", "torch", "apex"] = "auto"
+    mask_sampling: Literal["auto", "triton", "torch"] = "auto"
+    target_loss: Literal["auto", "triton", "torch"] = "auto"
+    linear: Literal["auto", "onednn", "torch"] = "auto"
+    """onednn: fp32 on a CPU with AVX-512. torch: PyTorch's, elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    output_dir: str = "runs/default"
+    """The run folder: config.yaml, metrics.jsonl, checkpoints/."""
+    epochs: float = 300.0
+    """Passes over the data; fractions allowed."""
+    global_batch_size: int = 2048
+    """Images per optimizer step over all ranks and micro batches: the run is the same on any number of GPUs (but for
+    masks.mode = official, whose cut depends on the micro batch)."""
+    micro_batch_size: int | None = None
+    """Images per rank at a time; null: the rank's whole share. The rest is gradient accumulation."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
+    bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
+    weights, activations and their gradients are bf16, with fp32 masters."""
+    target_precision: Literal["same", "fp8"] = "same"
+    """fp8: matrix products of the target encoder's blocks in e4m3, scaled by token and output channel, on GPUs of compute
+    capability 8.9 or newer. It changes the targets a little: see README."""
+    compile: Literal["auto", "none", "blocks", "cuda_graphs"] = "auto"
+    """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths
+    of sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at
+    ZeRO stage 3, which cannot, nor where the compiler fails, which is logged), none on a CPU, where it gains nothing.
+    cuda_graphs: the same, and each micro batch is replayed as a CUDA graph, for models and batches so small that the
+    GPU waits for the host; with plain PyTorch on a GPU, and with masks.mode = budget (not rasterized) and
+    objective.savings.target_last_block = false, so that all shapes are static."""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
+    of a checkpoint."""
+    log_interval: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_interval: int = 1000
+    """Steps between two checkpoints; one is always written at the end."""
+    keep_last: int = 3
+    """This many of the newest checkpoints are kept,"""
+    keep_every: int | None = None
+    """and those whose step is a multiple of this; null: no others."""
+    async_checkpoint: bool = True
+    """Checkpoints are written while training goes on, if the host memory has room for a copy of weights and optimizer."""
+    max_skipped_steps: int = 10
+    """A step with a loss or gradient that is not finite changes nothing; the run stops after this many of them in a row."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which the run stops, and says which rank is behind and where it is."""
+    evaluate: bool = True
+    """k-NN and linear probe at the end, if the source has labels and a held-out split."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")
+        for key in (
+            "epochs",
+            "global_batch_size",
+            "log_interval",
+            "checkpoint_interval",
+            "keep_last",
+            "max_skipped_steps",
+            "hang_timeout",
+        ):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+        every = self.keep_every
+        _require(every is None or every > 0, "keep_every", every, "a positive number or null")
+        static = (
+            self.masks.mode == "budget"
+            and self.masks.strategy != "rasterized"
+            and not self.objective.savings.target_last_block
+        )
+        _require(
+            self.compile != "cuda_graphs" or static,
+            "compile",
+            self.compile,
+            "masks.mode = budget, another masks.strategy than rasterized and objective.savings.target_last_block = false "
+            "with it: all shapes are static then",
+        )
+        micro = self.micro_batch_size
+        _require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")
+        h, w = self.data.image_hw
+        p = self.model.patch_size
+        _require(h % p == 0 and w % p == 0, "data.image_size", [h, w], f"multiples of model.patch_size = {p}")
+        from fastjepa.objectives.ijepa.masks import check_grid  # here, not above: masks imports this module
+
+        check_grid(self.masks, self.grid_h, self.grid_w)
+
+    @property
+    def grid_h(self) -> int:
+        return self.data.image_hw[0] // self.model.patch_size
+
+    @property
+    def grid_w(self) -> int:
+        return self.data.image_hw[1] // self.model.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_h * self.grid_w

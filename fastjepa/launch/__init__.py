@@ -1,0 +1,1 @@
+"""How the processes of a run were started and find one another."""

@@ -1,0 +1,1 @@
+"""I-JEPA (Assran et al. 2023): predict the target encoder's representations of masked blocks."""

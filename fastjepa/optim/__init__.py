@@ -1,0 +1,1 @@
+"""Parameter groups, schedules, and AdamW with the EMA of a source group."""

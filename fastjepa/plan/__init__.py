@@ -1,0 +1,1 @@
+"""`fastjepa plan`: which ZeRO stage and micro batch for a model on a number of GPUs."""

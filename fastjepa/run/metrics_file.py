@@ -1,0 +1,52 @@
+"""metrics.jsonl: one JSON object per line, which survives kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastjepa.errors import described
+from fastjepa.run.folder import writing
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line, flushed as it is written.
+
+    A run that resumes at step `first_step` drops the lines of later steps, which it is about to write again, and those that
+    are damaged, which is logged.
+
+    Raises:
+        RunFolderError: the file cannot be written (disk full, no permission).
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
+        temporary = path.with_name(f".{path.name}.tmp")
+        with writing(str(self._path), "Checkpoints are intact"):
+            temporary.write_bytes(b"".join(line + b"\n" for line in _lines_up_to(first_step, path)))
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: dict[str, Any]) -> None:
+        with writing(str(self._path), "Checkpoints are intact"):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:
+    """Of a run that may have been killed while writing the last line, or whose disk lost some."""
+    complete = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for number, line in enumerate(complete, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s: line %d is damaged and left out (%s)", path, number, described(error))

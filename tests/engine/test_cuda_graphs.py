@@ -1,0 +1,151 @@
+"""compile=cuda_graphs: the shapes of a step are static, and what is replayed trains as what is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import fastjepa_kernels
+from fastjepa.config import Config, KernelsConfig, MaskConfig, ObjectiveConfig, Savings
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.cuda_graphs import GraphedPasses
+from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.errors import ConfigError
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.objective import build_model
+from tests.engine.test_engines import no_waiting
+from tests.support.small import small_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_wishes() -> Iterator[None]:
+    yield
+    fastjepa_kernels.request({})
+
+
+def config_with(*, mode: str = "budget", target_last_block: bool = False, **changes: Any) -> Config:
+    return small_config(
+        masks=MaskConfig(mode=mode, min_keep=2),  # type: ignore[arg-type]
+        objective=ObjectiveConfig(savings=Savings(target_last_block=target_last_block)),
+        micro_batch_size=2,
+        **changes,
+    )
+
+
+def engine_on(device: torch.device, config: Config) -> TorchEngine:
+    engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), device, None)
+    assert isinstance(engine, TorchEngine)
+    return engine
+
+
+def batch(config: Config, step: int, number: int, device: torch.device = CPU) -> tuple[Tensor, MaskBatch]:
+    """Block sizes are those of the step, images and positions those of the number."""
+    images = torch.randn(2, 2, 24, 32, generator=torch.Generator().manual_seed(number))
+    indices = 2 * number + torch.arange(2)
+    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
+    return images.to(device), masks.to(device)
+
+
+class Shapes(TorchDispatchMode):
+    """Every operation, with the shapes and numbers that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "aten":
+            self.seen.append((func, *tree_map_only(Tensor, lambda x: (x.shape, x.stride()), (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "static"),
+    [({}, True), ({"target_last_block": True}, False), ({"mode": "ragged"}, False), ({"mode": "official"}, False)],
+    ids=["budget", "budget with the union", "ragged", "official"],
+)
+def test_all_shapes_of_forward_and_backward_are_static_in_budget_mode(changes: dict[str, Any], static: bool) -> None:
+    config = config_with(kernels=KernelsConfig(block_attention="padded"), **changes)
+    engine = engine_on(CPU, config)
+    logs = []
+    for number in range(4):
+        images, masks = batch(config, 3, number)
+        with Shapes() as shapes:
+            engine._forward_and_backward(images, masks)
+        logs.append(shapes.seen)
+    assert len(logs[0]) > 500
+    assert all(log == logs[0] for log in logs) == static
+
+
+def called_again(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """In the place of a capture: a replay calls what would have been captured."""
+    result = torch.full((), torch.nan)
+
+    def replay() -> None:
+        result.copy_(run())
+
+    return replay, result
+
+
+def test_replays_train_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with(compile="none")
+    plain, graphed = engine_on(CPU, config), engine_on(CPU, config)
+    captures: list[Callable[[], Tensor]] = []
+
+    def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        captures.append(run)
+        return called_again(run)
+
+    graphed._passes = GraphedPasses(graphed._forward_and_backward, capture)
+    losses, expected, sizes = [], [], []
+    for number in range(16):
+        images, masks = batch(config, number // 2, number)
+        sizes.append(masks.target.total)
+        expected.append(plain.micro_step(images, masks))
+        losses.append(graphed.micro_step(images, masks))
+        images.fill_(torch.nan)  # the loader uses its memory again
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    assert len(set(sizes)) > 1
+    assert len(captures) == len({size for size in sizes if sizes.count(size) > 1})
+
+
+@pytest.mark.parametrize("changes", [{"mode": "ragged"}, {"target_last_block": True}], ids=["ragged", "with the union"])
+def test_graphs_of_other_shapes_are_refused_when_the_configuration_is_read(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"compile = 'cuda_graphs': expected masks\.mode = budget, "):
+        config_with(compile="cuda_graphs", **changes)
+
+
+def test_graphs_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"CUDA graphs are for plain PyTorch \(no --ds_config\) on a GPU"):
+        engine_on(CPU, config_with(compile="cuda_graphs"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_replays_train_as_calls_do_and_never_wait(precision: str) -> None:
+    device = torch.device("cuda")
+    config = config_with(compile="cuda_graphs", precision=precision)
+    graphed, called = engine_on(device, config), engine_on(device, replace(config, compile="blocks"))
+    batches = [batch(config, number // 2, number, device) for number in range(40)]
+    expected = torch.stack([called.micro_step(*each) for each in batches])
+    sizes: list[int] = []
+    losses = []
+    for images, masks in batches:
+        sizes.append(masks.target.total)
+        if sizes.count(sizes[-1]) > 2:
+            with no_waiting():
+                losses.append(graphed.micro_step(images, masks))
+        else:
+            losses.append(graphed.micro_step(images, masks))
+    torch.testing.assert_close(torch.stack(losses), expected, rtol=1e-5 if precision == "fp32" else 1e-2, atol=0)
+    assert len(set(sizes)) > 1

@@ -1,0 +1,150 @@
+"""One rank of test_checkpoint: what two ranks write and read by DeepSpeed. The first writes what all have seen.
+
+usage: worker_checkpoint FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.proofs.equality import engine_steps, schedule, trajectory_config
+from fastjepa import distributed
+from fastjepa.checkpoint import restore, writer
+from fastjepa.checkpoint.format import RunState
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
+from fastjepa.errors import CheckpointError, DamagedCheckpointError
+from fastjepa.objectives.ijepa.objective import build_model
+
+STEPS = 3
+State = dict[str, dict[str, Tensor]]
+
+
+def zero_engine(folder: Path, stage: int, precision: str = "fp32", seed: int = 0) -> DeepSpeedEngine:
+    config = trajectory_config(precision=precision, seed=seed)
+    path = folder / f"zero{stage}.json"
+    if distributed.rank() == 0:
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    distributed.raise_together(None)
+    sizes = BatchSizes.share(config, distributed.world_size())
+    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), path)
+    assert isinstance(engine, DeepSpeedEngine)
+    return engine
+
+
+def train(engine: DeepSpeedEngine, first: int, last: int) -> None:
+    config = engine.model.config
+    world = distributed.world_size()
+    engine_steps(engine, config, BatchSizes.share(config, world), distributed.rank(), world, first, last)
+
+
+def gathered(engine: DeepSpeedEngine) -> State:
+    """weight, exp_avg and exp_avg_sq of every parameter, from the pieces of all ranks; no checkpoint involved."""
+    mine = []
+    for piece in engine.pieces():
+        for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items():
+            mine.append((kind, piece.name, piece.start, piece.view(tensor).clone()))
+    state: State = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    shapes = engine.parameter_shapes()
+    for pieces in distributed.gather_objects(mine):
+        for kind, name, start, values in pieces:
+            flat = state[kind].setdefault(name, torch.full(shapes[name], torch.nan)).view(-1)
+            flat[start : start + values.numel()] = values
+    return state
+
+
+def model_is_published(engine: DeepSpeedEngine, state: State) -> list[bool]:
+    """Per rank, whether the model's own weights are those of the state, in the model's precision."""
+    weights = dict(engine.model.named_parameters())
+    return distributed.gather_objects(
+        all(torch.equal(p, state["weight"][name].to(p.dtype)) for name, p in weights.items())
+    )
+
+
+def average_beside_float64(engine: DeepSpeedEngine) -> list[float]:
+    """Per rank, the largest difference of the EMA from a float64 average of the same masters, over a few steps."""
+    sources = {p.name: p for p in engine.pieces() if p.name.startswith("context_encoder.")}
+    targets = {p.name.replace("target_", "context_"): p for p in engine.pieces() if p.name.startswith("target_")}
+    exact = {name: piece.view(piece.tensor).double() for name, piece in targets.items()}
+    for step in range(STEPS):
+        train(engine, step, step + 1)
+        momentum = schedule(engine.model.config).at(step)["ema_momentum"]
+        for name, piece in sources.items():
+            exact[name] = momentum * exact[name] + (1 - momentum) * piece.view(piece.tensor).double()
+    errors = [(exact[name] - piece.view(piece.tensor)).abs().max().item() for name, piece in targets.items()]
+    return distributed.gather_objects(max(errors))
+
+
+def resumed_beside_uninterrupted(
+    checkpoint_: Path, stage: int, precision: str, uninterrupted: DeepSpeedEngine
+) -> tuple[State, State]:
+    """What another engine that loads the checkpoint comes to in some steps, and what the one that wrote it comes to."""
+    resumed = zero_engine(checkpoint_.parents[1], stage, precision, seed=1)
+    restore.load(checkpoint_, resumed)
+    for engine in (resumed, uninterrupted):
+        train(engine, STEPS, 2 * STEPS)
+    return gathered(resumed), gathered(uninterrupted)
+
+
+def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
+    """Per rank, the error of a save during which the second rank cannot write."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if distributed.rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        writer.save(folder, engine, RunState(STEPS + 1, {}, {}))
+        message = "saved"
+    except CheckpointError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return distributed.gather_objects(message)
+
+
+def errors_of_two_types() -> list[str]:
+    """Per rank, what is raised where both have an error, of another type each."""
+    try:
+        distributed.raise_together((CheckpointError, DamagedCheckpointError)[distributed.rank()]("lost"))
+        raised = "nothing"
+    except CheckpointError as error:
+        raised = f"{type(error).__name__}: {error}"
+    return distributed.gather_objects(raised)
+
+
+def main(folder: Path) -> None:
+    distributed.init()
+    results: dict[str, Any] = {}
+    reader = zero_engine(folder, 1)
+    for stage in (2, 3):
+        trained = zero_engine(folder, stage)
+        train(trained, 0, STEPS)
+        path = writer.save(folder / f"zero{stage}", trained, RunState(STEPS, {}, {}))
+        results[f"zero{stage}"] = gathered(trained)
+        restore.load(path, reader)
+        state = gathered(reader)
+        results[f"zero{stage} read by zero1"] = state, reader.optimizer.updates, model_is_published(reader, state)
+        if stage == 2:
+            results["full disk"] = save_with_a_full_disk(folder / "zero2", trained)
+        results[f"zero{stage} fp32 goes on"] = resumed_beside_uninterrupted(path, stage, "fp32", trained)
+    half = zero_engine(folder, 2, "bf16")
+    results["average"] = average_beside_float64(half)
+    results["bf16 dtypes"] = sorted({str(p.dtype) for p in half.model.parameters()})
+    results["bf16 published"] = model_is_published(half, gathered(half))
+    path = writer.save(folder / "bf16", half, RunState(STEPS, {}, {}))
+    results["zero2 bf16 goes on"] = resumed_beside_uninterrupted(path, 2, "bf16", half)
+    results["errors of two types"] = errors_of_two_types()
+    if distributed.rank() == 0:
+        torch.save(results, folder / "results.pt")
+    distributed.raise_together(None)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

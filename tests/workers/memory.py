@@ -1,0 +1,41 @@
+"""One process of test_train_cli: bytes of each tensor of training that is alive while the run is evaluated, per engine.
+
+usage: worker_memory RUN.yaml FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
+
+from torch import UntypedStorage
+
+from benchmarks.proofs.bytes import storages
+from fastjepa import distributed, train
+
+
+def main(recipe: str, folder: Path) -> None:
+    distributed.finish = distributed.let_go  # DeepSpeed remembers groups of ranks: they end with the process only
+    held: dict[str, list[int]] = {}
+    for engine in ("torch", "zero1", "zero2", "zero3"):
+        before = storages()
+
+        def look(*_: object, engine: str = engine, before: dict[int, UntypedStorage] = before) -> None:
+            import_module(
+                "fastjepa_kernels.masked_gather"
+            )._by_channel.cache_clear()  # mean and std, which are kept for all runs
+            held[engine] = [storage.nbytes() for address, storage in storages().items() if address not in before]
+
+        arguments = ["--config", recipe, f"output_dir={folder / engine}", "evaluate=true", "epochs=0.25"]
+        if engine != "torch":
+            arguments += ["--ds_config", f"configs/{engine}.json"]
+        with mock.patch("fastjepa.evaluate.evaluate_run", look):
+            assert train.main(arguments) == 0
+    (folder / "held.json").write_text(json.dumps(held))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,77 @@
+"""One rank of test_faults: goes on with a run on two ranks, by ZeRO 2 and then by ZeRO 3, stopped by a signal each time.
+
+usage: worker_other_ranks RECIPE RUN
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.launch import ROOT
+from fastjepa import distributed
+from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.config.file import load_config
+from fastjepa.data import Batch, open_dataset
+from fastjepa.engine.build import build_engine
+from fastjepa.errors import Preempted
+from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.run.folder import RunFolder
+from fastjepa.run.meter import Meter
+from fastjepa.run.stop_request import StopRequest
+from fastjepa.trainer import Trainer
+from tests.workers.loader import describe
+
+CONFIGS = ROOT / "configs"
+
+
+class Seeing(Trainer):
+    """Writes what each of its steps saw (identity, crop, pixels and masks of every image) to seen_RANK.jsonl."""
+
+    signal_in_step: int | None = None
+
+    def _next(self, batches: Iterator[Batch], meter: Meter) -> Batch:  # type: ignore[override]
+        batch = super()._next(batches, meter)
+        step = self.start_step + self._steps_seen
+        self._steps_seen += 1
+        with (self.folder.path / f"seen_{distributed.rank()}.jsonl").open("a") as file:
+            file.write(json.dumps([step, describe(batch)]) + "\n")
+        if step == self.signal_in_step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return batch
+
+    _steps_seen = 0
+
+
+def go_on(recipe: str, run: Path, stage: int | None, signal_in_step: int | None) -> None:
+    """Train, with plain PyTorch or ZeRO, up to the signal or to the end."""
+    # eps: as in benchmarks.proofs.equality, which says why.
+    config = load_config(recipe, [f"output_dir={run}", "keep_last=100", "optim.eps=1e-4"])
+    sizes = BatchSizes.share(config, distributed.world_size())
+    ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
+    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config)
+    folder, dataset = RunFolder(run), open_dataset(config.data, "train")
+    assert dataset is not None
+    folder.create()
+    trainer = Seeing(config, dataset, engine, sizes, folder)
+    trainer.signal_in_step = signal_in_step
+    with contextlib.suppress(Preempted), StopRequest() as stop_request:
+        trainer.run(stop_request)
+
+
+def main(recipe: str, run: Path) -> None:
+    distributed.init()
+    go_on(recipe, run, stage=2, signal_in_step=12)
+    go_on(recipe, run, stage=3, signal_in_step=20)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
