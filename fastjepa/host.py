@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+GIB = 2**30
+
 # Of both versions of control groups: the controller's name, where it is mounted, and its files of the limit and of what is
 # used, of which the pages in memory.stat that are cached files make room.
 _MEMORY_GROUPS = (
