@@ -8,7 +8,7 @@ configuration is read, with the key, the value and what was expected.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from fastjepa.errors import ConfigError
@@ -21,28 +21,33 @@ class ModelSize(NamedTuple):
     depth: int
     num_heads: int
     mlp_ratio: float
-    predictor_depth: int
 
 
-# The paper's models (appendix A.1) and the official model code. A head dim of 64, but for huge (80) and giant (88).
+# The paper's models (appendix A.1) and the official model code. Their head dim is 64, but 80 for huge and 88 for giant.
 MODEL_SIZES = {
-    "vit_tiny": ModelSize(192, 12, 3, 4.0, 6),
-    "vit_small": ModelSize(384, 12, 6, 4.0, 6),
-    "vit_base": ModelSize(768, 12, 12, 4.0, 6),
-    "vit_large": ModelSize(1024, 24, 16, 4.0, 12),
-    "vit_huge": ModelSize(1280, 32, 16, 4.0, 12),
-    "vit_giant": ModelSize(1408, 40, 16, 48 / 11, 16),
+    "vit_tiny": ModelSize(192, 12, 3, 4.0),
+    "vit_small": ModelSize(384, 12, 6, 4.0),
+    "vit_base": ModelSize(768, 12, 12, 4.0),
+    "vit_large": ModelSize(1024, 24, 16, 4.0),
+    "vit_huge": ModelSize(1280, 32, 16, 4.0),
+    "vit_giant": ModelSize(1408, 40, 16, 48 / 11),
 }
 
 
-def _require(ok: bool, key: str, value: object, expected: str) -> None:
+def require(ok: bool, key: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{key} = {value!r}: expected {expected}")
 
 
-def _require_range(key: str, value: Pair, low: float, high: float) -> None:
+def require_width(key: str, width: int, num_heads: int) -> None:
+    """Refuse a width of tokens that attention or the position table cannot divide."""
+    require(width > 0 and width % num_heads == 0, key, width, f"a multiple of model.num_heads = {num_heads}")
+    require(width % 4 == 0, key, width, "a multiple of 4 (the 2-D sin-cos position table has 4 parts)")
+
+
+def require_range(key: str, value: Pair, low: float, high: float) -> None:
     ok = low < value[0] <= value[1] <= high
-    _require(
+    require(
         ok, key, list(value), f"[min, max] with {low:g} < min <= max" + (f" <= {high:g}" if high < math.inf else "")
     )
 
@@ -92,23 +97,23 @@ class DataConfig:
     first."""
 
     def __post_init__(self) -> None:
-        _require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
-        _require(self.in_channels > 0, "data.in_channels", self.in_channels, "a positive number")
+        require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
+        require(self.in_channels > 0, "data.in_channels", self.in_channels, "a positive number")
         for key, values in (("mean", self.mean), ("std", self.std)):
-            _require(
+            require(
                 len(values) == self.in_channels,
                 f"data.{key}",
                 list(values),
                 f"{self.in_channels} values (data.in_channels)",
             )
-        _require(min(self.std) > 0, "data.std", list(self.std), "positive values")
+        require(min(self.std) > 0, "data.std", list(self.std), "positive values")
         if self.crop_scale is not None:
-            _require_range("data.crop_scale", self.crop_scale, 0, 1)
-        _require_range("data.crop_aspect", self.crop_aspect, 0, math.inf)
+            require_range("data.crop_scale", self.crop_scale, 0, 1)
+        require_range("data.crop_aspect", self.crop_aspect, 0, math.inf)
         for key in ("num_threads", "prefetch", "max_pixels"):
-            _require(getattr(self, key) > 0, f"data.{key}", getattr(self, key), "a positive number")
+            require(getattr(self, key) > 0, f"data.{key}", getattr(self, key), "a positive number")
         for key in ("flip", "hw_decoder_load", "max_bad_share"):
-            _require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a number from 0 to 1")
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "a number from 0 to 1")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -117,17 +122,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Vision transformer and predictor. null takes the named model's value."""
+    """The vision transformer. null takes the named model's value."""
 
     name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = "vit_base"
     patch_size: int = 16
     embed_dim: int | None = None
     depth: int | None = None
     num_heads: int | None = None
-    """Also the number of heads of the predictor, as in the official code."""
     mlp_ratio: float | None = None
-    predictor_embed_dim: int = 384
-    predictor_depth: int | None = None
     init: Literal["official", "depth_rescale", "fan_in"] = "official"
     """official: std 0.02 everywhere, as the released models were trained; depth_rescale: residual outputs of block l also
     divided by sqrt(2 l); fan_in: std 1/sqrt(fan_in) with that rescale, which narrow models (32-64) need not to collapse."""
@@ -137,15 +139,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key, value in (*self.size._asdict().items(), ("patch_size", self.patch_size)):
-            _require(value > 0, f"model.{key}", value, "a positive number")
-        for key, width in (("embed_dim", self.size.embed_dim), ("predictor_embed_dim", self.predictor_embed_dim)):
-            heads = self.size.num_heads
-            _require(
-                width > 0 and width % heads == 0, f"model.{key}", width, f"a multiple of model.num_heads = {heads}"
-            )
-            _require(
-                width % 4 == 0, f"model.{key}", width, "a multiple of 4 (the 2-D sin-cos position table has 4 parts)"
-            )
+            require(value > 0, f"model.{key}", value, "a positive number")
+        require_width("model.embed_dim", self.size.embed_dim, self.size.num_heads)
 
     @property
     def size(self) -> ModelSize:
@@ -155,65 +150,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """Which patches are seen and which are predicted (paper, section 3 and Table 6)."""
-
-    mode: Literal["ragged", "official", "budget"] = "ragged"
-    """ragged: every sampled token is kept (packed sequences of different lengths). official: the distribution of the
-    released code, with its cut to the batch minimum. budget: a uniform random subset of `context_budget` of the context,
-    so that all shapes are static but for the size of a step's target blocks, and of their union."""
-    strategy: Literal["multiblock", "block", "random", "rasterized"] = "multiblock"
-    """multiblock: target blocks, context block minus targets. block: one target block, the rest is context. random: random
-    target patches, the rest is context. rasterized: one quadrant is context, the other three are targets."""
-    num_target_blocks: int = 4
-    """1 for block and random, 3 for rasterized."""
-    target_scale: Pair = (0.15, 0.2)
-    """Size of a target block as a share of the patches."""
-    target_aspect_ratio: Pair = (0.75, 1.5)
-    """Height / width of a target block, in patches."""
-    context_scale: Pair = (0.85, 1.0)
-    """Size of the context block as a share of the patches; it has the grid's aspect ratio."""
-    context_budget: float = 0.25
-    """budget mode: context tokens as a share of the patches."""
-    min_keep: int = 10
-    """A context of this many tokens or fewer is drawn again (multiblock). Settings under which every context would be so
-    small are refused."""
-
-    def __post_init__(self) -> None:
-        blocks = {"multiblock": None, "block": 1, "random": 1, "rasterized": 3}[self.strategy]
-        ok = self.num_target_blocks == blocks if blocks else self.num_target_blocks > 0
-        expected = f"{blocks} with masks.strategy = {self.strategy}" if blocks else "a positive number"
-        _require(ok, "masks.num_target_blocks", self.num_target_blocks, expected)
-        _require_range("masks.target_scale", self.target_scale, 0, 1)
-        _require_range("masks.target_aspect_ratio", self.target_aspect_ratio, 0, math.inf)
-        _require_range("masks.context_scale", self.context_scale, 0, 1)
-        _require(0 < self.context_budget < 1, "masks.context_budget", self.context_budget, "a share between 0 and 1")
-        _require(self.min_keep >= 0, "masks.min_keep", self.min_keep, "0 or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Savings:
-    """Work left out of the step without changing its outputs or gradients (each can be turned off to see that)."""
-
-    gather_before_embed: bool = True
-    """Embed the context patches only, not all patches of the image."""
-    target_last_block: bool = True
-    """Queries, projection and MLP of the target encoder's last block only for patches that some target block holds."""
-    predictor_last_block: bool = True
-    """The same in the predictor's last block, for the mask tokens."""
-    predictor_first_block: bool = True
-    """LayerNorm and QKV of the predictor's first block once per context token and mask position, not per target block."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is predicted and how the error is measured (paper, Eq. 1)."""
+    """What is learnt. Each method has a dataclass of its own, derived from this one, in its room of fastjepa.objectives."""
 
-    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
-    """smooth_l1 (beta 1) is what the official code trains with; l2, the mean squared error, is what the paper writes."""
-    normalize_targets: bool = True
-    """LayerNorm without affine over each target's features."""
-    savings: Savings = field(default_factory=Savings)
+    name: str
+    """The method: ijepa."""
+
+    def check(self, config: Config) -> None:
+        """Check these settings against those of the run that holds them.
+
+        Raises:
+            ConfigError: they cannot work together.
+        """
+
+    def resolved(self, config: Config) -> ObjectiveConfig:
+        """The same settings with every null that stands for a named model's value replaced by that value."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,15 +192,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for key in ("lr", "start_lr", "final_lr", "warmup_epochs", "weight_decay", "final_weight_decay"):
-            _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
-        _require(0 <= min(self.betas) <= max(self.betas) < 1, "optim.betas", list(self.betas), "two values in [0, 1)")
-        _require(self.eps > 0, "optim.eps", self.eps, "a positive number")
-        _require(
+            require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
+        require(0 <= min(self.betas) <= max(self.betas) < 1, "optim.betas", list(self.betas), "two values in [0, 1)")
+        require(self.eps > 0, "optim.eps", self.eps, "a positive number")
+        require(
             self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", self.clip_grad, "a positive number or null"
         )
         m0, m1 = self.ema_momentum
-        _require(0 <= m0 <= m1 <= 1, "optim.ema_momentum", [m0, m1], "[start, end] with 0 <= start <= end <= 1")
-        _require(self.schedule_scale >= 1, "optim.schedule_scale", self.schedule_scale, "1 or more")
+        require(0 <= m0 <= m1 <= 1, "optim.ema_momentum", [m0, m1], "[start, end] with 0 <= start <= end <= 1")
+        require(self.schedule_scale >= 1, "optim.schedule_scale", self.schedule_scale, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,13 +269,12 @@ class Config:
     """k-NN and linear probe at the end, if the source has labels and a held-out split."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")
         for key in (
             "epochs",
             "global_batch_size",
@@ -333,29 +284,20 @@ class Config:
             "max_skipped_steps",
             "hang_timeout",
         ):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive number")
         every = self.keep_every
-        _require(every is None or every > 0, "keep_every", every, "a positive number or null")
-        static = (
-            self.masks.mode == "budget"
-            and self.masks.strategy != "rasterized"
-            and not self.objective.savings.target_last_block
-        )
-        _require(
-            self.compile != "cuda_graphs" or static,
-            "compile",
-            self.compile,
-            "masks.mode = budget, another masks.strategy than rasterized and objective.savings.target_last_block = false "
-            "with it: all shapes are static then",
-        )
+        require(every is None or every > 0, "keep_every", every, "a positive number or null")
         micro = self.micro_batch_size
-        _require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")
+        require(micro is None or micro > 0, "micro_batch_size", micro, "a positive number or null")
         h, w = self.data.image_hw
         p = self.model.patch_size
-        _require(h % p == 0 and w % p == 0, "data.image_size", [h, w], f"multiples of model.patch_size = {p}")
-        from fastjepa.objectives.ijepa.masks import check_grid  # here, not above: masks imports this module
+        require(h % p == 0 and w % p == 0, "data.image_size", [h, w], f"multiples of model.patch_size = {p}")
+        self.objective.check(self)
 
-        check_grid(self.masks, self.grid_h, self.grid_w)
+    def resolved(self) -> Config:
+        """The same run with every null that stands for a named model's value replaced by that value: for records."""
+        model = replace(self.model, **self.model.size._asdict())
+        return replace(self, model=model, objective=self.objective.resolved(self))
 
     @property
     def grid_h(self) -> int:

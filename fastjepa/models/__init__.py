@@ -1,6 +1,1 @@
-"""Vision transformer and predictor on packed tokens."""
-
-from fastjepa.models.vision_transformer import VisionTransformer
-from fastjepa.objectives.ijepa.predictor import Predictor
-
-__all__ = ["Predictor", "VisionTransformer"]
+"""The vision transformer on packed tokens, which every method builds on."""

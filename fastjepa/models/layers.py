@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastjepa_kernels import Ragged, block_attention, block_attention_packed, linear, masked_gather
 
+LAYER_NORM_EPS = 1e-6
+
 
 @dataclass(frozen=True)
 class TokenSubset:
@@ -83,9 +85,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
     def forward(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastjepa.config import Config
-from fastjepa.models.layers import Block, TokenSubset, init_weights, run_block, sincos_position_table
+from fastjepa.config import DataConfig, ModelConfig
+from fastjepa.models.layers import LAYER_NORM_EPS, Block, TokenSubset, init_weights, run_block, sincos_position_table
 from fastjepa_kernels import Ragged, gather_add, gather_patches, linear
 
 
@@ -36,18 +36,18 @@ class VisionTransformer(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, model: ModelConfig, data: DataConfig) -> None:
         super().__init__()
-        size = config.model.size
-        self.in_channels, self.patch_size = config.data.in_channels, config.model.patch_size
-        self.mean, self.std = config.data.mean, config.data.std
-        self.grid_h, self.grid_w = config.grid_h, config.grid_w
-        self.recompute = config.model.activation_checkpointing
+        size = model.size
+        self.in_channels, self.patch_size = data.in_channels, model.patch_size
+        self.mean, self.std = data.mean, data.std
+        self.grid_h, self.grid_w = (pixels // model.patch_size for pixels in data.image_hw)
+        self.recompute = model.activation_checkpointing
         self.patch_embed = PatchEmbed(self.in_channels, size.embed_dim, self.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(size.embed_dim, self.grid_h, self.grid_w))
         self.blocks = nn.ModuleList(Block(size.embed_dim, size.num_heads, size.mlp_ratio) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
-        init_weights(self, self.blocks, config.model.init)
+        self.norm = nn.LayerNorm(size.embed_dim, eps=LAYER_NORM_EPS)
+        init_weights(self, self.blocks, model.init)
 
     def patches(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
         """Images [B, C, H, W] -> rows of their patches [B * N, C * p * p], or of those at `indices`, int64 [T]: as the

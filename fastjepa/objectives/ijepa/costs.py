@@ -6,58 +6,21 @@ All of it is arithmetic on a `Config`: no model is built and no GPU is looked at
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fastjepa.config import Config, MaskConfig
+from fastjepa.config import Config
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.settings import PREDICTOR_MLP_RATIO, IJEPAConfig
 from fastjepa_kernels import Ragged
 
-Stage = Literal["torch", 0, 1, 2, 3]
-
-"""Plain PyTorch, or a ZeRO stage."""
-
-
-STAGES: tuple[Stage, ...] = ("torch", 0, 1, 2, 3)
-
-
-FP32, BF16 = 4, 2
-
-
-@functools.lru_cache
-def parameter_sizes(config: Config) -> dict[str, list[int]]:
-    """Parameter group (as in `fastjepa.optim.groups.param_groups`) -> elements of each of its parameters."""
-    size, width = config.model.size, config.model.predictor_embed_dim
-
-    def vit(dim: int, depth: int, hidden: int) -> tuple[list[int], list[int]]:
-        matrices = [3 * dim * dim, dim * dim, dim * hidden, hidden * dim]
-        vectors = [dim, dim, 3 * dim, dim, dim, dim, hidden, dim]  # norm1, qkv, proj, norm2, fc1, fc2
-        return matrices * depth, vectors * depth + [dim, dim]
-
-    dim = size.embed_dim
-    decay, no_decay = vit(dim, size.depth, round(dim * size.mlp_ratio))
-    decay, no_decay = [config.data.in_channels * config.model.patch_size**2 * dim, *decay], [dim, *no_decay]
-    narrow, narrow_vectors = vit(width, size.predictor_depth, 4 * width)
-    return {
-        "encoder_decay": decay,
-        "encoder_no_decay": no_decay,
-        # mask_token, predictor_embed, blocks, predictor_proj
-        "predictor_decay": [width, dim * width, *narrow, width * dim],
-        "predictor_no_decay": [width, *narrow_vectors, dim],
-        "target_decay": decay,
-        "target_no_decay": no_decay,
-    }
-
-
-def count_parameters(config: Config) -> tuple[int, int]:
-    """Parameters of the encoder (the target encoder has as many) and of the predictor."""
-    sizes = {group: sum(numels) for group, numels in parameter_sizes(config).items()}
-    return sizes["encoder_decay"] + sizes["encoder_no_decay"], sizes["predictor_decay"] + sizes["predictor_no_decay"]
+_FP32, _BF16 = 4, 2  # bytes
 
 
 class Tokens(NamedTuple):
-    """Per image. The sums of squares are of sequence lengths: what attention costs."""
+    """Tokens per image. The sums of squares are of sequence lengths: attention costs as much."""
 
     patches: int
     context: float
@@ -72,8 +35,8 @@ class Tokens(NamedTuple):
     """Context tokens, and the mask tokens of all positions, which the images of a micro batch share."""
 
 
-class Lengths(NamedTuple):
-    """What the arithmetic of a micro batch depends on: its masks without their indices."""
+class MaskLengths(NamedTuple):
+    """The lengths of a micro batch's sequences: its masks without their indices."""
 
     images: int
     patches: int
@@ -83,8 +46,15 @@ class Lengths(NamedTuple):
     predictor: Ragged
 
     @staticmethod
-    def of(masks: MaskBatch) -> Lengths:
-        return Lengths(masks.num_images, masks.num_patches, masks.context, masks.target, masks.union, masks.predictor)
+    def of(masks: MaskBatch) -> MaskLengths:
+        return MaskLengths(
+            masks.num_images,
+            masks.num_patches,
+            masks.context_lengths,
+            masks.target_lengths,
+            masks.union_lengths,
+            masks.predictor_lengths,
+        )
 
     def tokens(self) -> Tokens:
         """Reads the lengths back from the device."""
@@ -102,7 +72,7 @@ def sample_tokens(masks: MaskConfig, grid_h: int, grid_w: int) -> tuple[Tokens, 
     step, so some steps are heavier than others."""
     steps, indices = 64, torch.arange(128)
     batches = (sample_masks(masks, grid_h, grid_w, seed=0, step=step, sample_indices=indices) for step in range(steps))
-    sampled = [Lengths.of(batch).tokens() for batch in batches]
+    sampled = [MaskLengths.of(batch).tokens() for batch in batches]
     mean = Tokens(grid_h * grid_w, *(sum(column) / steps for column in list(zip(*sampled, strict=True))[1:]))
     return mean, max(sampled, key=lambda tokens: tokens.predictor)
 
@@ -120,11 +90,12 @@ class Flops(NamedTuple):
 
 
 def forward_flops(config: Config, tokens: Tokens) -> Flops:
-    size, width, savings = config.model.size, config.model.predictor_embed_dim, config.objective.savings
+    size, settings = config.model.size, IJEPAConfig.of(config)
+    width, savings, depth = settings.predictor_embed_dim, settings.savings, settings.depth_of_predictor(config.model.name)
     dim, ratio, patches = size.embed_dim, size.mlp_ratio, tokens.patches
 
-    def blocks(dim: int, ratio: float, depth: int, tokens: float, squares: float) -> float:
-        return depth * (2 * dim * dim * (4 + 2 * ratio) * tokens + 4 * dim * squares)
+    def blocks(dim: int, ratio: float, count: int, tokens: float, squares: float) -> float:
+        return count * (2 * dim * dim * (4 + 2 * ratio) * tokens + 4 * dim * squares)
 
     def last(dim: int, ratio: float, tokens: float, asking: float, pairs: float) -> float:
         return 2 * dim * dim * (2 * tokens + (2 + 2 * ratio) * asking) + 4 * dim * pairs
@@ -135,19 +106,19 @@ def forward_flops(config: Config, tokens: Tokens) -> Flops:
     target += last(dim, ratio, patches, asking, asking * patches)
     embedded = tokens.context if savings.gather_before_embed else patches
     context = blocks(dim, ratio, size.depth, tokens.context, tokens.context_squares)
-    predictor = blocks(width, 4.0, size.predictor_depth - 1, tokens.predictor, tokens.predictor_squares)
+    predictor = blocks(width, PREDICTOR_MLP_RATIO, depth - 1, tokens.predictor, tokens.predictor_squares)
     if savings.predictor_first_block:  # QKV of distinct tokens; of the last block, KV
-        products = 4 if size.predictor_depth == 1 and savings.predictor_last_block else 6
+        products = 4 if depth == 1 and savings.predictor_last_block else 6
         predictor -= products * width * width * (tokens.predictor - tokens.predictor_distinct)
     if savings.predictor_last_block:
-        predictor += last(width, 4.0, tokens.predictor, tokens.target, tokens.predictor_target_pairs)
+        predictor += last(width, PREDICTOR_MLP_RATIO, tokens.predictor, tokens.target, tokens.predictor_target_pairs)
     else:
-        predictor += blocks(width, 4.0, 1, tokens.predictor, tokens.predictor_squares)
+        predictor += blocks(width, PREDICTOR_MLP_RATIO, 1, tokens.predictor, tokens.predictor_squares)
     ends = 2 * dim * width * (tokens.context + tokens.target)
     return Flops(target, context, predictor, ends, 2 * dim * pixels * embedded)
 
 
-def flops_per_image(config: Config, tokens: Tokens, *, recomputed: bool = True) -> float:
+def step_flops(config: Config, tokens: Tokens, *, recomputed: bool = True) -> float:
     """Of one training step: target forward, three times context and predictor (four with activation checkpointing).
 
     Args:
@@ -158,18 +129,19 @@ def flops_per_image(config: Config, tokens: Tokens, *, recomputed: bool = True) 
     return forward.target + passes * (forward.context + forward.predictor) + 3 * forward.ends + 2 * forward.embedding
 
 
-def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
+def kept_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) -> float:
     """Activations that are kept for the backward pass, per image.
 
     A block keeps, per token and in units of the width: its input, norm1, q, k, v, the attention's output, the sum, norm2,
     and the MLP's hidden layer before and after GELU, 8 + 2 ratio in all; statistics of LayerNorm and softmax in fp32.
     With activation checkpointing, the inputs of the blocks alone.
     """
-    size, width, savings = config.model.size, config.model.predictor_embed_dim, config.objective.savings
+    size, settings = config.model.size, IJEPAConfig.of(config)
+    width, savings, depth = settings.predictor_embed_dim, settings.savings, settings.depth_of_predictor(config.model.name)
     dim, ratio = size.embed_dim, size.mlp_ratio
-    low = BF16 if bf16 else FP32
-    residual = FP32 if bf16 and stage in ("torch", 0) else low  # autocast: LayerNorm reads and writes fp32
-    statistics = FP32 * (4 + size.num_heads)
+    low = _BF16 if bf16 else _FP32
+    residual = _FP32 if autocast else low  # under autocast LayerNorm reads and writes fp32
+    statistics = _FP32 * (4 + size.num_heads)
 
     def block(dim: int, ratio: float, tokens: float) -> float:
         return tokens * (2 * residual * dim + low * (6 + 2 * ratio) * dim + statistics)
@@ -180,11 +152,11 @@ def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = Tru
         return keys + asking * (dim * (residual + low * (4 + 2 * ratio)) + statistics)
 
     context = [block(dim, ratio, tokens.context)] * size.depth
-    predictor = [block(width, 4.0, tokens.predictor)] * size.predictor_depth
-    if savings.predictor_first_block and size.predictor_depth > 1:
+    predictor = [block(width, PREDICTOR_MLP_RATIO, tokens.predictor)] * depth
+    if savings.predictor_first_block and depth > 1:
         predictor[0] -= (tokens.predictor - tokens.context) * width * (residual + low)
     if savings.predictor_last_block:
-        predictor[-1] = last(width, 4.0, tokens.predictor, tokens.target)
+        predictor[-1] = last(width, PREDICTOR_MLP_RATIO, tokens.predictor, tokens.target)
     pixels = config.data.in_channels * config.model.patch_size**2
     embedded = tokens.context if savings.gather_before_embed else tokens.patches
     ends = embedded * low * pixels + tokens.context * dim * (residual + low)
@@ -192,18 +164,18 @@ def kept_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = Tru
     ends += tokens.target * (width * (residual + low) + low * dim) + features * low * dim
     if not config.model.activation_checkpointing:
         return sum(context) + sum(predictor) + ends
-    rows = size.predictor_depth * tokens.predictor
+    rows = depth * tokens.predictor
     if savings.predictor_first_block:
         rows -= tokens.predictor - tokens.context
     return residual * (size.depth * dim * tokens.context + width * rows) + ends
 
 
-def activation_bytes(config: Config, tokens: Tokens, stage: Stage, *, bf16: bool = True) -> float:
+def activation_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) -> float:
     """Per image of a micro batch at the worst moment: what is kept, and the gradients within one block's MLP (with
     activation checkpointing, all of one block); or the forward pass of the target encoder."""
-    size, width = config.model.size, config.model.predictor_embed_dim
-    low, dim, ratio = BF16 if bf16 else FP32, size.embed_dim, size.mlp_ratio
-    kept = kept_bytes(config, tokens, stage, bf16=bf16)
+    size, width = config.model.size, IJEPAConfig.of(config).predictor_embed_dim
+    low, dim, ratio = _BF16 if bf16 else _FP32, size.embed_dim, size.mlp_ratio
+    kept = kept_bytes(config, tokens, bf16=bf16, autocast=autocast)
     block = (2 + 2 * ratio, 10) if not config.model.activation_checkpointing else (10 + 4 * ratio, 26)
     working = low * max(block[0] * dim * tokens.context, block[1] * width * tokens.predictor)
     return max(kept + working, low * (5 + 2 * ratio) * dim * tokens.patches)

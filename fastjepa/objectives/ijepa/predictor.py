@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastjepa.config import Config
-from fastjepa.models.layers import Block, Linear, TokenSubset, init_weights, run_block, sincos_position_table
+from fastjepa.config import ModelConfig
+from fastjepa.models.layers import (
+    LAYER_NORM_EPS,
+    Block,
+    Linear,
+    TokenSubset,
+    init_weights,
+    run_block,
+    sincos_position_table,
+)
 from fastjepa.objectives.ijepa.masks import MaskBatch
+from fastjepa.objectives.ijepa.settings import PREDICTOR_MLP_RATIO, IJEPAConfig
 from fastjepa_kernels import gather_add, masked_gather
 
 
@@ -16,20 +25,20 @@ class Predictor(nn.Module):
 
     predictor_pos_embed: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, settings: IJEPAConfig, model: ModelConfig, grid_h: int, grid_w: int) -> None:
         super().__init__()
-        size, dim = config.model.size, config.model.predictor_embed_dim
-        self.savings = config.objective.savings
-        self.recompute = config.model.activation_checkpointing
+        size, dim = model.size, settings.predictor_embed_dim
+        self.savings = settings.savings
+        self.recompute = model.activation_checkpointing
         self.predictor_embed = Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
+        self.register_buffer("predictor_pos_embed", sincos_position_table(dim, grid_h, grid_w))
         self.predictor_blocks = nn.ModuleList(
-            Block(dim, size.num_heads, mlp_ratio=4.0) for _ in range(size.predictor_depth)
+            Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(settings.depth_of_predictor(model.name))
         )
-        self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predictor_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.predictor_proj = Linear(dim, size.embed_dim)
-        init_weights(self, self.predictor_blocks, config.model.init)
+        init_weights(self, self.predictor_blocks, model.init)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.04, b=0.04)
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
@@ -43,12 +52,12 @@ class Predictor(nn.Module):
         if not self.savings.predictor_first_block:
             tokens, source_rows = masked_gather(distinct, masks.predictor_rows), None
 
-        targets = TokenSubset(masks.predictor_target_rows, masks.target)
+        targets = TokenSubset(masks.predictor_target_rows, masks.target_lengths)
         last = len(self.predictor_blocks) - 1
         for index, block in enumerate(self.predictor_blocks):
             subset = targets if index == last and self.savings.predictor_last_block else None
             tokens = run_block(
-                block, tokens, masks.predictor, recompute=self.recompute, source_rows=source_rows, subset=subset
+                block, tokens, masks.predictor_lengths, recompute=self.recompute, source_rows=source_rows, subset=subset
             )
             source_rows = None
         if not self.savings.predictor_last_block:

@@ -1,0 +1,237 @@
+"""The contract between a method and the rest of fastjepa.
+
+A method is a room of `fastjepa.objectives` with three things, which `registry` finds by `objective.name`:
+
+- its settings, a dataclass derived from `fastjepa.config.ObjectiveConfig`;
+- a `Method`, which is cheap and holds no weights: what the loader prepares, which kernels run, what a step costs;
+- an `Objective`, the networks: its forward pass is the loss.
+
+Loader, engine, optimizer, checkpoint, trainer, profiling, plan and evaluation know these classes only. Nothing here is a
+plug-in system: a method is a folder and one line in the registry.
+
+Shapes: B images of a micro batch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.config import Config, DataConfig, Pair
+from fastjepa_kernels import Operation
+
+
+class Moment(NamedTuple):
+    """A place in a run: schedules are functions of it."""
+
+    step: int
+    """Optimizer step, counted from 0."""
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A crop that the loader makes of each image. An image is read once for all its views."""
+
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    crop_scale: Pair | None
+    """Area of the random crop as a share of the image; None: the whole image is resized."""
+    crop_aspect: Pair
+    """Width / height of the random crop, drawn log-uniformly."""
+    flip: float = 0.0
+    """Probability that the crop is mirrored left to right."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> View:
+        """The view that the data settings describe."""
+        return cls(
+            image_size=data.image_hw, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect, flip=data.flip
+        )
+
+    def settings(self, data: DataConfig) -> DataConfig:
+        """The data settings with this view's crop in place of their own."""
+        return replace(
+            data,
+            image_size=self.image_size,
+            crop_scale=self.crop_scale,
+            crop_aspect=self.crop_aspect,
+            flip=self.flip,
+        )
+
+
+class Tokens(Protocol):
+    """Tokens per image, by kind: the sizes that the cost of a step depends on. A NamedTuple of numbers."""
+
+    def _asdict(self) -> dict[str, float]: ...
+
+
+class Lengths(Protocol):
+    """The lengths of a micro batch's sequences: small enough to keep for many micro batches, and not read back yet."""
+
+    @property
+    def images(self) -> int: ...
+
+    def tokens(self) -> Tokens:
+        """Means per image. Reads the lengths back from the device."""
+        ...
+
+
+class Prepared(ABC):
+    """One micro batch of one rank on its device, as the objective's forward pass takes it.
+
+    It is made in the loader's thread, ahead of the step, and is a pure function of (seed, step, sample indices). It can be
+    copied by `copy.deepcopy`.
+    """
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """B."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Mapping[str, int]:
+        """Numbers known on the host, by name, for the line of metrics: tokens, as a rule."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that the forward pass reads, in a fixed order: what a CUDA graph replays."""
+
+    @abstractmethod
+    def slices(self, num_images: int) -> Iterator[tuple[Self, float]]:
+        """Parts of up to `num_images` images each, and the weight of each part's loss in the loss of the whole."""
+
+    @abstractmethod
+    def lengths(self) -> Lengths:
+        """What the cost of this micro batch depends on, without its data."""
+
+
+class Part(NamedTuple):
+    """A network of an objective, as optimizer, ZeRO, checkpoints, memory tables and evaluation know it."""
+
+    name: str
+    """The objective's attribute that holds it, and so the prefix of its parameters' names in checkpoints."""
+    module: nn.Module
+    averages: str | None = None
+    """The name of the part, listed before this one, whose EMA this part is. It has no gradients then."""
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    loss: Tensor
+    """A scalar in fp32: the mean over the micro batch."""
+    signals: Mapping[str, Tensor]
+    """Scalars by name, detached, on the device: means over the micro batch. Nobody reads them before a line is due."""
+
+
+class Objective(nn.Module, ABC):
+    """The networks of a method. Every parameter belongs to one of its parts."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """In the order in which the forward pass needs their weights; a part that averages another comes after it."""
+
+    @abstractmethod
+    def compute(self, batch: Any) -> Output:
+        """The forward pass of a micro batch (`Prepared`, of the method's own class)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Buffers that are trained without gradients (a centre, say), by their names in `state_dict()`.
+
+        They are fp32, the same on all ranks, written to in place, and are checkpointed.
+        """
+        return {}
+
+    def forward(self, batch: Prepared, autocast: torch.dtype | None = None) -> Output:
+        """`compute`, under autocast to the given dtype.
+
+        Autocast is entered here and not around the call, because DeepSpeed on a GPU turns an autocast around its own call
+        of the model off.
+        """
+        device = batch.tensors()[0].device.type
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+            return self.compute(batch)
+
+    def part(self, name: str) -> nn.Module:
+        """The part of this name."""
+        return next(part.module for part in self.parts if part.name == name)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters that get gradients: those of the parts that are no averages."""
+        return [p for part in self.parts if part.averages is None for p in part.module.parameters()]
+
+
+class Method(ABC):
+    """A method with the settings of a run: what can be known of it without its networks."""
+
+    evaluated: str
+    """The name of the part that represents an image: a module from images [B, C, H, W] to features [B, N, D]."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The crops of each image that `prepare` takes. Default: one, as the data settings describe it."""
+        return (View.of(self.config.data),)
+
+    @abstractmethod
+    def build(self) -> Objective:
+        """Freshly initialised networks. Draws from torch's generator, which `registry.build_objective` seeds."""
+
+    @abstractmethod
+    def prepare(self, views: Sequence[Tensor], sample_indices: Tensor, moment: Moment) -> Prepared:
+        """A micro batch, on its device. Called in the loader's threads.
+
+        Args:
+            views: per view the crops [B, C, h, w]: uint8, or normalised float32.
+            sample_indices: int64 [B], the number of each image in the run's endless sequence of samples.
+            moment: the step that the micro batch is for.
+        """
+
+    def scalars(self, moment: Moment) -> Mapping[str, float]:
+        """Values of the method's own schedules (temperatures, say), for the line of metrics."""
+        return {}
+
+    # The operations of fastjepa_kernels that run, and what a step costs, by formula. Tokens are means per image.
+
+    @abstractmethod
+    def operations(self, dtype: torch.dtype) -> list[Operation]:
+        """The operations that loader and forward pass call, if blocks compute in `dtype`."""
+
+    @abstractmethod
+    def typical_tokens(self) -> tuple[Any, Any]:
+        """The mean of a run, and the step that needs the most memory."""
+
+    @abstractmethod
+    def first_part_flops(self, tokens: Any) -> float:
+        """FLOPs per image of the forward pass of the first part's blocks, under which other parts' weights can travel.
+
+        Matrix products only; a multiplication and an addition count as two.
+        """
+
+    @abstractmethod
+    def step_flops(self, tokens: Any, *, recomputed: bool = True) -> float:
+        """FLOPs of one training step per image.
+
+        Args:
+            recomputed: count what activation checkpointing computes again. Utilisation (MFU) is reckoned without it.
+        """
+
+    @abstractmethod
+    def activation_bytes(self, tokens: Any, *, bf16: bool, autocast: bool) -> float:
+        """Bytes of activations per image of a micro batch, at the worst moment of a step.
+
+        Args:
+            bf16: blocks compute in bf16, else in fp32.
+            autocast: over fp32 weights, so that what is between the matrix products stays fp32.
+        """
