@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastjepa.config import MaskConfig, Pair
 from fastjepa.errors import ConfigError
-from fastjepa_kernels.mask_sampling import MaskRules, mask_sampling
+from fastjepa_kernels import MaskRules, mask_sampling
 from fastjepa_kernels.philox import DOMAIN_BLOCK_SIZE, philox4x32, unit_interval
 from fastjepa_kernels.ragged import Ragged
 

@@ -21,7 +21,7 @@ from scipy import stats
 
 from fastjepa.config import MaskConfig
 from fastjepa.masks import MaskBatch, check_grid, sample_masks
-from fastjepa_kernels.mask_sampling import MaskRules
+from fastjepa_kernels import MaskRules
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION, DOMAIN_BLOCK_SIZE, DOMAIN_BUDGET, philox4x32
 from fastjepa_kernels.ragged import Ragged
 from fastjepa_kernels.reference import (

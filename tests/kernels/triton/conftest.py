@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastjepa_kernels._backend import emulated_triton
+from fastjepa_kernels.selection import emulated_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
