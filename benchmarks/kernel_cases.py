@@ -170,11 +170,6 @@ def adamw_ema_work(numel: int, *, grad_size: int = 4, copy_size: int = 0) -> Wor
     return Work(numel * (grad_size + 8 * 4 + 2 * copy_size))
 
 
-def ema_work(numel: int, *, copy_size: int = 0) -> Work:
-    """Weights read, average read and written in fp32, copy written."""
-    return Work(numel * (3 * 4 + copy_size))
-
-
 def target_loss_work(num_rows: int, width: int, element_size: int) -> Work:
     """Predictions and target rows read, indices read, three fp32 numbers per row written."""
     return Work(num_rows * (2 * width * element_size + 8 + 12))

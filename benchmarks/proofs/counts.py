@@ -245,7 +245,7 @@ def _count_here(case: Case) -> Counts:
     batches = [masks_of(case, step) for step in range(2)]
     launches: Counter[str] = Counter()
     with ExitStack() as stack:
-        stack.enter_context(fastjepa_kernels.no_wishes())
+        stack.enter_context(fastjepa_kernels.without_requests())
         if case.engine == "Triton":
             from benchmarks.proofs.aot.launches import counted
 

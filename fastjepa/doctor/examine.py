@@ -24,7 +24,7 @@ from fastjepa.objectives.ijepa.costs import Stage
 from fastjepa.plan.planner import count, usable_memory
 from fastjepa.run.folder import RunFolder
 from fastjepa.train import DEFAULT_CONFIG
-from fastjepa_kernels import no_wishes
+from fastjepa_kernels import without_requests
 
 _LOADER_SECONDS, _STEP_SECONDS = 1.2, 6.0  # of measuring: for each number of threads, for each micro batch
 _LIBRARIES = 0.5 * GIB  # of a process, before it trains
@@ -43,7 +43,7 @@ def examine_run(
     Raises:
         ConfigError: the DeepSpeed JSON is wrong.
     """
-    with no_wishes():  # FASTJEPA_KERNELS is judged by a probe, and must not end the formulas, which sample masks
+    with without_requests():  # FASTJEPA_KERNELS is judged by a probe, and must not end the formulas, which sample masks
         return _examine_run(config, args, host, outcomes, found)
 
 

@@ -168,7 +168,7 @@ def deepspeed() -> dict[str, Any]:
 
 
 def apex() -> dict[str, Any]:
-    from fastjepa_kernels._backend import apex_problem
+    from fastjepa_kernels.selection import apex_problem
 
     return {"problem": apex_problem()}
 

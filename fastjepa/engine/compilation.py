@@ -19,7 +19,7 @@ import fastjepa_kernels
 from fastjepa.config import Config
 from fastjepa.errors import ConfigError
 from fastjepa.models.layers import Block
-from fastjepa_kernels._backend import triton_problem
+from fastjepa_kernels.selection import triton_problem
 
 logger = logging.getLogger(__name__)
 

@@ -112,7 +112,7 @@ def _pixels(config: DataConfig, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@fastjepa_kernels.no_wishes()  # the encoder runs in fp32 here, whatever was asked for in training
+@fastjepa_kernels.without_requests()  # the encoder runs in fp32 here, whatever training requested
 def _features(
     dataset: ImageDataset,
     at_most: int,

@@ -1,4 +1,4 @@
-"""AdamW and the exponential moving average of the updated weights in one pass, in fp32; and the average alone.
+"""AdamW and the exponential moving average of the updated weights, in one pass and in fp32.
 
     p   <- p * (1 - lr * weight_decay)
     m   <- b1 * m + (1 - b1) * g
@@ -6,11 +6,12 @@
     p   <- p - lr * (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)          decoupled weight decay (Loshchilov & Hutter)
     ema <- momentum * ema + (1 - momentum) * p                               I-JEPA, section 3
 
-The average must be kept in fp32: in bf16 most updates are lost as the momentum approaches 1 (97 % of the weights never
-move at 0.9996).
+The average must be kept in fp32: a bf16 average loses most of its updates as the momentum approaches 1 (97 % of the weights
+never move at 0.9996).
 
-Hyper-parameters may be 0-dim tensors on the device: nothing is then read back, nothing is compiled anew when they change,
-and a captured CUDA graph sees their new values when it is replayed. Python numbers are sent along, and captured as they are.
+Hyper-parameters may be 0-dim tensors on the device. Then nothing is read back, nothing is recompiled when they change, and a
+captured CUDA graph sees their new values when it is replayed. Python numbers are sent with the launch, and a graph keeps
+the values that it captured.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastjepa_kernels._backend import choose
+from fastjepa_kernels.selection import choose
 
 _HALF = (torch.bfloat16, torch.float16)
-_CHUNK = 2**20  # elements that the PyTorch path takes at a time: bounds the memory for converted or scaled gradients
+_CHUNK = 2**20  # elements that the PyTorch path takes at a time: it bounds the memory of converted and scaled gradients
 
 
 @torch.no_grad()
@@ -49,22 +50,22 @@ def adamw_ema_(
 ) -> None:
     """Update `param`, `exp_avg`, `exp_avg_sq` and, if given, `ema` in place, and write the copies.
 
-    `step` is only read, since many tensors may share it: count before the call, `updates += 1`, or with a `found_inf`
-    `updates += found_inf == 0`.
+    `step` is only read, since many tensors may share it. The caller counts before the call: `updates += 1`, or
+    `updates += found_inf == 0` where there is a `found_inf`.
 
     Args:
-        param, exp_avg, exp_avg_sq, ema: contiguous fp32 tensors of one shape. Without `ema`: AdamW alone.
-        grad: the same shape; fp32, bf16 or fp16.
-        step: number of this update, from 1.
-        ema_momentum: weight of the old average. Next to 1, an fp64 tensor keeps more of 1 - momentum.
-        grad_scale: the gradient is multiplied by it (clipping, unscaling); a 0-dim tensor.
-        found_inf: if it is not 0, nothing at all is changed; a 0-dim tensor.
-        param_copy, ema_copy: the same shape, bf16 or fp16: get the new weights and their average, rounded.
+        param, exp_avg, exp_avg_sq, ema: contiguous fp32 tensors of one shape. Without `ema` this is AdamW alone.
+        grad: tensor of the same shape; fp32, bf16 or fp16.
+        step: the number of this update, from 1.
+        ema_momentum: the weight of the old average. Next to 1, an fp64 tensor keeps more digits of 1 - momentum.
+        grad_scale: 0-dim tensor by which the gradient is multiplied (clipping, unscaling).
+        found_inf: 0-dim tensor; unless it is 0, nothing at all is changed.
+        param_copy, ema_copy: bf16 or fp16 tensors of the same shape, which get the new weights and their average, rounded.
 
-    Triton reads nothing back from a GPU. PyTorch reads the hyper-parameters and `found_inf`, apex `found_inf`.
+    Triton reads nothing back from a GPU. PyTorch reads the hyper-parameters and `found_inf`; apex reads `found_inf`.
 
     Raises:
-        ValueError: a tensor is of a wrong shape, dtype, layout or device (PyTorch takes fp64 too, for tests), a beta is
+        ValueError: a tensor has a wrong shape, dtype, layout or device (PyTorch takes fp64 too, for tests), a beta is
             outside [0, 1), step is below 1, or there is an `ema_copy` without `ema`.
     """
     implementation = choose("adamw_ema", param.device.type, param.dtype)
@@ -94,29 +95,9 @@ def adamw_ema_(
     if implementation == "apex":
         _adamw_ema_apex(buffers, step, lr, weight_decay, ema_momentum, betas, eps, grad_scale)
         return
-    from fastjepa_kernels._triton.adamw_ema import adamw_ema_op
+    from fastjepa_kernels.triton_kernels.adamw_ema import adamw_ema_op
 
     adamw_ema_op(*buffers, step, lr, weight_decay, ema_momentum, grad_scale, found_inf, *betas, eps)
-
-
-@torch.no_grad()
-def ema_(ema: Tensor, param: Tensor, *, momentum: float | Tensor, copy: Tensor | None = None) -> None:
-    """The average alone: ema <- momentum * ema + (1 - momentum) * param, and its copy; arguments as for `adamw_ema_`.
-
-    Raises:
-        ValueError: a tensor is of a wrong shape, dtype, layout or device.
-    """
-    implementation = choose("adamw_ema", param.device.type, param.dtype)
-    _check("ema_", implementation, param, {"param": param, "ema": ema}, {}, {"copy": copy})
-    _check_scalars("ema_", param.device, {"momentum": momentum})
-    if implementation == "triton":
-        from fastjepa_kernels._triton.adamw_ema import ema_op
-
-        ema_op(ema, param, copy, _on_device(momentum, param.device))
-        return
-    ema.lerp_(param, 1 - float(momentum))
-    if copy is not None:
-        copy.copy_(ema)
 
 
 _Tensors = Mapping[str, Tensor | None]
@@ -148,7 +129,7 @@ def _check_scalars(function: str, device: torch.device, scalars: Mapping[str, fl
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
-    # A fill, unlike a copy from the host, does not wait for the device.
+    # torch.full launches a fill, which does not wait for the device; a copy from the host would.
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
 
 
@@ -162,7 +143,7 @@ class _Buffers(NamedTuple):
     ema_copy: Tensor | None
 
     def average_and_copy(self, new_weight: float | Tensor) -> None:
-        """What follows the update of the weights."""
+        """Copy the updated weights, average them, and copy the average."""
         if self.param_copy is not None:
             self.param_copy.copy_(self.param)
         if self.ema is not None:
@@ -193,7 +174,7 @@ def _adamw_ema_torch(
     eps: float,
     grad_scale: Tensor | None,
 ) -> None:
-    """AdamW by the operator behind torch.optim.AdamW(fused=True): a third of the time of its formula's eight passes."""
+    """Update by the operator behind torch.optim.AdamW(fused=True), in a third of the time of the formula's eight passes."""
     for b in buffers.chunks():
         torch._fused_adamw_(
             [b.param],
@@ -223,7 +204,7 @@ def _adamw_ema_apex(
     eps: float,
     grad_scale: Tensor | None,
 ) -> None:
-    """AdamW by apex's multi-tensor kernel; the decay and the average, for which it takes no device scalars, by PyTorch."""
+    """Update by apex's multi-tensor kernel. It takes no device scalars for decay and average, so PyTorch does these two."""
     b, device = buffers, buffers.param.device
     if b.param.numel() >= 2**31:
         raise ValueError(f"adamw_ema_: param has {b.param.numel()} elements, expected fewer than 2^31, apex's limit")

@@ -1,7 +1,7 @@
 """Self-attention within packed sequences of different lengths (block-diagonal attention).
 
-For every sequence s and head h:  out_s = softmax(q_s k_s^T * scale) v_s,  with q_s of [queries_s, head_dim] and k_s, v_s of
-[keys_s, head_dim]. Queries may be fewer than keys: the last block of an encoder needs outputs for some tokens only.
+For every sequence s and head h:  out_s = softmax(q_s k_s^T * scale) v_s,  with q_s [queries_s, head_dim] and k_s, v_s
+[keys_s, head_dim]. There may be fewer queries than keys: the last block of an encoder needs outputs for some tokens only.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa_kernels import _backend
 from fastjepa_kernels.ragged import Ragged
+from fastjepa_kernels.selection import choose
 
 
 class _Bucket(NamedTuple):
-    """Sequences of the same number of queries and of keys: one dense SDPA call."""
+    """Sequences that have the same number of queries and the same number of keys: one dense SDPA call."""
 
     num_seqs: int
     queries: int
@@ -27,8 +27,8 @@ class _Bucket(NamedTuple):
 
 class _BucketPlan(NamedTuple):
     buckets: tuple[_Bucket, ...]
-    # Row permutations that bring the sequences of a bucket together, and their inverses; None: already so.
     query_order: tuple[Tensor, Tensor] | None
+    """The permutation of rows that brings the sequences of a bucket together, and its inverse. None: they already are."""
     key_order: tuple[Tensor, Tensor] | None
 
 
@@ -38,7 +38,7 @@ def _rows_by_rank(lengths: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     return order, order.argsort()
 
 
-@lru_cache(maxsize=32)  # all blocks of a model share one plan per batch
+@lru_cache(maxsize=32)  # all blocks of a model share the plan of a batch
 def _plan_buckets(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> _BucketPlan:
     queries, keys = torch.tensor(cu_queries).diff(), torch.tensor(cu_keys).diff()
     shape = queries * (int(keys.max()) + 1) + keys
@@ -53,7 +53,7 @@ def _plan_buckets(cu_queries: tuple[int, ...], cu_keys: tuple[int, ...]) -> _Buc
 
 
 class _PermuteRows(torch.autograd.Function):
-    """x[rows] for a permutation: the gradient is a gather too, where indexing's own would scatter-add."""
+    """x[rows] for a permutation. The gradient is a gather too, where that of indexing would be a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
@@ -83,7 +83,8 @@ def _join_buckets(outs: list[Tensor], plan: _BucketPlan) -> Tensor:
     return _permute(out, plan.query_order and plan.query_order[::-1])
 
 
-# split() into buckets, not slices: its backward writes each gradient once, where a slice's fills a tensor of the full size.
+# Buckets are taken by split(), not by slices: its backward writes each gradient once, where the backward of every slice
+# fills a tensor of the full size.
 def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
     plan = _plan_buckets(tuple(queries.cu_seqlens.tolist()), tuple(keys.cu_seqlens.tolist()))
     key_rows = [b.num_seqs * b.keys for b in plan.buckets]
@@ -94,7 +95,7 @@ def _attend_buckets(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragg
 
 
 def _attend_buckets_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor:
-    """One permutation instead of three."""
+    """`_attend_buckets` of a fused projection, with one permutation instead of three."""
     cu_seqlens = tuple(lengths.cu_seqlens.tolist())
     plan = _plan_buckets(cu_seqlens, cu_seqlens)
     parts = _permute(qkv, plan.query_order).split([b.num_seqs * b.keys for b in plan.buckets])
@@ -106,7 +107,7 @@ def _attend_buckets_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
-    """No synchronisation: the padded shapes come from `max_seqlen`."""
+    """Dense attention over padded sequences. It needs no synchronisation: the padded shapes come from `max_seqlen`."""
 
     def slots(lengths: Ragged) -> Tensor:  # [total]: the row of each token in the padded layout
         seq = lengths.sequence_ids()
@@ -118,7 +119,7 @@ def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragge
 
     query_slots, key_slots = slots(queries), slots(keys)
     mask = torch.arange(keys.max_seqlen, device=q.device) < keys.lengths()[:, None]  # True: attend
-    # A sequence without keys would be all masked, softmax of nothing: let it see one zero value row instead.
+    # A sequence without keys would be masked everywhere, and its softmax NaN: let it see one row, whose value is zero.
     mask[:, :1] |= (keys.lengths() == 0)[:, None]
     out = F.scaled_dot_product_attention(
         pad(q, queries, query_slots),
@@ -142,7 +143,7 @@ def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Rag
     from xformers.ops import fmha
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
 
-    # Its public constructor takes the lengths on the host. The host's copies serve checks only: total and a bound will do.
+    # The public constructor takes the lengths on the host, where they serve checks only: the total and a bound will do.
     blocks = (
         _SeqLenInfo(seqstart=x.cu_seqlens, max_seqlen=x.max_seqlen, min_seqlen=0, seqstart_py=[0, x.total])
         for x in (queries, keys)
@@ -153,25 +154,25 @@ def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Rag
 
 
 def _attend_triton(q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged, scale: float) -> Tensor:
-    from fastjepa_kernels._triton.block_attention import attend
+    from fastjepa_kernels.triton_kernels.block_attention import attend
 
     return attend(q, k, v, queries, keys, scale)
 
 
 def _attend_triton_packed(qkv: Tensor, lengths: Ragged, scale: float) -> Tensor:
-    from fastjepa_kernels._triton.block_attention import attend_packed
+    from fastjepa_kernels.triton_kernels.block_attention import attend_packed
 
     return attend_packed(qkv, lengths, scale)
 
 
-_IMPLEMENTATIONS = {
+IMPLEMENTATIONS = {
     "triton": _attend_triton,
     "varlen": _attend_varlen,
     "buckets": _attend_buckets,
     "padded": _attend_padded,
     "xformers": _attend_xformers,
 }
-# Those that gain from having queries, keys and values in one tensor; the others take it apart.
+# The implementations that gain from queries, keys and values in one tensor; for the others it is taken apart.
 _PACKED_IMPLEMENTATIONS = {"triton": _attend_triton_packed, "buckets": _attend_buckets_packed}
 
 
@@ -186,20 +187,20 @@ def _check_device(name: str, x: Tensor, lengths: Ragged, like: Tensor) -> None:
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, queries: Ragged, keys: Ragged | None = None, *, scale: float | None = None
 ) -> Tensor:
-    """Non-causal attention of every packed sequence within itself.
+    """Attend from every packed sequence to itself, without a causal mask.
 
     Args:
         q: [queries.total, heads, head_dim], any strides.
         k, v: [keys.total, heads, head_dim], of q's dtype and device.
         queries: lengths of the query sequences.
-        keys: lengths of the key sequences, as many; default: the same as `queries`.
-        scale: factor on the scores; default head_dim^-1/2.
+        keys: lengths of as many key sequences; default: `queries`.
+        scale: factor on the scores; default: head_dim^-1/2.
 
     Returns:
         [queries.total, heads, head_dim], q's dtype. Rows of a sequence without keys are 0.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together.
     """
     keys = queries if keys is None else keys
     for name, x, lengths in (("q", q, queries), ("k", k, keys), ("v", v, keys)):
@@ -214,9 +215,9 @@ def block_attention(
             f"block_attention: got {queries.num_seqs} query and {keys.num_seqs} key sequences, expected as many"
         )
     if queries.total == 0 or queries.num_seqs == 0:
-        return torch.zeros_like(q) + 0 * (k.sum() + v.sum())  # keeps the gradient graph
-    implementation = _backend.choose("block_attention", q.device.type, q.dtype, q.shape[-1])
-    return _IMPLEMENTATIONS[implementation](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
+        return torch.zeros_like(q) + 0 * (k.sum() + v.sum())  # the sum keeps k and v in the autograd graph
+    implementation = choose("block_attention", q.device.type, q.dtype, q.shape[-1])
+    return IMPLEMENTATIONS[implementation](q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def block_attention_packed(qkv: Tensor, lengths: Ragged, *, scale: float | None = None) -> Tensor:
@@ -224,14 +225,14 @@ def block_attention_packed(qkv: Tensor, lengths: Ragged, *, scale: float | None 
 
     Args:
         qkv: [lengths.total, 3, heads, head_dim], any strides.
-        lengths: of the sequences.
-        scale: factor on the scores; default head_dim^-1/2.
+        lengths: lengths of the sequences.
+        scale: factor on the scores; default: head_dim^-1/2.
 
     Returns:
         [lengths.total, heads, head_dim], qkv's dtype.
 
     Raises:
-        ValueError: shapes or devices that do not fit together.
+        ValueError: shapes or devices do not fit together.
     """
     if qkv.ndim != 4 or tuple(qkv.shape[:2]) != (lengths.total, 3):
         raise ValueError(
@@ -240,7 +241,7 @@ def block_attention_packed(qkv: Tensor, lengths: Ragged, *, scale: float | None 
         )
     _check_device("qkv", qkv, lengths, qkv)
     q, k, v = qkv.unbind(1)
-    implementation = _backend.choose("block_attention", qkv.device.type, qkv.dtype, qkv.shape[-1])
+    implementation = choose("block_attention", qkv.device.type, qkv.dtype, qkv.shape[-1])
     if implementation not in _PACKED_IMPLEMENTATIONS or qkv.numel() == 0 or lengths.num_seqs == 0:
         return block_attention(q, k, v, lengths, scale=scale)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale

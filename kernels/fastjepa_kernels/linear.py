@@ -1,8 +1,8 @@
-"""x W^T + b, and its gradients: where almost all arithmetic of a step is.
+"""x W^T + b and its gradients, which are almost all the arithmetic of a step.
 
-On a GPU this is PyTorch's own, which torch.compile fuses with what follows. On a CPU with AVX-512 the products are oneDNN's,
-which add the bias on the way; PyTorch's first writes the bias to the output, for MKL to add to. oneDNN is slower at the
-product that gives the weights' gradient, whose first factor is transposed: that one stays MKL's.
+On a GPU this is PyTorch's F.linear, which torch.compile fuses with what follows. On a CPU with AVX-512, oneDNN
+multiplies: it adds the bias on the way, where PyTorch first writes the bias to the output for MKL to add to. oneDNN is
+slower at the product that gives the weights' gradient, whose first factor is transposed, so MKL keeps that one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa_kernels import _backend
+from fastjepa_kernels.selection import choose
 
-_SMALL = 1 << 26  # FLOPs of a product: below, the Python around it costs more than it saves
+_SMALL = 1 << 26  # FLOPs of a product below which the Python around oneDNN costs more than oneDNN saves
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -23,9 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         x: [T, K] floating.
-        weight: [N, K], of x's dtype and device, or any under autocast. With an attribute `grad_buffer`, [N, K], which
-            is its .grad, oneDNN's backward adds the gradient to that in the product itself, and autograd none: for leaves
-            that nothing hooks.
+        weight: [N, K], x's dtype and device, or any dtype under autocast. If it has an attribute `grad_buffer` that is its
+            .grad, [N, K], oneDNN's backward adds the gradient to that buffer within the product, and autograd gets none.
+            So only leaves without hooks may have the attribute.
         bias: [N], like weight.
 
     Returns:
@@ -33,10 +33,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     kind = x.device.type
     if (
-        torch.compiler.is_compiling()  # first: a graph must not depend on how many tokens there are
+        torch.compiler.is_compiling()  # asked first, because a graph must not depend on the number of tokens
         or 2 * x.numel() * len(weight) < _SMALL
         or torch.is_autocast_enabled(kind)
-        or _backend.choose("linear", kind, x.dtype) == "torch"
+        or choose("linear", kind, x.dtype) == "torch"
     ):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():

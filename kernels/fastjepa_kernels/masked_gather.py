@@ -1,17 +1,17 @@
-"""Patches and tokens by packed index: whatever is left out of a batch is not read either.
+"""Patches and tokens by packed index: a patch that is left out of a batch is not read either.
 
 `gather_patches` reads the pixels of the kept patches, normalises them and writes packed rows of C * p * p values, in the
-order of a p x p convolution's weight: the patch embedding is one matrix product, and its weight gradient is that of the
-product. `gather_add` adds the position table to the product's result. `masked_gather` takes rows of tokens.
+order of a p x p convolution's weight. The patch embedding is then one matrix product, and so is its weight gradient.
+`gather_add` adds the position table to the result of that product. `masked_gather` takes rows of tokens.
 
-**Why the position table is not added inside the matrix product.** As index_select and add, it is five passes over [T, D]
-(read the table, write the copy; read both, write the sum); `gather_add` makes two of them, and the table's N rows stay in
-the L2 cache. An epilogue of the product would save those two as well: 77 MB for 128 images of 196 patches at D = 768 in
-bf16, 23 us of an H100's memory bandwidth, next to a product of 30 GFLOP, 30 to 45 us. But PyTorch hands no epilogue to
-cuBLAS that gathers rows (addmm takes a matrix [T, D], which must be written and read first: more passes, not fewer), so
-the product would have to be our own, and would have to come within a third of cuBLAS's rate to break even, for a part of
-the step below one percent. Nor is it added in place: the passes are the same, and the linear layer keeps no reference to
-its output, which is freed at once.
+**Why the position table is not added inside the matrix product.** An index_select and an addition make five passes over
+[T, D] (read the table, write the copy; read both, write the sum). `gather_add` makes two of them, and the table's N rows
+stay in the L2 cache. An epilogue of the product would save those two as well: 77 MB for 128 images of 196 patches at D =
+768 in bf16, which take 23 us at an H100's memory bandwidth, beside a product of 30 GFLOP, which takes 30 to 45 us. But
+PyTorch gives cuBLAS no epilogue that gathers rows (addmm takes a matrix [T, D], which must first be written and read:
+more passes, not fewer). So the product would have to be our own, and would have to come within a third of cuBLAS's rate
+to break even, for less than one percent of the step. Adding in place would gain nothing: the passes are the same, and the
+linear layer keeps no reference to its output, which is freed at once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa_kernels import _backend
+from fastjepa_kernels.selection import choose
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Images as rows of patches, image by image, in raster order.
+    """Cut images into rows of patches, image by image, in raster order.
 
     Args:
         images: [B, C, H, W].
@@ -57,22 +57,22 @@ def gather_patches(
     std: Sequence[float] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows of the kept patches, normalised in fp32: (x - mean) / std by channel, with x / 255 for x in uint8.
+    """Gather the kept patches as rows, normalised in fp32: (x - mean) / std by channel, with x / 255 in place of a uint8 x.
 
-    Not differentiable: images are data.
+    The result is not differentiable, because images are data.
 
     Args:
         images: [B, C, H, W], uint8 or floating, any strides.
-        indices: int64 [T]: image * N + patch, with N = (H / p) * (W / p) and patches in raster order. Default: all.
+        indices: int64 [T], image * N + patch, with N = (H / p) * (W / p) and patches in raster order. Default: all patches.
         patch_size: p, dividing H and W.
-        mean, std: a number for each channel, in units of 1 for floating images and of 255 for uint8. Default: 0 and 1.
-        dtype: of the result; default: that of the images, float32 for uint8.
+        mean, std: a number for each channel, on the scale of floating images, where uint8's 255 is 1. Default: 0 and 1.
+        dtype: dtype of the result; default: the images' dtype, or float32 for uint8.
 
     Returns:
         [T, C * p * p], contiguous, in the order (channel, y, x).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; images that require a gradient.
+        ValueError: shapes, dtypes or devices do not fit, or the images require a gradient.
     """
     if images.ndim != 4 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(
@@ -98,8 +98,8 @@ def gather_patches(
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     scale = [1 / (unit * s) for s in std or [1.0] * channels]
     shift = [-m * unit * s for m, s in zip(mean or [0.0] * channels, scale, strict=True)]
-    if _backend.choose("masked_gather", images.device.type, dtype) == "triton":
-        from fastjepa_kernels._triton import masked_gather as triton_ops
+    if choose("masked_gather", images.device.type, dtype) == "triton":
+        from fastjepa_kernels.triton_kernels import masked_gather as triton_ops
 
         return triton_ops.gather_patches(images, indices, patch_size, scale, shift, dtype)
     pixels = _gather_pixels(images, indices, patch_size)
@@ -113,12 +113,12 @@ def gather_patches(
 
 @lru_cache(maxsize=32)
 def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[C, 1]. Kept: where it is sent, the host waits for the GPU, and a CUDA graph cannot be captured."""
+    """[C, 1], cached: sending it to a GPU makes the host wait, which the capture of a CUDA graph forbids."""
     return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
 
 def _gather_pixels(images: Tensor, indices: Tensor | None, p: int) -> Tensor:
-    """The rows of the kept patches [T, C * p * p], as they are."""
+    """The rows of the kept patches, [T, C * p * p], not normalised."""
     if indices is None:
         return patchify(images, p)
     b, c, h, w = images.shape
@@ -127,8 +127,8 @@ def _gather_pixels(images: Tensor, indices: Tensor | None, p: int) -> Tensor:
     if not images.is_contiguous():
         grid = images.view(b, c, grid_h, p, grid_w, p).permute(0, 2, 4, 1, 3, 5)
         return grid[image, patch // grid_w, patch % grid_w].flatten(1)
-    # As copies of runs of p pixels: three to four times as fast as indexing the grid.
-    first = (image * c * h + patch // grid_w * p) * grid_w + patch % grid_w  # [T]: the run in which a patch begins
+    # Copy runs of p pixels, which is three to four times as fast as indexing the grid.
+    first = (image * c * h + patch // grid_w * p) * grid_w + patch % grid_w  # [T]: the first run of each patch
     lines = torch.arange(c, device=images.device)[:, None] * h + torch.arange(p, device=images.device)  # [C, p]
     runs = (first[:, None] + lines.flatten() * grid_w).flatten()
     return images.view(b * c * h * grid_w, p).index_select(0, runs).view(len(indices), c * p * p)
@@ -139,23 +139,23 @@ def masked_gather(rows: Tensor, indices: Tensor, *, unique: bool = False) -> Ten
 
     Args:
         rows: [R, D], the last dimension contiguous.
-        indices: int64 [T], in [0, R), in any order; repeated ones add up in the gradient, in fp32.
-        unique: the caller's promise that no index is repeated. The gradient then is a mere scatter of rows (on the CPU it
-            makes no difference in time). A broken promise gives a wrong gradient, unnoticed.
+        indices: int64 [T] in [0, R), in any order. The gradients of a repeated index add up, in fp32.
+        unique: the caller's promise that no index is repeated. Triton's gradient is then a mere scatter of rows (PyTorch's
+            stays as it is). A broken promise gives a wrong gradient, unnoticed.
 
     Returns:
         [T, D].
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices that do not fit.
+        ValueError: shapes, strides, dtypes or devices do not fit.
     """
     check_rows("masked_gather", "rows", rows)
     check_indices("masked_gather", "indices", indices, rows.device)
-    if _backend.choose("masked_gather", rows.device.type, rows.dtype) == "triton":
-        from fastjepa_kernels._triton import masked_gather as triton_ops
+    if choose("masked_gather", rows.device.type, rows.dtype) == "triton":
+        from fastjepa_kernels.triton_kernels import masked_gather as triton_ops
 
         return triton_ops.gather_rows(rows, indices, unique)
-    # embedding, not indexing: the same gather, but its gradient is a parallel, deterministic sum on CPU and GPU.
+    # embedding gathers as indexing does, but its gradient is a parallel, deterministic sum on CPU and GPU.
     return F.embedding(indices, rows)
 
 
@@ -164,14 +164,14 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         tokens: [T, D], the last dimension contiguous.
-        table: [N, D], the last dimension contiguous; a constant.
-        positions: int64 [T], in [0, N).
+        table: [N, D], the last dimension contiguous. It is a constant.
+        positions: int64 [T] in [0, N).
 
     Returns:
-        [T, D], in the wider dtype of the two: under autocast, bf16 tokens enter an fp32 residual stream here.
+        [T, D] in the wider of the two dtypes: under autocast, bf16 tokens enter an fp32 residual stream here.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices that do not fit; a table that requires a gradient.
+        ValueError: shapes, strides, dtypes or devices do not fit, or the table requires a gradient.
     """
     check_rows("gather_add", "tokens", tokens)
     check_rows("gather_add", "table", table)
@@ -187,8 +187,8 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
         raise ValueError(f"gather_add: got {tokens.dtype} and {table.dtype}, expected floating tokens and table")
     if table.requires_grad and torch.is_grad_enabled():
         raise ValueError("gather_add: table requires a gradient, expected a constant")
-    if _backend.choose("masked_gather", tokens.device.type, tokens.dtype) == "triton":
-        from fastjepa_kernels._triton import masked_gather as triton_ops
+    if choose("masked_gather", tokens.device.type, tokens.dtype) == "triton":
+        from fastjepa_kernels.triton_kernels import masked_gather as triton_ops
 
         return triton_ops.gather_add(tokens, table, positions)
     added = table.detach().index_select(0, positions)
@@ -196,7 +196,7 @@ def gather_add(tokens: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 
 def check_rows(function: str, name: str, x: Tensor) -> None:
-    """ValueError unless x is a matrix whose rows are contiguous each."""
+    """Raise ValueError unless x is a matrix whose rows are each contiguous."""
     if x.ndim != 2 or (x.stride(1) != 1 and x.shape[1] > 1):
         raise ValueError(
             f"{function}: {name} has shape {tuple(x.shape)} and strides {x.stride()}, expected two dimensions, the last "
@@ -205,7 +205,7 @@ def check_rows(function: str, name: str, x: Tensor) -> None:
 
 
 def check_indices(function: str, name: str, indices: Tensor, device: torch.device) -> None:
-    """ValueError unless these can be row numbers of something on `device`. The values are not looked at."""
+    """Raise ValueError unless dtype, shape and device are those of row numbers on `device`. The values are not read."""
     if indices.ndim != 1 or indices.dtype != torch.int64 or indices.device != device:
         raise ValueError(
             f"{function}: {name} are {indices.dtype} {tuple(indices.shape)} on {indices.device}, "

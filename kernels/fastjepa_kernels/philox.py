@@ -1,23 +1,20 @@
 """Philox4x32-10, the counter-based random generator (Salmon et al., SC 2011) behind sample order, crops and masks.
 
-A counter-based generator has no state: the numbers are a pure function of (seed, domain, index, ...), so any rank on
-any device computes exactly the same ones, in any order, and a resumed run needs nothing but the step number.
+A counter-based generator has no state: its numbers are a pure function of (seed, domain, index, ...). Any rank on any device
+computes the same ones in any order, and a resumed run needs nothing but the step number.
 
-The functions work alike on NumPy int64 arrays and torch int64 tensors. 32-bit words are held in int64: products of two
-words wrap modulo 2^64, and an arithmetic shift followed by a 32-bit mask still yields the right upper half.
+32-bit words are held in int64: the product of two words wraps modulo 2^64, and an arithmetic shift followed by a 32-bit mask
+still yields its upper half.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Words = TypeVar("Words", npt.NDArray[np.int64], torch.Tensor)
+Words = npt.NDArray[np.int64]
 
-# One counter word names what the numbers are for, so that no two uses ever share a stream.
+# One counter word says what the numbers are for, so that no two uses share a stream.
 DOMAIN_ORDER, DOMAIN_CROP, DOMAIN_BLOCK_SIZE, DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET, DOMAIN_REPLACEMENT = range(1, 7)
 
 _MASK32 = 0xFFFFFFFF
@@ -31,23 +28,22 @@ def philox4x32(
     """Four random 32-bit words for every counter (c0, c1, c2, c3).
 
     Args:
-        c0: int64 array or tensor of any shape, values in [0, 2^32).
-        c1, c2, c3: the same (broadcastable against c0), or ints in [0, 2^32).
+        c0: int64 array of any shape, values in [0, 2^32).
+        c1, c2, c3: arrays that broadcast against c0, or ints, in [0, 2^32).
         seed: the 64-bit key, in [0, 2^64).
 
     Returns:
-        Four int64 arrays (tensors) of the broadcast shape, uniform in [0, 2^32).
+        Four int64 arrays of the broadcast shape, uniform in [0, 2^32).
     """
-    constant = np.array if isinstance(c0, np.ndarray) else int  # with numbers NumPy takes twice as long
-    m0, m1, half, mask = (constant(x) for x in (_M0, _M1, 32, _MASK32))
+    m0, m1, half, mask = map(np.array, (_M0, _M1, 32, _MASK32))  # NumPy takes twice as long with Python's numbers
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     zero = c0 * 0
     x0, x1, x2, x3 = c0, zero + c1, zero + c2, zero + c3
     for _ in range(10):
         p0, p1 = x0 * m0, x2 * m1
-        x0 = ((p1 >> half) ^ x1 ^ constant(k0)) & mask
-        x2 = ((p0 >> half) ^ x3 ^ constant(k1)) & mask
-        x1, x3 = p1, p0  # the masks of the next round take their upper halves away
+        x0 = ((p1 >> half) ^ x1 ^ np.array(k0)) & mask
+        x2 = ((p0 >> half) ^ x3 ^ np.array(k1)) & mask
+        x1, x3 = p1, p0  # the next round's masks take their upper halves away
         k0, k1 = (k0 + _W0) & _MASK32, (k1 + _W1) & _MASK32
     return x0, x1 & mask, x2, x3 & mask
 
@@ -60,6 +56,6 @@ def uniform_int(word: Words, bound: Words | int) -> Words:
     return (word * bound) >> 32
 
 
-def unit_interval(word: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """float64 values uniform in [0, 1) from 32-bit words, exact multiples of 2^-32."""
+def unit_interval(word: Words) -> npt.NDArray[np.float64]:
+    """float64 values uniform in [0, 1) from 32-bit words: exact multiples of 2^-32."""
     return np.multiply(word, 2.0**-32, dtype=np.float64)

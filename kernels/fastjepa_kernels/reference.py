@@ -1,4 +1,4 @@
-"""The plain PyTorch twin of every operation: the shortest code that is plainly right, in any dtype, for tests."""
+"""The plain PyTorch twins of the operations, for tests and benchmarks: short code that is plainly right, in any dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks
+from fastjepa_kernels.masks import MaskRules, PackedMasks
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION, DOMAIN_BUDGET, philox4x32
 from fastjepa_kernels.ragged import Ragged
 
@@ -39,7 +39,7 @@ def patchify_reference(images: Tensor, patch_size: int) -> Tensor:
 def gather_patches_reference(
     images: Tensor, indices: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Normalised in `dtype`."""
+    """The kept patches, normalised in `dtype`."""
     channels = [torch.tensor(values, dtype=dtype)[:, None, None] for values in (mean, std)]
     pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
     return patchify_reference((pixels - channels[0]) / channels[1], patch_size)[indices]
@@ -87,30 +87,31 @@ def adamw_ema_reference(
     ema_momentum: float,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """param, exp_avg, exp_avg_sq and ema after the update, by torch.optim.AdamW and a plain average."""
+    """Return param, exp_avg, exp_avg_sq and ema after the update, by torch.optim.AdamW and a plain average."""
     weight = param.clone().requires_grad_()
     weight.grad = grad.to(weight.dtype) * grad_scale
     optimizer = torch.optim.AdamW([weight], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     state = {"step": torch.tensor(step - 1.0), "exp_avg": exp_avg.clone(), "exp_avg_sq": exp_avg_sq.clone()}
     optimizer.state[weight] = state
     optimizer.step()
-    average = ema_reference(ema, weight.detach(), momentum=ema_momentum)
+    average = ema_momentum * ema + (1 - ema_momentum) * weight.detach()
     return weight.detach(), state["exp_avg"], state["exp_avg_sq"], average
 
 
-def ema_reference(ema: Tensor, param: Tensor, *, momentum: float) -> Tensor:
-    return momentum * ema + (1 - momentum) * param
-
-
 class ImageMasks(NamedTuple):
-    """The masks of one image: positions in raster order."""
+    """The masks of one image, as patch positions in raster order."""
 
     targets: list[list[int]]
     context: list[int]
 
 
 def image_masks_reference(rules: MaskRules, word: Callable[[], int], budget_word: Callable[[], int]) -> ImageMasks:
-    """One image, before the cut of the official mode, from the words of two streams, one after the other."""
+    """The masks of one image before the cut of the official mode.
+
+    Args:
+        word: gives the next word of the stream of positions.
+        budget_word: gives the next word of the stream of the budget mode.
+    """
     h, w = rules.grid_h, rules.grid_w
     patches = set(range(h * w))
 
@@ -149,14 +150,14 @@ def image_masks_reference(rules: MaskRules, word: Callable[[], int], budget_word
 
 
 def cut_masks_reference(images: list[ImageMasks]) -> list[ImageMasks]:
-    """All lists cut to the batch minimum, as in the official mode."""
+    """Cut all lists to the shortest of the batch, as the official mode does."""
     context = min(len(image.context) for image in images)
     target = min(len(target) for image in images for target in image.targets)
     return [ImageMasks([t[:target] for t in image.targets], image.context[:context]) for image in images]
 
 
 def mask_words_reference(domain: int, sample: int, step: int, seed: int) -> Callable[[], int]:
-    """The words of one stream, one after the other."""
+    """A function that gives the words of one stream, one per call."""
 
     def words() -> Iterator[int]:
         for start in itertools.count(0, 64):

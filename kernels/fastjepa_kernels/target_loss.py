@@ -1,10 +1,10 @@
-"""How far predictions are from the target encoder's features.
+"""The loss: the mean distance of predictions from the target encoder's features.
 
     loss = mean over t and i of  f(predictions[t, i] - y[t, i]),    y[t] = LayerNorm(features[rows[t]]), without affine part
     f(e) = e^2 / (2 beta) if |e| < beta else |e| - beta / 2         smooth_l1
     f(e) = e^2                                                      l2
 
-A feature row is a target as often as target blocks cover its patch. Only predictions get a gradient.
+A feature row is a target as many times as target blocks cover its patch. Only predictions get a gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa_kernels import _backend
 from fastjepa_kernels.masked_gather import check_indices, check_rows
+from fastjepa_kernels.selection import choose
 
 
 def target_loss(
@@ -29,23 +29,23 @@ def target_loss(
     beta: float = 1.0,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The mean loss, computed in fp32 whatever the inputs' dtypes (in fp64 if one of them is that, not in Triton).
+    """The mean loss. It is computed in fp32 for any inputs, or in fp64 if one of them is fp64, which Triton does not take.
 
     Args:
         predictions: [T, D] floating, the last dimension contiguous.
-        features: [R, D] floating, perhaps of another dtype, the last dimension contiguous; constants.
-        rows: int64 [T], in [0, R): the target of each prediction; None: features[t] is that of predictions[t].
-        loss: f.
-        normalize: False compares with the features as they are.
-        beta: where smooth_l1 turns from a parabola into a line.
+        features: [R, D] floating, perhaps of another dtype, the last dimension contiguous. They are constants.
+        rows: int64 [T] in [0, R), the target of each prediction. None: features[t] is the target of predictions[t].
+        loss: the name of f.
+        normalize: False leaves out the LayerNorm of the features.
+        beta: the distance at which smooth_l1 turns from a parabola into a line.
         eps: added to the variance.
 
     Returns:
-        A scalar; nan if T = 0, as the mean of nothing is.
+        A scalar; NaN if T = 0, since the mean of nothing is NaN.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices that do not fit; features that require a gradient; beta <= 0; an
-            unknown loss.
+        ValueError: shapes, strides, dtypes or devices do not fit, features require a gradient, beta <= 0, or the loss is
+            unknown.
     """
     check_rows("target_loss", "predictions", predictions)
     check_rows("target_loss", "features", features)
@@ -71,8 +71,8 @@ def target_loss(
         raise ValueError(f"target_loss: loss is {loss!r}, expected smooth_l1 or l2")
     if beta <= 0:
         raise ValueError(f"target_loss: beta is {beta}, expected a positive number")
-    if _backend.choose("target_loss", predictions.device.type, predictions.dtype) == "triton":
-        from fastjepa_kernels._triton import target_loss as triton_ops
+    if choose("target_loss", predictions.device.type, predictions.dtype) == "triton":
+        from fastjepa_kernels.triton_kernels import target_loss as triton_ops
 
         return triton_ops.target_loss(predictions, features, rows, loss, normalize, beta, eps)
     return _target_loss_torch(predictions, features, rows, loss, normalize, beta, eps)
@@ -82,7 +82,7 @@ def _target_loss_torch(
     predictions: Tensor, features: Tensor, rows: Tensor | None, loss: str, normalize: bool, beta: float, eps: float
 ) -> Tensor:
     wide = torch.promote_types(torch.promote_types(predictions.dtype, features.dtype), torch.float32)
-    # What is fewer is normalised: the rows before they are repeated, or those that are used of many.
+    # Normalise the smaller set: the features before rows repeat them, or only those that rows select.
     gather_first = rows is not None and len(rows) < len(features)
     targets = features.detach()
     if rows is not None and gather_first:

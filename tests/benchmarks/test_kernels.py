@@ -22,7 +22,7 @@ from benchmarks.kernels.plot import plot_roofline, plot_times
 from benchmarks.launch import ROOT
 from fastjepa.errors import ConfigError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timed, Timing
-from fastjepa_kernels._backend import OPERATIONS
+from fastjepa_kernels.selection import OPERATIONS
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(gigabytes_per_second=10.0, teraflops=0.1)
@@ -315,7 +315,7 @@ def test_a_revision_that_does_not_start_is_told_with_its_last_words(earlier: Cal
 def test_an_installed_package_does_not_fill_the_gaps_of_a_revision(earlier: Callable[[str, str, str], Path]) -> None:
     """As the finder of an editable installation does."""
     installed = ROOT / "kernels" / "fastjepa_kernels"
-    first = "from fastjepa_kernels._backend import"
+    first = "from fastjepa_kernels.adamw_ema import"
     repository = earlier("__init__.py", first, f"__path__.insert(0, {str(installed)!r})\n{first}")
     with pytest.raises(ConfigError, match=rf"kernels has no fastjepa_kernels\.\w+: it was found in {installed}"):
         compare.compare("HEAD", Choice(["mask_sampling"], ["S/16"], 2, "fp32"), 2, repository)

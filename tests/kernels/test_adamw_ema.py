@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastjepa_kernels import _backend
-from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
-from fastjepa_kernels.reference import adamw_ema_reference, ema_reference
-from fastjepa_kernels.testing import assert_close_to_reference
+from fastjepa_kernels import request
+from fastjepa_kernels.adamw_ema import adamw_ema_
+from fastjepa_kernels.reference import adamw_ema_reference
+from fastjepa_kernels.selection import apex_problem
+from tests.kernels.accuracy import assert_close_to_reference
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "ema_momentum": 0.99}
 
@@ -90,19 +91,6 @@ def test_hyper_parameters_may_be_tensors() -> None:
     sent = {name: torch.tensor(HYPER[name], dtype=torch.float64) for name in ("lr", "weight_decay", "ema_momentum")}
     adamw_ema_(**tensors, **HYPER | sent, step=torch.tensor(3))
     assert all(torch.equal(tensors[name], numbers[name]) for name in numbers)
-    ema_(numbers["ema"], numbers["param"], momentum=0.5)
-    ema_(tensors["ema"], tensors["param"], momentum=torch.tensor(0.5))
-    assert torch.equal(tensors["ema"], numbers["ema"])
-
-
-def test_the_average_alone_and_its_copy() -> None:
-    ema, param = torch.randn(2, 33)
-    copy = torch.full((33,), math.nan, dtype=torch.bfloat16)
-    plain = ema_reference(ema, param, momentum=0.99)
-    exact = ema_reference(ema.double(), param.double(), momentum=0.99)
-    ema_(ema, param, momentum=0.99, copy=copy)
-    assert_close_to_reference(ema, plain, exact)
-    assert torch.equal(copy, ema.bfloat16())
 
 
 @pytest.mark.parametrize(("momentum", "lost"), [(0.99, 0.3), (0.9996, 0.9)])
@@ -112,19 +100,16 @@ def test_an_average_kept_in_bf16_loses_its_updates_and_ours_does_not(momentum: f
     weight = torch.randn(4096, generator=generator)
     drift = 1e-4 * torch.randn(4096, generator=generator)
     ours, exact, bf16 = weight.clone(), weight.double(), weight.bfloat16()
-    alone = weight.clone()
     start, start_bf16 = exact.clone(), bf16.double()
     moments = torch.zeros(2, 4096)
     frozen: dict[str, Any] = {**HYPER, "lr": 0.0, "weight_decay": 0.0, "ema_momentum": momentum}
     for step in range(1, 501):
         weight = weight + drift
         adamw_ema_(weight, drift, moments[0], moments[1], ours, step=step, **frozen)
-        ema_(alone, weight, momentum=momentum)
         exact.lerp_(weight.double(), 1 - momentum)
         bf16.lerp_(weight.bfloat16(), 1 - momentum)
     displacement = (exact - start).norm()
     assert (ours.double() - exact).norm() / displacement < 0.01
-    assert (alone.double() - exact).norm() / displacement < 0.01
     assert (bf16.double() - start_bf16 - (exact - start)).norm() / displacement > lost
 
 
@@ -156,17 +141,10 @@ def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
         adamw_ema_(**{**right, **HYPER, "step": 1, **wrong})
 
 
-def test_wrong_arguments_of_the_average_are_named() -> None:
-    with pytest.raises(ValueError, match=r"ema_: ema is torch.bfloat16 \(4,\) on cpu, expected float32 \(4,\)"):
-        ema_(X.bfloat16(), X, momentum=0.5)
-    with pytest.raises(ValueError, match=r"ema_: momentum is \(1,\) on cpu"):
-        ema_(X, X, momentum=torch.zeros(1))
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(_backend.apex_problem() is not None, reason="needs NVIDIA apex")
+@pytest.mark.skipif(apex_problem() is not None, reason="needs NVIDIA apex")
 def test_apex_follows_the_reference() -> None:
-    _backend.request({"adamw_ema": "apex"})
+    request({"adamw_ema": "apex"})
     try:
         state = {name: x.cuda() for name, x in state_of(1000).items()}
         before: dict[str, Any] = {name: x.cpu().double() for name, x in state.items()}
@@ -175,7 +153,7 @@ def test_apex_follows_the_reference() -> None:
         adamw_ema_(**state, **HYPER, step=8, found_inf=torch.ones((), device="cuda"))
         assert all(torch.equal(x, before[name]) for name, x in state.items())
     finally:
-        _backend.request({})
+        request({})
     exact = adamw_ema_reference(**before, **HYPER, step=7, grad_scale=0.3)
     for name, truth in zip(("param", "exp_avg", "exp_avg_sq", "ema"), exact, strict=True):
         # It computes 1 - beta in fp32.

@@ -1,15 +1,17 @@
-"""block_attention: every backend that runs on a CPU, against the plain twin in fp64, values and gradients."""
+"""block_attention: values and gradients of every implementation that runs on a CPU, against the plain twin in fp64."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastjepa_kernels import Ragged, block_attention, block_attention_packed
-from fastjepa_kernels._backend import ENVIRONMENT_VARIABLE, _choose, implementations
-from fastjepa_kernels.block_attention import _attend_buckets, _attend_padded
+from fastjepa_kernels import OPERATIONS, Ragged, block_attention, block_attention_packed, implementations
+from fastjepa_kernels import request as request_implementations
+from fastjepa_kernels.block_attention import IMPLEMENTATIONS
 from fastjepa_kernels.reference import block_attention_reference
 
-# (queries, keys) of every sequence: equal, ragged, unsorted, one token, empty, fewer queries than keys
+# The numbers of (queries, keys) of every sequence.
 CASES = {
     "equal": [(7, 7)] * 4,
     "ragged": [(5, 5), (9, 9), (1, 1), (5, 5), (12, 12)],
@@ -27,7 +29,7 @@ def _inputs(case: str, dtype: torch.dtype, head_dim: int = 24) -> tuple[Inputs, 
     generator = torch.Generator().manual_seed(0)
     queries, keys = (Ragged.from_lengths(torch.tensor(n)) for n in zip(*CASES[case], strict=True))
     q = torch.randn(queries.total, 2, head_dim, generator=generator, dtype=dtype)
-    # k and v as views into the output of a fused projection: strided, as the models pass them
+    # k and v are views into the output of a fused projection: strided, as the models pass them.
     kv = torch.randn(keys.total, 2, 2, head_dim, generator=generator, dtype=dtype)
     k, v = kv.unbind(1)
     return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), queries, keys
@@ -38,12 +40,21 @@ def _double(inputs: Inputs) -> Inputs:
     return q.double(), k.double(), v.double()
 
 
-@pytest.mark.parametrize("backend", [_attend_buckets, _attend_padded])
+@pytest.fixture
+def no_requests() -> Iterator[None]:
+    yield
+    request_implementations({})
+
+
+def test_every_listed_implementation_has_its_function() -> None:
+    assert tuple(IMPLEMENTATIONS) == OPERATIONS["block_attention"]
+
+
+@pytest.mark.parametrize("implementation", ["buckets", "padded"])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_equal_the_reference(case: str, backend: object) -> None:
+def test_values_and_gradients_equal_the_reference(case: str, implementation: str) -> None:
     inputs, queries, keys = _inputs(case, torch.float64)
-    assert callable(backend)
-    out = backend(*inputs, queries, keys, 0.3)
+    out = IMPLEMENTATIONS[implementation](*inputs, queries, keys, 0.3)
     expected = block_attention_reference(*inputs, queries, keys, 0.3)
     upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
@@ -53,20 +64,17 @@ def test_values_and_gradients_equal_the_reference(case: str, backend: object) ->
         torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("no_requests")
 @pytest.mark.parametrize("lengths", [[7, 7, 7], [5, 9, 1, 5], [0, 4, 0], [0, 0]])
 @pytest.mark.parametrize("implementation", ["buckets", "padded"])
-def test_packed_projection_gives_what_its_parts_give(
-    lengths: list[int], implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
-    _choose.cache_clear()
+def test_packed_projection_gives_what_its_parts_give(lengths: list[int], implementation: str) -> None:
+    request_implementations({"block_attention": implementation})
     packed = Ragged.from_lengths(torch.tensor(lengths))
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(packed.total, 3, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(packed.total, 2, 8, generator=generator, dtype=torch.float64)
     q, k, v = qkv.unbind(1)
     out, apart = block_attention_packed(qkv, packed), block_attention(q, k, v, packed)
-    _choose.cache_clear()
     torch.testing.assert_close(out, apart, rtol=0, atol=1e-12)
     grads = (torch.autograd.grad(x, qkv, upstream)[0] for x in (out, apart))
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
@@ -88,7 +96,7 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype) -> Non
     assert error <= 2 * (plain.double() - exact).abs().max() + torch.finfo(dtype).eps
 
 
-def test_no_query_at_all_gives_an_empty_result_with_gradients() -> None:
+def test_no_query_at_all_gives_an_empty_result_and_zero_gradients() -> None:
     none, some = Ragged.from_lengths(torch.tensor([0, 0])), Ragged.from_lengths(torch.tensor([3, 1]))
     q = torch.zeros(0, 2, 8, requires_grad=True)
     k, v = (torch.randn(4, 2, 8, requires_grad=True) for _ in range(2))
@@ -107,7 +115,7 @@ def test_no_query_at_all_gives_an_empty_result_with_gradients() -> None:
         (lambda q, k, v: (q, k, v.double()), r"v \(torch.float64"),
     ],
 )
-def test_inputs_that_do_not_fit_are_named(change: object, message: str) -> None:
+def test_inputs_that_do_not_fit_together_are_refused_by_name(change: object, message: str) -> None:
     inputs, queries, keys = _inputs("ragged", torch.float32)
     assert callable(change)
     q, k, v = change(*inputs)
@@ -123,17 +131,17 @@ def test_a_packed_projection_of_another_shape_is_refused() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("no_requests")
 @pytest.mark.parametrize("implementation", ["triton", "varlen", "padded", "xformers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_gpu_implementations_equal_the_reference_without_waiting(
-    case: str, dtype: torch.dtype, implementation: str, monkeypatch: pytest.MonkeyPatch
+    case: str, dtype: torch.dtype, implementation: str
 ) -> None:
     problem = implementations("block_attention", "cuda", dtype, 64)[implementation]
     if problem:
         pytest.skip(problem)
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, f"block_attention={implementation}")
-    _choose.cache_clear()
+    request_implementations({"block_attention": implementation})
     inputs, queries, keys = _inputs(case, dtype, head_dim=64)
     exact = block_attention_reference(*_double(inputs), queries, keys, 64**-0.5)
     device = torch.device("cuda")
@@ -143,6 +151,5 @@ def test_gpu_implementations_equal_the_reference_without_waiting(
         out = block_attention(q, k, v, queries.to(device), keys.to(device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-        _choose.cache_clear()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.cpu().double(), exact, rtol=tolerance, atol=tolerance)

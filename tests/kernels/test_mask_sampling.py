@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
+from fastjepa_kernels import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION
 from fastjepa_kernels.reference import image_masks_reference, mask_sampling_reference, mask_words_reference
 from tests.support.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules

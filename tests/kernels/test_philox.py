@@ -1,7 +1,6 @@
-"""The random generator: the published algorithm, the same numbers from NumPy and torch, streams that do not meet."""
+"""The random generator: it is the published algorithm, and its numbers are uniform."""
 
 import numpy as np
-import torch
 
 from fastjepa_kernels.philox import philox4x32, uniform_int, unit_interval
 
@@ -21,14 +20,6 @@ def test_philox_known_answers() -> None:
     for counter, key, expected in cases:
         words = philox4x32(np.array([counter[0]], dtype=np.int64), *counter[1:], seed=key)
         assert tuple(int(w[0]) for w in words) == expected
-
-
-def test_numpy_and_torch_agree_bit_for_bit() -> None:
-    index = np.arange(1000, dtype=np.int64)
-    by_numpy = philox4x32(index, 7, 8, 9, seed=2**63 + 5)
-    by_torch = philox4x32(torch.from_numpy(index), 7, 8, 9, seed=2**63 + 5)
-    for a, b in zip(by_numpy, by_torch, strict=True):
-        np.testing.assert_array_equal(a, b.numpy())
 
 
 def test_integers_and_floats_are_uniform() -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastjepa_kernels._backend import TRITON_OPERATIONS
+from fastjepa_kernels.selection import TRITON_OPERATIONS
 
 _CHECKED_MODELS = ("B/16", "H/14")  # head dims 64, 80, 32 and 24, patches of 16 and 14 pixels, every dtype
 _CHECKED_TARGETS = ("sm_80", "sm_90", "sm_100")  # for gfx942, some attention kernels compile for half a minute each

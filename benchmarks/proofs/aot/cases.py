@@ -15,10 +15,9 @@ from torch import Tensor
 
 from benchmarks import kernel_cases as work
 from benchmarks.kernel_cases import Shape, Work, shapes
-from fastjepa_kernels import Ragged
-from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
+from fastjepa_kernels import MaskRules, Ragged, mask_sampling
+from fastjepa_kernels.adamw_ema import adamw_ema_
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
-from fastjepa_kernels.mask_sampling import MaskRules, mask_sampling
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather
 from fastjepa_kernels.target_loss import target_loss
 
@@ -198,15 +197,11 @@ def _optimizer(full: Shape) -> Iterator[Case]:
             ema_copy=ema_copy,
         )
 
-    def average() -> None:
-        ema_(torch.empty(n), torch.empty(n), momentum=torch.zeros(()), copy=torch.empty(n, dtype=torch.bfloat16))
-
     bf16, fp32, numel = torch.bfloat16, torch.float32, full.encoder_params
     name = f"{full.name} encoder"
     bf16_work = work.adamw_ema_work(numel, grad_size=2, copy_size=2)
     yield Case("adamw_ema", f"{name}, copies", bf16, partial(step, bf16, bf16), bf16_work)
     yield Case("adamw_ema", name, fp32, partial(step, fp32, None), work.adamw_ema_work(numel))
-    yield Case("adamw_ema", f"{name}, average", bf16, average, work.ema_work(numel, copy_size=2))
 
 
 def _loss(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:

@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner, Config
 from triton.runtime.jit import JITFunction
 
-from fastjepa_kernels._backend import emulated_triton
+from fastjepa_kernels.selection import emulated_triton
 
 _RUN = JITFunction.run  # as it is outside of all catches, which may be nested
 

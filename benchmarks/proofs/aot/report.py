@@ -83,7 +83,7 @@ class Report:
 
 def launched_kernels(op: str) -> Iterator[str]:
     """The kernels that an operation's launchers name, `kernel[grid](...)`, by its source."""
-    module = import_module(f"fastjepa_kernels._triton.{op}")
+    module = import_module(f"fastjepa_kernels.triton_kernels.{op}")
     assert module.__file__
     calls = (node.func for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Call))
     names = {ast.unparse(function.value) for function in calls if isinstance(function, ast.Subscript)}

@@ -16,7 +16,7 @@ import numpy as np
 from fastjepa.config import Pair
 from fastjepa.config.settings import require, require_range
 from fastjepa.errors import ConfigError
-from fastjepa_kernels.mask_sampling import MaskRules
+from fastjepa_kernels import MaskRules
 from fastjepa_kernels.philox import DOMAIN_BLOCK_SIZE, philox4x32, unit_interval
 
 _LARGEST_UNIFORM = 1 - 2.0**-32

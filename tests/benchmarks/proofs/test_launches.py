@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.proofs.aot.launches import Launch, caught, counted, parse_target, recorded, simulated
 from benchmarks.proofs.ptxsim import OutOfBoundsFault
-from fastjepa_kernels import _backend
+from fastjepa_kernels import implementations
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
 
@@ -167,7 +167,8 @@ def test_a_fault_in_a_simulated_launch_is_raised_where_it_is_launched() -> None:
 
 
 def _patched() -> tuple[Any, ...]:
-    return JITFunction.run, Autotuner.run, driver._active, _backend._emulated
+    triton_problem = implementations("mask_sampling", "cpu", torch.int64)["triton"]
+    return JITFunction.run, Autotuner.run, driver._active, triton_problem
 
 
 @pytest.mark.parametrize(

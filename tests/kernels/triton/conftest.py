@@ -2,7 +2,7 @@
 
 `TRITON_INTERPRET=1 python -m pytest tests/kernels/triton` runs them in Triton's interpreter (Triton reads the variable when
 it is imported, so that is a process of its own). Without it, the PTX that the compiler makes of the kernels runs in
-benchmarks.ptxsim, for sm_80 and sm_90; with a GPU (`-m gpu`), it runs there.
+benchmarks.proofs.ptxsim, for sm_80 and sm_90; with a GPU (`-m gpu`), it runs there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastjepa_kernels._backend import emulated_triton
+from fastjepa_kernels.selection import emulated_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa_kernels.adamw_ema import adamw_ema_, ema_
-from fastjepa_kernels.reference import adamw_ema_reference, ema_reference
-from fastjepa_kernels.testing import assert_close_to_reference
+from fastjepa_kernels.adamw_ema import adamw_ema_
+from fastjepa_kernels.reference import adamw_ema_reference
+from tests.kernels.accuracy import assert_close_to_reference
 from tests.kernels.triton.conftest import INTERPRETED, Engine
 
 HYPER: dict[str, Any] = {
@@ -173,16 +173,17 @@ def test_bias_corrections_are_exact_from_the_first_step_to_the_millionth(
 
 
 def test_a_momentum_next_to_one_keeps_its_digits(engine: Engine) -> None:
-    ema, param = torch.zeros(1, device=engine.device), torch.ones(1, device=engine.device)
+    param, moments, ema = (torch.full((1,), value, device=engine.device) for value in (1.0, 0.0, 0.0))
     (momentum,) = scalars(engine, 1 - 1e-7)
-    ema_(ema, param, momentum=momentum)
+    hyper = HYPER | {"lr": 0.0, "weight_decay": 0.0, "ema_momentum": momentum}
+    adamw_ema_(param, moments, moments.clone(), moments.clone(), ema, **hyper)
     assert ema.item() == pytest.approx(1e-7, rel=1e-6)
 
 
 def test_new_hyper_parameters_and_sizes_need_no_new_compilation(engine: Engine) -> None:
     if INTERPRETED:
         pytest.skip("the interpreter compiles nothing")
-    from fastjepa_kernels._triton import adamw_ema as module
+    from fastjepa_kernels.triton_kernels import adamw_ema as module
 
     def variants() -> int:
         return sum(len(cache[0]) for cache in module._adamw_ema_kernel.device_caches.values())
@@ -200,40 +201,20 @@ def test_new_hyper_parameters_and_sizes_need_no_new_compilation(engine: Engine) 
     assert len(set(counts)) == 1, counts
 
 
-@pytest.mark.parametrize("copy_dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, BLOCK, BLOCK + 17])
-def test_the_average_alone_and_its_copy(engine: Engine, n: int, copy_dtype: torch.dtype | None) -> None:
-    if not engine.thorough and copy_dtype is torch.float16:
-        pytest.skip("slow in the simulator")
-    state = state_of(n, engine)
-    param, ema = state["param"], state["ema"]
-    before = ema.cpu().clone()
-    copy = None if copy_dtype is None else poisoned(n, copy_dtype, engine)
-    ema_(ema, param, momentum=0.99, copy=copy)
-    plain = ema_reference(before, param.cpu(), momentum=0.99)
-    assert_close_to_reference(ema.cpu(), plain, ema_reference(before.double(), param.cpu().double(), momentum=0.99))
-    assert_guard_stands(ema)
-    if copy is not None:
-        assert torch.equal(copy, ema.to(copy.dtype))
-        assert_guard_stands(copy)
-
-
 def test_empty_tensors_are_left_alone(engine: Engine) -> None:
     empty = torch.empty(0, device=engine.device)
     adamw_ema_(empty, empty, empty.clone(), empty.clone(), empty.clone(), **HYPER)
-    ema_(empty, empty.clone(), momentum=0.5)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the same for every engine")
 def test_the_operators_are_registered_as_pytorch_wants_them(engine: Engine) -> None:
-    from fastjepa_kernels._triton.adamw_ema import adamw_ema_op, ema_op
+    from fastjepa_kernels.triton_kernels.adamw_ema import adamw_ema_op
 
     state = list(state_of(20, engine).values())
     copy = torch.zeros(20, dtype=torch.bfloat16)
     numbers = scalars(engine, 3, 1e-2, 0.1, 0.99)
     torch.library.opcheck(adamw_ema_op, (*state, copy, copy.clone(), *numbers, None, None, 0.9, 0.999, 1e-8))
     torch.library.opcheck(adamw_ema_op, (*state[:4], None, None, None, *numbers, *numbers[:2], 0.9, 0.999, 1e-8))
-    torch.library.opcheck(ema_op, (state[0], state[4], copy, numbers[3]))
 
 
 compiled = pytest.mark.skipif(INTERPRETED, reason="about compiled code")
@@ -242,7 +223,7 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="about compiled code")
 @compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
-    """38 bytes per element with everything, 14 for the average and its copy; 4 elements per thread and instruction."""
+    """38 bytes per element with both copies; 4 elements per thread and instruction."""
     from benchmarks.proofs.aot.launches import simulated
 
     n, warps = 3 * BLOCK, 3 * BLOCK // (4 * 32)
@@ -259,12 +240,9 @@ def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
             param_copy=copy,
             ema_copy=copy.clone(),
         )
-        ema_(state["ema"], state["param"], momentum=momentum, copy=copy)
-    update, average = counts
+    (update,) = counts
     assert update["global_sectors"] == {"load": 18 * n // 32 + 6 * warps, "store": 20 * n // 32}
     assert update["global_requests"] == {"load": (5 + 6) * warps, "store": 6 * warps}
-    assert average["global_sectors"] == {"load": 8 * n // 32 + warps, "store": 6 * n // 32}
-    assert average["global_requests"] == {"load": (2 + 1) * warps, "store": 2 * warps}
 
 
 @compiled

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastjepa_kernels._triton.block_attention as triton_attention
+import fastjepa_kernels.triton_kernels.block_attention as triton_attention
 from fastjepa_kernels import Ragged
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.reference import block_attention_reference
-from fastjepa_kernels.testing import RAGGED_LENGTHS, assert_close_to_reference
+from tests.kernels.accuracy import RAGGED_LENGTHS, assert_close_to_reference
 from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="looks at compiled code")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks, mask_sampling
+from fastjepa_kernels import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.reference import mask_sampling_reference
 from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 from tests.support.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
@@ -86,7 +86,7 @@ def test_batches_longer_than_a_block_of_the_prefix_sum(
     engine: Engine, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rasterized on an odd grid: the targets of an image differ in length, and the cut shortens them."""
-    from fastjepa_kernels._triton import mask_sampling as triton_mask_sampling
+    from fastjepa_kernels.triton_kernels import mask_sampling as triton_mask_sampling
 
     monkeypatch.setattr(triton_mask_sampling, "_SCAN_BLOCK", 16)
     check(engine, mask_rules("rasterized", mode, 3, 5, min_context=1), [*range(35 if engine.thorough else 18)])
@@ -109,7 +109,7 @@ def test_strided_sample_indices(engine: Engine) -> None:
 
 
 def leave_out(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
-    from fastjepa_kernels._triton import mask_sampling as triton_mask_sampling
+    from fastjepa_kernels.triton_kernels import mask_sampling as triton_mask_sampling
 
     for kernel in kernels:
         monkeypatch.setattr(triton_mask_sampling, kernel, IdleKernel())
@@ -176,7 +176,7 @@ def test_steps_share_the_compiled_kernels() -> None:
 def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
     if not engine.thorough:
         pytest.skip("the interpreter has seen it")
-    from fastjepa_kernels._triton.mask_sampling import _mask_sampling
+    from fastjepa_kernels.triton_kernels.mask_sampling import _mask_sampling
 
     strategy, mode, *numbers = astuple(mask_rules("multiblock", "official", 3, 4, num_target_blocks=2))
     arguments = (torch.arange(2, device=engine.device), strategy, mode, numbers, 5, 6)

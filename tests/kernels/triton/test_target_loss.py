@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastjepa_kernels.reference import target_loss_reference
 from fastjepa_kernels.target_loss import target_loss
-from fastjepa_kernels.testing import assert_close_to_reference
+from tests.kernels.accuracy import assert_close_to_reference
 from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
 
 KINDS: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ def same_numbers_in_every_run() -> None:
 
 @pytest.mark.parametrize("kernel", ["_forward_kernel", "_backward_kernel"])
 def test_rows_that_a_kernel_left_out_would_show(engine: Engine, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("fastjepa_kernels._triton.target_loss"), kernel, IdleKernel())
+    monkeypatch.setattr(import_module("fastjepa_kernels.triton_kernels.target_loss"), kernel, IdleKernel())
     predictions = torch.zeros(2, 8, device=engine.device, requires_grad=True)
     loss = target_loss(predictions, torch.ones(2, 8, device=engine.device), None)
     (grad,) = torch.autograd.grad(loss, predictions)
@@ -128,7 +128,7 @@ def test_float64_features_are_refused(engine: Engine) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
 def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
-    ops = import_module("fastjepa_kernels._triton.target_loss")
+    ops = import_module("fastjepa_kernels.triton_kernels.target_loss")
     predictions, features, rows = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8), torch.tensor([3, 0, 3])
     for normalize in (True, False):
         args = (predictions, features, rows, "smooth_l1", normalize, 1.0, 1e-5)

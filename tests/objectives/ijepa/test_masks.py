@@ -19,9 +19,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastjepa.config import MaskConfig
-from fastjepa.objectives.ijepa.masks import MaskBatch, check_grid, sample_masks
-from fastjepa_kernels.mask_sampling import MaskRules
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig, check_grid
+from fastjepa_kernels import MaskRules
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION, DOMAIN_BLOCK_SIZE, DOMAIN_BUDGET, philox4x32
 from fastjepa_kernels.ragged import Ragged
 from fastjepa_kernels.reference import (

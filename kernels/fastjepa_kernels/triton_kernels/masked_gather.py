@@ -1,23 +1,23 @@
-"""Gathers by packed index: pixels of kept patches, rows of tokens, rows of a position table.
+"""Gathers by packed index: pixels of kept patches, rows of tokens, rows of a position table (Triton).
 
     gather_patches  out[t, (c, y, x)] = scale_c * images[b, c, p * row + y, p * column + x] + shift_c
                     with (b, row, column) = indices[t] by B, H / p, W / p
     gather_rows     out[t] = rows[indices[t]];   d rows[r] = sum of d out[t] over t with indices[t] = r
     gather_add      out[t] = tokens[t] + table[positions[t]];   d tokens = d out
 
-All are bound by memory bandwidth: every program copies a tile of rows by `COLS` columns. Widths and row strides are
-compile-time constants, so that the compiler can prove rows to be aligned and moves 16 bytes per thread.
+All kernels are bound by memory bandwidth. Every program copies a tile of rows by `COLS` columns. Widths and row strides are
+compile-time constants, so that the compiler can prove that rows are aligned, and moves 16 bytes per thread.
 
-**What limits gather_patches.** A patch is C * p runs of p pixels. At p = 16 in bf16 a run is one 32-byte sector, and nothing
-is read that is not needed; of uint8 it is half a sector. At p = 14 runs begin at multiples of 14 pixels, so that the widest
-aligned load is 2 pixels (4 bytes in bf16, 2 in uint8), and a run touches 1.75 sectors of bf16 on average: twice the bytes.
-Rows of 588 bf16 values are aligned to 8 bytes only, the width of the stores. Pixels in NHWC order (3 bytes apart) are read
-one by one, from the L1 cache after the first channel.
+**What limits gather_patches.** A patch is C * p runs of p pixels. At p = 16 a run of bf16 is one 32-byte sector, so nothing
+is read in vain; a run of uint8 is half a sector. At p = 14 runs begin at multiples of 14 pixels, so the widest aligned load
+is 2 pixels (4 bytes of bf16, 2 of uint8), and a run of bf16 touches 1.75 sectors on average: twice the bytes. Rows of 588
+bf16 values are aligned to 8 bytes only, which is the width of the stores. Pixels in NHWC order (3 bytes apart) are read one
+by one, after the first channel from the L1 cache.
 
 **The sum over repeated indices** needs no atomics. The indices are sorted (stable), so that each row's entries form a run.
-Runs may be very long (the row of a position is used by every target block that covers it), hence two levels: the sorted list
-is cut into chunks of 64 entries; chunks that lie within one run are summed on their own; each row then adds its loose
-entries and its chunks. A row used T times costs its program T / 64 steps, not T. Everything is added in a fixed order, in
+Runs may be very long, since every target block that covers a position uses its row, hence two levels. The sorted list is cut
+into chunks of 64 entries. Chunks that lie within one run are summed on their own, and each row then adds its loose entries
+and its chunks. A row that is used T times costs its program T / 64 steps, not T. Everything is added in a fixed order, in
 fp32.
 """
 
@@ -31,17 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton import one_if_interpreted
+from fastjepa_kernels.triton_kernels import one_if_interpreted
 
 _CHUNK = 64
 
 
 def columns(width: int) -> int:
-    """The number of columns of a tile: the widest that leaves at most an eighth of the lanes idle."""
+    """The number of columns of a tile: the widest choice that leaves at most an eighth of the lanes idle."""
     return next((c for c in (256, 128, 64) if triton.cdiv(width, c) * c <= 1.125 * width), 32)
 
 
-# Elements of a tile: 16 bytes of uint8 for each thread, or more.
+# A tile has at least 16 elements for each thread: 16 bytes of uint8.
 _TILES = one_if_interpreted(
     [triton.Config({"TILE": tile}, num_warps=warps) for tile, warps in ((2048, 4), (1024, 2), (4096, 4), (4096, 8))]
 )
@@ -101,7 +101,7 @@ def _copy_rows_kernel(
     COLS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """out[to[t]] = in[from[t]]; p_from or p_to is None: t itself."""
+    """out[to[t]] = in[from[t]], where from or to is t itself if its pointer is None."""
     ROWS: tl.constexpr = TILE // COLS
     o_token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     m_token = o_token < num_tokens
@@ -147,7 +147,7 @@ def _accumulator(dtype: tl.dtype) -> tl.dtype:
 
 @triton.jit
 def _add_rows(total, p_in, p_order, begin, end, o_col, m_col, S_IN: tl.constexpr, ROWS: tl.constexpr):
-    """total [ROWS, COLS] + the rows in[order[begin:end]], ROWS at a time; p_order is None: in[begin:end]."""
+    """total [ROWS, COLS] + the rows in[order[begin:end]], ROWS at a time; the rows in[begin:end] if p_order is None."""
     for first in range(begin, end, ROWS):
         o_entry = first + tl.arange(0, ROWS)
         m_entry = o_entry < end
@@ -170,7 +170,7 @@ def _sum_chunks_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """chunks[i] = sum of the entries [i * CHUNK, (i + 1) * CHUNK) of the sorted list, if they belong to one row."""
+    """chunks[i] = sum of the entries [i * CHUNK, (i + 1) * CHUNK) of the sorted list, if all of them belong to one row."""
     chunk = tl.program_id(0).to(tl.int64)
     begin = chunk * CHUNK
     if tl.load(p_sorted + begin) == tl.load(p_sorted + begin + CHUNK - 1):
@@ -194,12 +194,12 @@ def _sum_runs_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """out[r] = sum of the entries [offsets[r], offsets[r + 1]) of the sorted list, by whole chunks where there are any."""
+    """out[r] = sum of the entries [offsets[r], offsets[r + 1]) of the sorted list, in whole chunks where there are any."""
     row = tl.program_id(0).to(tl.int64)
     o_col = tl.program_id(1).to(tl.int64) * COLS + tl.arange(0, COLS)  # [COLS]
     m_col = o_col < WIDTH
     begin, end = tl.load(p_offsets + row), tl.load(p_offsets + row + 1)
-    first_chunk, last_chunk = tl.cdiv(begin, CHUNK), end // CHUNK  # none in between if last <= first
+    first_chunk, last_chunk = tl.cdiv(begin, CHUNK), end // CHUNK  # there is no whole chunk if last <= first
     head = tl.minimum(first_chunk * CHUNK, end)
     tail = tl.maximum(last_chunk * CHUNK, head)
     total = tl.zeros([ROWS, COLS], p_chunks.dtype.element_ty)
@@ -214,7 +214,7 @@ def _tile_grid(num_tokens: int, width: int) -> Any:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """For gradients, whose strides are autograd's choice (that of a sum is expanded: strides 0)."""
+    """x with contiguous rows, for gradients, whose strides autograd chooses (a sum's gradient is expanded: strides 0)."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -227,10 +227,10 @@ def gather_patches(
     shift: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """scale * pixel + shift, by channel."""
+    """Gather scale * pixel + shift, by channel."""
     if torch.float64 in (images.dtype, dtype):
         raise ValueError(
-            f"gather_patches: {images.dtype} to {dtype}, expected other than float64: Triton's is in float32"
+            f"gather_patches: got {images.dtype} images and result {dtype}, expected no float64: Triton computes in float32"
         )
     out = _empty_patches(images, indices, patch_size, scale, shift, dtype)
     if out.numel():
@@ -292,7 +292,7 @@ def _empty_tokens(rows: Tensor, indices: Tensor, unique: bool) -> Tensor:
 
 @torch.library.custom_op("fastjepa::scatter_rows", mutates_args=())
 def scatter_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
-    """Zeros [num_rows, D], but out[indices] = grads; no index twice."""
+    """Zeros [num_rows, D] with out[indices] = grads, where no index is repeated."""
     width = grads.shape[1]
     out = grads.new_zeros(num_rows, width)
     if grads.numel():
@@ -313,7 +313,7 @@ def scatter_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
 
 @torch.library.custom_op("fastjepa::sum_rows", mutates_args=())
 def sum_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, D]: out[r] = sum of grads[t] over t with indices[t] = r."""
+    """[num_rows, D] with out[r] = sum of grads[t] over t with indices[t] = r."""
     width = grads.shape[1]
     out = _empty_rows(grads, indices, num_rows)
     if out.numel():
@@ -322,8 +322,8 @@ def sum_rows(grads: Tensor, indices: Tensor, num_rows: int) -> Tensor:
         offsets = torch.searchsorted(in_order, torch.arange(num_rows + 1, device=indices.device))
         num_chunks = len(indices) // _CHUNK
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
-        chunks = torch.empty(num_chunks, width, dtype=dtype, device=grads.device)  # only some are written, and read
-        # A warp spans 256 columns of bf16, so that the sum over its 8 rows stays within each thread.
+        chunks = torch.empty(num_chunks, width, dtype=dtype, device=grads.device)  # only some are written and read
+        # One warp spans the 256 columns in bf16, so that the sum over its 8 rows stays within each thread.
         tile = {"S_IN": grads.stride(0), "WIDTH": width, "CHUNK": _CHUNK, "COLS": 256, "ROWS": 8, "num_warps": 1}
         num_cols = triton.cdiv(width, tile["COLS"])
         if num_chunks:

@@ -1,20 +1,20 @@
-"""Gather, LayerNorm and distance in one pass, forward and backward.
+"""Gather, LayerNorm and distance in one pass, forward and backward (Triton).
 
     y[t] = (features[rows[t]] - mean_t) * rstd_t;   e = predictions - y;   loss = sum f(e) / (T * D)
     d predictions = f'(e) * upstream / (T * D);     f' is clamp(e / beta, -1, 1) for smooth_l1 and 2 e for l2
 
-Both kernels are bound by memory bandwidth. Forward reads every prediction and target row once, keeps the row in registers
-for the mean, the variance (of the differences: no cancellation) and the distance, and writes three numbers per row: its
-loss, mean and rstd. The rows' losses are added by torch.sum, in a fixed order. Neither the targets nor the differences are
-ever written.
+Both kernels are bound by memory bandwidth. The forward reads every prediction and target row once and keeps it in registers
+for the mean, the variance (the mean square of the differences, which does not cancel) and the distance. It writes three
+numbers per row: loss, mean and rstd. torch.sum adds the rows' losses in a fixed order. Neither the targets nor the
+differences are ever written.
 
-Backward reads predictions and features again and writes the gradient. The other way, a gradient that forward writes and
-backward scales by the upstream gradient, moves the same bytes (forward: read both, write one; backward: read one, write
-one; five passes over [T, D] either way), and keeps a second [T, D] alive from one to the other. The upstream gradient is
-read from device memory: loss scaling needs no synchronisation.
+The backward reads predictions and features again and writes the gradient. The alternative is a gradient that the forward
+writes and the backward scales by the upstream gradient. It moves the same bytes (forward: read both, write one; backward:
+read one, write one; five passes over [T, D] either way), but keeps a second [T, D] alive in between. The upstream
+gradient is read from device memory, so loss scaling needs no synchronisation.
 
-A row is a tuple of blocks of columns: 768 is 3 x 256, 1280 is 5 x 256, 1408 is 6 x 256 with a twelfth of the lanes idle,
-where a single block of a power of two would idle a quarter to three eighths of them.
+A row is a tuple of blocks of columns: 768 is 3 x 256, 1280 is 5 x 256, and 1408 is 6 x 256 with a twelfth of the lanes idle.
+A single block of a power of two would leave a quarter to three eighths of them idle.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton import one_if_interpreted
-from fastjepa_kernels._triton.masked_gather import columns
+from fastjepa_kernels.triton_kernels import one_if_interpreted
+from fastjepa_kernels.triton_kernels.masked_gather import columns
 
-# Elements of a block: 8 for each thread, an access of 16 bytes in half precision, so that a row belongs to one warp.
+# A tile has 8 elements for each thread: an access of 16 bytes in half precision, so that one warp holds a row.
 _TILES = one_if_interpreted([triton.Config({"TILE": 256 * warps}, num_warps=warps) for warps in (4, 2, 1)])
 
 
 @triton.jit
 def _columns(block: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """The columns of a block, and which of them exist.  [1, COLS]"""
+    """The columns of a block, and True for those that exist. Both [1, COLS]."""
     o_col = block * COLS + tl.arange(0, COLS)[None, :]
     return o_col, o_col < WIDTH
 
 
 @triton.jit
 def _load_rows(p_x, o_row, m_row, S_X: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Rows of x in fp32, as a tuple of blocks [ROWS, COLS]; 0 beyond the end."""
+    """Rows of x in fp32 as a tuple of blocks [ROWS, COLS], 0 beyond the last row and column."""
     blocks: tl.tuple = ()
     for block in tl.static_range(BLOCKS):
         o_col, m_col = _columns(block, WIDTH, COLS)
@@ -140,7 +140,7 @@ def _backward_kernel(
     for block in tl.static_range(BLOCKS):
         e = prediction[block] - (target[block] - mean[:, None]) * rstd[:, None]
         slope = 2.0 * e
-        if SMOOTH:  # the quotient comes last, so that a nan passes through
+        if SMOOTH:  # the quotient is the last alternative, so that a NaN passes through
             slope = tl.where(e >= BETA, 1.0, tl.where(e <= -BETA, -1.0, e / BETA))
         o_col, m_col = _columns(block, WIDTH, COLS)
         grad = (slope * scale).to(p_grad.dtype.element_ty)
@@ -169,10 +169,10 @@ def _grid(num_tokens: int) -> Any:
 def _target_loss(
     predictions: Tensor, features: Tensor, rows: Tensor | None, loss: str, normalize: bool, beta: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and for backward the mean and rstd of each target row (none if they are not needed)."""
+    """The loss, and for the backward the mean and rstd of each target row (empty if they are not needed)."""
     if torch.float64 in (predictions.dtype, features.dtype):
         raise ValueError(
-            f"target_loss: got {predictions.dtype} and {features.dtype}, expected no float64: Triton's is in float32"
+            f"target_loss: got {predictions.dtype} and {features.dtype}, expected no float64: Triton computes in float32"
         )
     num_tokens, width = predictions.shape
     _, mean, rstd = _empty_loss(predictions, features, rows, loss, normalize, beta, eps)

@@ -6,16 +6,16 @@
     p   <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
     ema <- ema + (1 - momentum) * (p - ema)
 
-All tensors have n elements: p, m, v, ema of fp32, the gradient of fp32, bf16 or fp16, the copies of bf16 or fp16. The update
-is in place, so it is not autotuned: a trial run would be an update.
+All tensors have n elements. p, m, v and ema are fp32, the gradient is fp32, bf16 or fp16, and the copies are bf16 or fp16.
+The update is in place, so it is not autotuned: a trial run would be an update.
 
-Limited by memory: p, m, v, ema and the gradient are read once; p, m, v, ema and the copies are written once. That is 32
-bytes per element plus those of the gradient and the copies: 38 with a bf16 gradient and both copies; the average alone: 12
-plus its copy. A program takes 16 bytes of fp32 per thread and tensor: with more, the stores would be strided, or would pass
-through shared memory to fit the 16-bit copies. Many programs on each multiprocessor keep enough bytes in flight.
+The kernel is limited by memory. It reads p, m, v, ema and the gradient once, and writes p, m, v, ema and the copies once: 32
+bytes per element plus those of the gradient and the copies, which makes 38 with a bf16 gradient and both copies. A program
+takes 16 bytes of fp32 per thread and tensor; with more, the stores would be strided, or would pass through shared memory to
+fit the 16-bit copies. Many programs on each multiprocessor keep enough bytes in flight.
 
 Every program loads the scalars (0-dim tensors), so a captured graph sees new values when it is replayed. They are combined
-in the dtype they come in: in fp64, 1 - momentum keeps its digits next to a momentum of 1.
+in their own dtype: in fp64, 1 - momentum keeps its digits next to a momentum of 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCALARS = ["p_step", "p_lr", "p_weight_decay", "p_momentum", "p_grad_scale", "p
 
 @triton.jit
 def _one_minus_exp(x):
-    """1 - e^x for x <= 0, in fp32 to 3e-7 of its value: next to 0, where the subtraction cancels, by the series."""
+    """1 - e^x for x <= 0 in fp32, within 3e-7 of its value: by the series next to 0, where the subtraction cancels."""
     series = 1.0 + x * (1.0 / 8)
     for i in tl.static_range(6):
         series = 1.0 + x * series * (1.0 / (7 - i))
@@ -102,8 +102,9 @@ def _adamw_ema_block(
         _average_block(p_ema, p_ema_copy, b_param, new_weight, o, n, TAIL)
 
 
-# Not specialised on n, so that the sizes of a model's groups share one compilation: only the last program has a mask, which
-# makes its accesses scalar. Nor on where the scalars lie: they may be elements of one tensor.
+# The kernel is not specialised on n, so that the sizes of a model's groups share one compilation; the price is a mask, which
+# makes accesses scalar, in the last program only. Nor is it specialised on the scalars' alignment, because they may be
+# elements of one tensor.
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=_SCALARS)
 def _adamw_ema_kernel(
     p_param,
@@ -150,17 +151,6 @@ def _adamw_ema_kernel(
             p_param, p_grad, p_exp_avg, p_exp_avg_sq, p_ema, p_param_copy, p_ema_copy,
             grad_scale, keep, step_size, root_correction, new_weight, BETA1, BETA2, EPS, o, n, TAIL=True,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["p_momentum"])
-def _ema_kernel(p_ema, p_param, p_copy, p_momentum, n, BLOCK: tl.constexpr):
-    new_weight = (1 - tl.load(p_momentum)).to(tl.float32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
-    o = first + tl.arange(0, BLOCK)
-    if first + BLOCK <= n:
-        _average_block(p_ema, p_copy, _load(p_param, o, n, False), new_weight, o, n, False)
-    else:
-        _average_block(p_ema, p_copy, _load(p_param, o, n, True), new_weight, o, n, True)
 
 
 @torch.library.custom_op(
@@ -213,15 +203,6 @@ def adamw_ema_op(
     )
 
 
-@torch.library.custom_op("fastjepa::ema_", mutates_args=("ema", "copy"))
-def ema_op(ema: Tensor, param: Tensor, copy: Tensor | None, momentum: Tensor) -> None:
-    n = ema.numel()
-    if n == 0:
-        return
-    _ema_kernel[(triton.cdiv(n, _BLOCK),)](ema, param, copy, momentum, n, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
-
-
 @adamw_ema_op.register_fake
-@ema_op.register_fake
 def _nothing_returned(*args: object) -> None:
     pass

@@ -1,14 +1,15 @@
-"""Mask sampling on the GPU: three small launches, no atomics, nothing read back by the host.
+"""Mask sampling on the GPU in three small launches, without atomics; the host reads nothing back (Triton).
 
-1. `_sample`, one program per image: the random words, the target blocks and the context, as one int32 per patch whose bit m
-   says that target block m covers it, and bit M that it is context; and the lengths of all sequences.
-2. `_accumulate`, one program: cuts the lengths to the batch minimum (official mode) and sums them up to cu_seqlens.
-3. `_pack`, one program per image: every patch finds its rows by counting the kept ones before it, and is written there.
+1. `_sample`, one program per image, draws the target blocks and the context. It writes one int32 per patch, whose bit m says
+   that target block m covers the patch and bit M that it is context, and the lengths of all sequences.
+2. `_accumulate`, one program, cuts the lengths to the batch minimum (official mode) and sums them up to cu_seqlens.
+3. `_pack`, one program per image, finds the rows of every patch by counting the kept patches before it, and writes them.
 
-Shapes and values: `fastjepa_kernels.mask_sampling`; equal to the host's in every bit, since all arithmetic is on integers.
+`fastjepa_kernels.masks` says the shapes, `fastjepa_kernels.mask_sampling` the values. They equal the host's in every bit,
+since all arithmetic is on integers.
 
-What limits it: latency. 128 images of 196 patches are 0.4 MB of writes and 50 k Philox calls, microseconds for any GPU; the
-stores are scattered by nature (8-byte entries at the places that the lengths dictate), so they are not 128 bits wide.
+Latency limits it. 128 images of 196 patches are 0.4 MB of writes and 50 k Philox calls, which any GPU does in microseconds.
+The stores are scattered by nature (8-byte entries at places that the lengths dictate), so they are not 128 bits wide.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjepa_kernels import philox
-from fastjepa_kernels.mask_sampling import ATTEMPTS, MaskRules, PackedMasks
+from fastjepa_kernels.masks import ATTEMPTS, MaskRules, PackedMasks
 
 _POSITION = tl.constexpr(philox.DOMAIN_BLOCK_POSITION)
 _BUDGET = tl.constexpr(philox.DOMAIN_BUDGET)
@@ -35,20 +36,20 @@ _SCAN_BLOCK = 1024
 
 @triton.jit
 def _patches(BLOCK_N: tl.constexpr):
-    """0 to BLOCK_N - 1. The hint keeps neighbouring patches in neighbouring threads, for narrow but coalesced accesses: with
-    wide ones, every value that is stored at a place of its own would change threads through shared memory before."""
+    """0 to BLOCK_N - 1. The hint keeps neighbouring patches in neighbouring threads, for narrow but coalesced accesses. With
+    wide accesses, every value that is stored at a place of its own would first change threads through shared memory."""
     return tl.max_contiguous(tl.arange(0, BLOCK_N), 1)
 
 
 @triton.jit
 def _uniform(word, bound):
-    """uniform_int: below `bound`, from a word."""
+    """An integer below `bound` from a word, as `philox.uniform_int` makes it."""
     return tl.umulhi(word, bound.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
 def _corner(seed, step, sample, draw, rows, cols):
-    """Top and left of a draw: one of rows x cols places."""
+    """Top and left of a draw, one of rows x cols places."""
     w0, w1, w2, w3 = tl.philox(seed, draw // 2, _POSITION, sample, step)
     even = draw % 2 == 0
     return _uniform(tl.where(even, w0, w2), rows), _uniform(tl.where(even, w1, w3), cols)
@@ -56,12 +57,12 @@ def _corner(seed, step, sample, draw, rows, cols):
 
 @triton.jit
 def _smallest(mask, count, seed, step, sample, domain: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The `count` patches of a mask with the smallest words of a stream, the earlier of equal ones: int1 [BLOCK_N]."""
+    """int1 [BLOCK_N]: the `count` patches of a mask with the smallest words of a stream; the earlier one of equal words."""
     o_n = _patches(BLOCK_N)
-    # Four patches share a call. Each makes it anew: that is cheaper than to pass the words between threads.
+    # Four patches share the words of a call. Each repeats the call, which is cheaper than passing words between threads.
     w0, w1, w2, w3 = tl.philox(seed, o_n // 4, domain, sample, step)
     words = tl.where(o_n % 2 == 0, tl.where(o_n % 4 == 0, w0, w2), tl.where(o_n % 4 == 1, w1, w3))  # uint32 [BLOCK_N]
-    # The count-th smallest word, bit by bit: the largest number that fewer than `count` words are below.
+    # Find the count-th smallest word bit by bit: it is the largest number that fewer than `count` words are below.
     last = tl.full([], 0, tl.uint32)
     for i in range(32):
         larger = last | (tl.full([], 1, tl.uint32) << (31 - i))
@@ -73,7 +74,7 @@ def _smallest(mask, count, seed, step, sample, domain: tl.constexpr, BLOCK_N: tl
     return below | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= num_equal))
 
 
-# Whatever changes from step to step must not be specialised on: every new combination would be compiled anew.
+# The numbers that change from step to step must not be specialised on: every new combination would be compiled anew.
 @triton.jit(do_not_specialize=["seed", "step", "target_h", "target_w", "context_h", "context_w", "target_count"])
 def _sample(
     p_samples,  # int64 [B]
@@ -116,7 +117,8 @@ def _sample(
     if STRATEGY == "multiblock":
         attempt = 0
         num_left = 0
-        while num_left < MIN_CONTEXT:  # ends: the last attempts subtract nothing, and MaskRules refuses a smaller block
+        # The loop ends: the last attempts subtract nothing, and MaskRules refuses a context block below MIN_CONTEXT.
+        while num_left < MIN_CONTEXT:
             top, left = _corner(seed, step, sample, M + attempt, REACH_H - context_h + 1, REACH_W - context_w + 1)
             inside = (row >= top) & (row < top + context_h) & (col >= left) & (col < left + context_w)
             subtracted = (1 << (M - attempt // _ATTEMPTS)) - 1
@@ -154,7 +156,8 @@ def _minimum(p_lengths, num_seqs, BLOCK: tl.constexpr):
 
 @triton.jit
 def _append(p_cu_seqlens, o_s, m_s, total, lengths):
-    """Writes the ends of sequences o_s, whose lengths are 0 where not m_s; `total`: of all before. Returns the new total."""
+    """Write the ends of the sequences o_s, whose lengths are 0 outside m_s and which follow `total` tokens; return the new
+    total."""
     tl.store(p_cu_seqlens + 1 + o_s, total + tl.cumsum(lengths, 0), mask=m_s)
     return total + tl.sum(lengths, 0)
 
@@ -195,7 +198,7 @@ def _accumulate(
         m_b = o_b < num_images
         context = tl.minimum(tl.load(p_context_lengths + o_b, mask=m_b, other=0), context_cut)
         union = tl.load(p_union_lengths + o_b, mask=m_b, other=0)
-        if CUT:  # it shortens but quadrants, which are disjoint: blocks and random targets are all of one length
+        if CUT:  # the cut shortens only quadrants, which are disjoint: blocks and random targets are all of one length
             union = tl.minimum(union, M * target_cut)
         context_total = _append(p_context_cu_seqlens, o_b, m_b, context_total, context)
         union_total = _append(p_union_cu_seqlens, o_b, m_b, union_total, union)
@@ -226,7 +229,7 @@ def _accumulate(
 
 @triton.jit
 def _first(members, bit, length):
-    """The first `length` patches with that bit, as a mask and as the number of each, counted from 0."""
+    """The first `length` patches that have `bit`, as a mask, and the number of each among them, counted from 0."""
     chosen = (members >> bit) & 1
     number = tl.cumsum(chosen, 0) - 1
     return (chosen != 0) & (number < length), number
@@ -287,7 +290,7 @@ def _allocate(rules: MaskRules, num_images: int, device: torch.device) -> Packed
     num_seqs = num_images * rules.num_target_blocks
 
     def indices(per_image: int) -> Tensor:
-        return torch.zeros(num_images * per_image, dtype=torch.int64, device=device)  # what is left over stays 0
+        return torch.zeros(num_images * per_image, dtype=torch.int64, device=device)  # entries beyond the sizes stay 0
 
     def cu_seqlens(num_seqs: int) -> Tensor:
         return torch.empty(num_seqs + 1, dtype=torch.int32, device=device)
@@ -311,7 +314,7 @@ def _allocate(rules: MaskRules, num_images: int, device: torch.device) -> Packed
 def _mask_sampling(
     sample_indices: Tensor, strategy: str, mode: str, numbers: Sequence[int], seed: int, step: int
 ) -> list[Tensor]:
-    """A PackedMasks as a list, of MaskRules(strategy, mode, *numbers); seed: as a signed number."""
+    """PackedMasks as a list, for MaskRules(strategy, mode, *numbers). `seed` is the bits of the seed as a signed number."""
     rules = MaskRules(strategy, mode, *numbers)  # type: ignore[arg-type]
     num_images, num_blocks, device = len(sample_indices), rules.num_target_blocks, sample_indices.device
     block_n = max(16, triton.next_power_of_2(rules.num_patches))
@@ -387,10 +390,10 @@ def _(sample_indices: Tensor, strategy: str, mode: str, numbers: Sequence[int], 
 
 
 def mask_sampling_triton(rules: MaskRules, seed: int, step: int, sample_indices: Tensor) -> PackedMasks:
-    """`mask_sampling` with the arguments checked there.
+    """Sample as `fastjepa_kernels.mask_sampling` does, which has checked the arguments.
 
     Raises:
-        ValueError: more patches or target blocks than one program holds.
+        ValueError: there are more patches or target blocks than one program holds.
     """
     for name, got, limit in (
         ("patches", rules.num_patches, _MAX_PATCHES),

@@ -1,11 +1,11 @@
-"""What tests and benchmarks share: how close is close enough, and the lengths that break kernels."""
+"""What tests of kernels share: the error that a kernel may have, and sequence lengths that break kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Sequence lengths, by what they are meant to break. Block sizes of the kernels are powers of two from 16 to 128.
+# Sequence lengths by what they are meant to break. The block sizes of the kernels are powers of two from 16 to 128.
 RAGGED_LENGTHS: dict[str, list[int]] = {
     "one token": [1],
     "one sequence": [37],
@@ -21,19 +21,19 @@ RAGGED_LENGTHS: dict[str, list[int]] = {
 def assert_close_to_reference(
     result: Tensor, same_dtype: Tensor, exact: Tensor, *, factor: float = 2.0, floor: float | None = None
 ) -> None:
-    """Hold a kernel to the error that plain PyTorch makes in the same precision.
+    """Hold a kernel to a multiple of the error that plain PyTorch makes in the same dtype.
 
         max |result - exact| <= factor * max |same_dtype - exact| + floor
 
     Args:
-        result: what the kernel gave.
+        result: the kernel's result.
         same_dtype: the plain twin's result, computed in the kernel's dtype.
         exact: the plain twin's result in float64, from the same inputs.
-        floor: absolute; default: half a unit in the last place of the largest exact value, since a kernel whose twin
-            happens to be exact may still round once.
+        floor: absolute error that is always allowed. Default: half a unit in the last place of the largest exact value,
+            since a kernel may round once even where its twin happens to be exact.
 
     Raises:
-        AssertionError: with both errors; also for a NaN or a wrong shape or dtype.
+        AssertionError: the error is larger (the message has both), or there is a NaN, a wrong shape or a wrong dtype.
     """
     assert result.shape == exact.shape, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
     assert result.dtype == same_dtype.dtype, f"dtype {result.dtype}, expected {same_dtype.dtype}"

@@ -1,6 +1,6 @@
-"""Attention of packed sequences within themselves, forward and backward (Triton).
+"""Attention within packed sequences, forward and backward (Triton).
 
-For every sequence s and head h, with n_q queries and n_k keys of width D, both known on the device only:
+For every sequence s and head h, with n_q queries and n_k keys of width D (only the device knows n_q and n_k):
 
     S = q k^T * scale * log2(e)        [n_q, n_k]             base 2: exponentials are 2^x
     lse = log2(sum_k 2^S)              [n_q]                  saved, fp32 [H, total queries]
@@ -12,26 +12,27 @@ For every sequence s and head h, with n_q queries and n_k keys of width D, both 
     d_S = P * (d_P - delta)            [n_q, n_k]
     d_q = d_S k * scale,  d_k = d_S^T q * scale               [n_q, D], [n_k, D]
 
-q [T_q, H, D], k and v [T_k, H, D]: any row stride, so that they may be views into the [T, 3, H, D] of a fused projection;
-their gradients likewise, so that one buffer takes all three. out and d_out are contiguous.
+q [T_q, H, D], k and v [T_k, H, D] may have any row stride, so that they may be views into the [T, 3, H, D] of a fused
+projection. So may their gradients, so that one buffer takes all three. out and d_out are contiguous.
 
-A width that is no power of two is held as two tiles, P0 the largest power of two within and P1 what remains rounded up:
-80 = 64 + 16 costs the tensor cores 80 columns, not 128. Dot products over the width add up both, results have both.
+A width that is no power of two is held as two tiles: P0 is the largest power of two within it, and P1 is the rest, rounded
+up. 80 = 64 + 16 costs the tensor cores 80 columns, not 128. Dot products over the width add up both tiles, and results
+consist of both.
 
-Short sequences (`takes_whole`) get one program per (sequence, head): keys and values are read once, the softmax needs one
-pass, and the backward writes all three gradients from five matmuls, with delta of P and d_P in place. Longer ones are cut
-into blocks: the forward streams the keys past a block of queries with a running softmax; the backward is a pass for delta,
-from out, then one kernel over blocks of keys for d_k and d_v and one over blocks of queries for d_q. These are seven matmuls
-instead of the five of a loop that adds to d_q in memory, but there is no scratch to write and read, no kernel holds three
-accumulators, and few long sequences still fill the device. Nothing is summed across programs: results do not vary from run
-to run.
+Short sequences (`takes_whole`) get one program per (sequence, head). It reads keys and values once, the softmax needs one
+pass, and the backward writes all three gradients from five matmuls, with delta computed from P and d_P in place. Longer
+sequences are cut into blocks. The forward streams the keys past a block of queries with a running softmax. The backward is a
+pass that computes delta from out, then one kernel over blocks of keys for d_k and d_v, and one over blocks of queries for
+d_q. That makes seven matmuls instead of the five of a loop that adds to d_q in memory, but there is no scratch memory to
+write and read, no kernel holds three accumulators, and a few long sequences still fill the device. Nothing is summed across
+programs, so results do not vary from run to run.
 
-Grids come from bounds that the host knows; programs past the end of a sequence leave at once. Rows past the last sequence
+Grids come from bounds that the host knows; programs past the end of a sequence return at once. Rows past the last sequence
 (where `total` is an upper bound) are set to 0.
 
-Limited by memory: the forward does n/2 operations per byte of q, k, v and out in half precision, the backward not even twice
-that, far below the ratio of tensor cores to memory at the 20 to 260 tokens of a masked image. What counts is how many
-programs a multiprocessor holds, hence the small blocks.
+The kernels are limited by memory. At the 20 to 260 tokens of a masked image, the forward does n/2 operations per byte of q,
+k, v and out in half precision, and the backward less than twice that: far below the ratio of tensor cores to memory. What
+counts is the number of programs that a multiprocessor holds, hence the small blocks.
 """
 
 from __future__ import annotations
@@ -44,23 +45,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjepa_kernels._triton import one_if_interpreted
 from fastjepa_kernels.ragged import Ragged
+from fastjepa_kernels.triton_kernels import one_if_interpreted
 
-_MAX_SEQUENCES = 65_535  # of the second axis of a grid
+_MAX_SEQUENCES = 65_535  # the limit of the second axis of a grid
 _DELTA_ROWS = 32
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class _Shape(NamedTuple):
-    """What decides whether a configuration fits into registers."""
+    """The facts that decide whether a configuration fits into registers."""
 
     half: bool
     width: int
-    """Columns of both tiles of a head."""
+    """Columns of both tiles of a head together."""
     tiles: int
     keys: int
-    """At a time."""
+    """Keys that a program holds at a time."""
 
 
 class _Candidate(NamedTuple):
@@ -68,11 +69,12 @@ class _Candidate(NamedTuple):
     num_warps: int
     num_stages: int
     fits: Callable[[_Shape], bool]
-    """Without spills on sm_90 and nearly so on sm_80, and no wgmma serialized: `python -m benchmarks.aot`."""
+    """Whether it compiles without spills on sm_90, with nearly none on sm_80, and with no wgmma serialized. These are the
+    findings of `python -m benchmarks.proofs.aot`."""
 
 
 def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
-    """The fastest of the candidates that fit, for each head dim, dtype and `key`. The interpreter takes the first."""
+    """Run the fastest of the candidates that fit, for each head dim, dtype and `key`; in the interpreter, the first."""
     configs = [triton.Config(c.blocks, num_warps=c.num_warps, num_stages=c.num_stages) for c in candidates]
     fits = {id(config): candidate.fits for config, candidate in zip(configs, candidates, strict=True)}
 
@@ -90,7 +92,7 @@ def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
 
 @triton.jit
 def _sequence(p_cu):
-    """First row (int64) and length of this program's sequence."""
+    """The first row (int64) and the length of this program's sequence."""
     first = tl.load(p_cu + tl.program_id(1))
     return first.to(tl.int64), tl.load(p_cu + tl.program_id(1) + 1) - first
 
@@ -126,7 +128,7 @@ def _store_tile(p_rows, stride, m_rows, x, FIRST: tl.constexpr, P: tl.constexpr,
 
 @triton.jit
 def _load(p_rows, stride, m_rows, D: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Rows of width D as their tiles, 0 where a row is masked and in columns past D."""
+    """Rows of width D as their tiles; 0 in masked rows and in columns past D."""
     if P1 == 0:
         return (_load_tile(p_rows, stride, m_rows, 0, P0, D),)
     else:
@@ -142,7 +144,7 @@ def _store(p_rows, stride, m_rows, x, D: tl.constexpr, P0: tl.constexpr, P1: tl.
 
 @triton.jit
 def _dot(a, b):
-    """a b^T over the width, tile by tile into one accumulator."""
+    """a b^T over the width, accumulated tile by tile."""
     s = tl.dot(a[0], b[0].T, input_precision="ieee")
     if len(a) == 2:
         s = tl.dot(a[1], b[1].T, s, input_precision="ieee")
@@ -171,7 +173,7 @@ def _scale(x, factor):
 
 @triton.jit
 def _zero_rest(p_x, stride, p_cu, total, H: tl.constexpr, D: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Zeros in the rows after the last sequence, shared among the programs of a head."""
+    """Write zeros to the rows after the last sequence. The programs of a head share this work."""
     BLOCK: tl.constexpr = 32
     blocks = tl.num_programs(0) // H
     rank = tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0) // H
@@ -209,7 +211,7 @@ def _attend_whole_kernel(
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """One program per (sequence, head) of at most KEYS keys: one pass of softmax for each block of queries."""
+    """One program per (sequence, head) of at most KEYS keys; the softmax of a block of queries needs one pass."""
     head = tl.program_id(0)
     _zero_rest(p_out, H * D, p_cu_queries, total, H, D, P0, P1)
     first_query, num_queries = _sequence(p_cu_queries)
@@ -265,7 +267,7 @@ def _attend_tiled_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One program per (block of queries, head, sequence): the keys stream past, with a running softmax."""
+    """One program per (block of queries, head, sequence); the keys stream past it, with a running softmax."""
     head = tl.program_id(0) % H
     start = tl.program_id(0) // H * QUERIES
     _zero_rest(p_out, H * D, p_cu_queries, total, H, D, P0, P1)
@@ -356,9 +358,10 @@ def _backward_keys_kernel(
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
-    """One program per (block of keys, head, sequence) for d_k and d_v; where the block is the WHOLE sequence, for d_q too.
+    """One program per (block of keys, head, sequence) for d_k and d_v, and for d_q too if the block is the WHOLE sequence.
 
-    In the transposed form, S^T = k q^T, the weights P^T and d_S^T of both sums are left operands, taken from registers.
+    It computes the transposed S^T = k q^T, so that P^T and d_S^T, the weights of both sums, are left operands, which the
+    matmul takes from registers.
     """
     head = tl.program_id(0) % H
     start = tl.program_id(0) // H * KEYS
@@ -381,7 +384,7 @@ def _backward_keys_kernel(
     v = _load(p_v + first_key * v_stride + head * D, v_stride, m_keys, D, P0, P1)  # [KEYS, D]
     d_k = _zeros(KEYS, P0, P1)
     d_v = _zeros(KEYS, P0, P1)
-    # Hoisted out of the loop, the operands made of k and v would take more registers than there are.
+    # If the compiler hoisted the operands made of k and v out of the loop, they would take more registers than there are.
     for start_query in tl.range(0, num_queries, QUERIES, disable_licm=True):
         o_queries = start_query + tl.arange(0, QUERIES)
         m_queries = o_queries < num_queries
@@ -486,31 +489,31 @@ def _backward_queries_kernel(
 
 
 def _split(head_dim: int) -> tuple[int, int]:
-    """The widths of the two tiles of a head, the second one 0 where one does: 64 = 64, 80 = 64 + 16, 88 in 64 + 32."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))  # tensor cores take 16 columns and more
+    """The widths of the two tiles of a head; the second is 0 if one is enough. 64 = 64 + 0, 80 = 64 + 16, 88 <= 64 + 32."""
+    first = max(16, 1 << (head_dim.bit_length() - 1))  # tensor cores take at least 16 columns
     rest = max(16, triton.next_power_of_2(head_dim - first)) if head_dim > first else 0
     return (first, rest) if rest < first else (2 * first, 0)
 
 
 def _longest(bound: int) -> int:
-    """Sequences up to this power of two share a configuration."""
+    """The power of two up to which sequences share a configuration with those of length `bound`."""
     return max(16, triton.next_power_of_2(bound))
 
 
 def takes_whole(max_keys: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether one program can hold all keys of a sequence, and in the backward their gradients, in registers."""
+    """True if one program can hold all keys of a sequence, and in the backward their gradients, in registers."""
     longest = _longest(max_keys)
     return longest <= 128 and longest * sum(_split(head_dim)) <= (12_288 if dtype.itemsize == 2 else 4_096)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x, or a copy that the kernels can address: a row contiguous, a block of 128 rows within 31 bits."""
+    """x itself, or a copy that the kernels can address: rows are contiguous, and 128 rows lie within 31 bits."""
     fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) < 2**24
     return x if fits else x.contiguous()
 
 
 def _grid(heads: int, lengths: Ragged, block: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    """Programs (heads x blocks, sequences): those that share keys follow one another. At least one block, for _zero_rest."""
+    """A grid of (heads x blocks, sequences). There is at least one block, since `_zero_rest` needs one."""
     return lambda meta: (heads * max(1, triton.cdiv(lengths.max_seqlen, meta[block])), lengths.num_seqs)
 
 
@@ -549,7 +552,7 @@ def _backward(
     keys: Ragged,
     scale: float,
 ) -> None:
-    """Fills d_q, d_k and d_v, which may be views into one buffer."""
+    """Fill d_q, d_k and d_v, which may be views into one buffer."""
     total, heads, head_dim = q.shape
     q, k, v, d_out = _rows(q), _rows(k), _rows(v), d_out.contiguous()
     widths = heads, head_dim, *_split(head_dim)
@@ -639,7 +642,7 @@ def _(qkv: Tensor, *_others: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """For both forms: tensors (the lengths among them) and, after those, plain numbers."""
+    """Save the inputs of either form: tensors (the lengths among them), followed by plain numbers."""
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.numbers = [x for x in inputs if not isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""The choice of an implementation: by device, dtype and head dim, by wish, and what is said when a wish cannot be met."""
+"""The choice of an implementation by device, dtype, head dim and request, and the error for a request that cannot run."""
 
 import logging
 import os
@@ -14,13 +14,21 @@ import pytest
 import torch
 
 from fastjepa.config import KernelsConfig
-from fastjepa_kernels import _backend, gather_add
-from fastjepa_kernels._backend import choose, request
+from fastjepa_kernels import (
+    OPERATIONS,
+    Operation,
+    choose,
+    gather_add,
+    implementations,
+    request,
+    selection,
+    without_requests,
+)
 
 
 @pytest.fixture(autouse=True)
-def no_wishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(_backend.ENVIRONMENT_VARIABLE, raising=False)
+def no_requests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(selection.ENVIRONMENT_VARIABLE, raising=False)
     request({})
     yield
     request({})
@@ -29,11 +37,11 @@ def no_wishes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(_backend, "triton_problem", lambda: None)
+    monkeypatch.setattr(selection, "triton_problem", lambda: None)
 
 
 def test_a_cpu_runs_pytorch() -> None:
-    chosen = {op: choose(op, "cpu", torch.float32, 64 if op == "block_attention" else 0) for op in _backend.OPERATIONS}
+    chosen = {op: choose(op, "cpu", torch.float32, 64 if op == "block_attention" else 0) for op in OPERATIONS}
     assert chosen.pop("block_attention") == "buckets"
     assert chosen.pop("linear") in ("onednn", "torch")  # the former on CPUs with AVX-512
     assert set(chosen.values()) == {"torch"}
@@ -41,13 +49,15 @@ def test_a_cpu_runs_pytorch() -> None:
 
 @pytest.mark.usefixtures("a_gpu")
 def test_a_gpu_runs_triton() -> None:
-    chosen = {op: choose(op, "cuda", torch.bfloat16, 64) for op in _backend.OPERATIONS}
+    chosen = {op: choose(op, "cuda", torch.bfloat16, 64) for op in OPERATIONS}
     assert chosen.pop("linear") == "torch"
     assert set(chosen.values()) == {"triton"}
 
 
 @pytest.mark.parametrize(("capability", "expected"), [("AVX512", "onednn"), ("AVX2", "torch")])
-def test_products_are_onednns_with_avx512(capability: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_multiplies_in_fp32_where_there_is_avx512(
+    capability: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     request({})
     assert choose("linear", "cpu", torch.float32) == expected
@@ -58,7 +68,9 @@ def test_products_are_onednns_with_avx512(capability: str, expected: str, monkey
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "expected"), [(torch.bfloat16, 160, "varlen"), (torch.float32, 20, "padded")]
 )
-def test_attention_falls_back_where_triton_does_not_reach(dtype: torch.dtype, head_dim: int, expected: str) -> None:
+def test_attention_falls_back_where_triton_takes_no_such_head_dim(
+    dtype: torch.dtype, head_dim: int, expected: str
+) -> None:
     assert choose("block_attention", "cuda", dtype, head_dim) == expected
 
 
@@ -69,11 +81,20 @@ def test_fp64_runs_on_pytorch(op: str) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_wishes_do_not_reach_work_beside_a_run() -> None:
+def test_an_operation_chooses_by_its_fields() -> None:
+    attention = Operation("block_attention", torch.float32, 160)
+    assert attention.choose("cuda") == choose("block_attention", "cuda", torch.float32, 160) == "padded"
+    assert attention.implementations("cuda") == implementations("block_attention", "cuda", torch.float32, 160)
+    assert tuple(attention.implementations("cuda")) == OPERATIONS["block_attention"]
+    assert Operation("mask_sampling", torch.int64).choose("cuda") == "triton"
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_requests_do_not_reach_work_beside_a_run() -> None:
     request({"block_attention": "varlen"})
     with pytest.raises(ValueError, match="varlen cannot run"):
         choose("block_attention", "cuda", torch.float32, 64)
-    with _backend.no_wishes():
+    with without_requests():
         assert choose("block_attention", "cuda", torch.float32, 64) == "triton"
     assert choose("block_attention", "cuda", torch.bfloat16, 64) == "varlen"
 
@@ -85,16 +106,16 @@ def test_a_choice_does_not_break_a_compiled_graph() -> None:
     assert torch.equal(compiled(tokens), gather_add(tokens, table, positions))
 
 
-def test_an_old_gpu_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_older_than_ampere_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert choose("target_loss", "cuda", torch.float16) == "torch"
     assert choose("block_attention", "cuda", torch.float16, 64) == "padded"
 
 
-def test_a_gpu_that_triton_cannot_start_on_runs_pytorch_and_the_reason_is_logged(
+def test_a_gpu_on_which_triton_cannot_start_runs_pytorch_and_the_reason_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Here there is no GPU at all; without a C compiler it is the same error."""
+    """This machine has no GPU at all, which gives the error that a missing C compiler gives."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with caplog.at_level(logging.INFO):
         assert choose("target_loss", "cuda", torch.float16) == "torch"
@@ -111,16 +132,16 @@ def test_a_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_a_wish_is_followed_and_the_environment_goes_before_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_followed_and_the_environment_goes_before_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     request({"block_attention": "padded", "adamw_ema": "torch"})
     assert choose("block_attention", "cuda", torch.bfloat16, 64) == "padded"
-    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "block_attention=varlen, target_loss=auto")
-    _backend._choose.cache_clear()
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "block_attention=varlen, target_loss=auto")
+    request({"block_attention": "padded", "adamw_ema": "torch"})  # forgets the choices made so far
     assert choose("block_attention", "cuda", torch.bfloat16, 64) == "varlen"
     assert choose("adamw_ema", "cuda", torch.float32) == "torch"
 
 
-def test_an_impossible_wish_is_an_error_that_lists_what_can_run() -> None:
+def test_a_request_that_cannot_run_is_an_error_that_lists_what_can() -> None:
     request({"block_attention": "triton"})
     expected = (
         r"kernels.block_attention: block_attention = triton cannot run for torch.float32 on cpu, head dim 64: "
@@ -131,19 +152,19 @@ def test_an_impossible_wish_is_an_error_that_lists_what_can_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("requests", "message"),
     [
         ({"attention": "triton"}, "unknown operation 'attention', expected one of masked_gather, block_attention"),
         ({"adamw_ema": "cuda"}, "adamw_ema = 'cuda', expected auto or one of triton, torch, apex"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_known_ones(wishes: dict[str, str], message: str) -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones(requests: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        request(wishes)
+        request(requests)
 
 
 def test_a_malformed_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.setenv(selection.ENVIRONMENT_VARIABLE, "triton")
     with pytest.raises(ValueError, match="FASTJEPA_KERNELS=triton: expected operation=implementation"):
         choose("masked_gather", "cpu", torch.float32)
 
@@ -154,13 +175,13 @@ def _pretend_apex(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []
         monkeypatch.setitem(sys.modules, name, module)
-    _backend.apex_problem.cache_clear()
+    selection.apex_problem.cache_clear()
 
 
 @pytest.fixture
 def forget_apex() -> Iterator[None]:
     yield
-    _backend.apex_problem.cache_clear()
+    selection.apex_problem.cache_clear()
 
 
 @pytest.mark.usefixtures("a_gpu", "forget_apex")
@@ -172,7 +193,7 @@ def forget_apex() -> Iterator[None]:
         (("apex", "apex.optimizers"), "apex is installed without its CUDA extension"),
     ],
 )
-def test_an_apex_that_cannot_be_used_is_refused_by_name(
+def test_an_apex_that_cannot_be_used_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...], message: str
 ) -> None:
     _pretend_apex(monkeypatch, *modules)
@@ -182,7 +203,7 @@ def test_an_apex_that_cannot_be_used_is_refused_by_name(
 
 
 @pytest.mark.usefixtures("a_gpu", "forget_apex")
-def test_nvidia_apex_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidia_apex_runs_only_when_it_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend_apex(monkeypatch, "apex", "apex.optimizers", "amp_C")
     assert choose("adamw_ema", "cuda", torch.float32) == "triton"
     request({"adamw_ema": "apex"})
@@ -191,13 +212,13 @@ def test_nvidia_apex_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_settings_offer_exactly_the_implementations_that_exist() -> None:
     offered = {name: set(get_args(hint)) - {"auto"} for name, hint in get_type_hints(KernelsConfig).items()}
-    assert offered == {op: set(table) for op, table in _backend._IMPLEMENTATIONS.items()}
+    assert offered == {op: set(names) for op, names in OPERATIONS.items()}
 
 
-def test_the_compiler_is_not_imported_with_the_kernels() -> None:
-    """It takes a second, and most processes compile nothing."""
+def test_importing_the_kernels_does_not_import_the_compiler() -> None:
+    """The import of the compiler takes a second, and most processes compile nothing."""
     code = "import sys, fastjepa_kernels, fastjepa.objective; sys.exit('torch._dynamo' in sys.modules)"
-    path = os.pathsep.join(str(Path(_backend.__file__).parents[up]) for up in (1, 2))
+    path = os.pathsep.join(str(Path(selection.__file__).parents[up]) for up in (1, 2))
     assert (
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=False).returncode == 0
     )
