@@ -27,8 +27,9 @@ from collections.abc import Sequence
 
 from fastjepa import distributed
 from fastjepa.config import Config
-from fastjepa.config.file import dump_config, load_config
+from fastjepa.config.file import dump_config
 from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
+from fastjepa.objectives.registry import load_config
 from fastjepa.run.stop_request import StopRequest
 
 logger = logging.getLogger("fastjepa.train")
@@ -84,7 +85,7 @@ def train(
     from fastjepa.engine.build import build_engine
     from fastjepa.evaluate import evaluate_run
     from fastjepa.launch.versions import versions_and_settings
-    from fastjepa.objectives.ijepa.objective import build_model
+    from fastjepa.objectives.registry import build_objective, method_of
     from fastjepa.run.folder import RunFolder
     from fastjepa.trainer import Trainer
 
@@ -107,7 +108,8 @@ def train(
     folder.check_shared()
     with distributed.together():
         dataset = open_dataset(config.data, "train")
-        model = build_model(config)
+        method = method_of(config)
+        model = build_objective(method)
     assert dataset is not None
     if len(set(distributed.gather_objects(dataset.fingerprint))) > 1:
         raise DataError(f"data.source = {config.data.source}: the machines of the run see different images there")
@@ -123,8 +125,8 @@ def train(
         logger.info(
             "per step: %d ranks x %d micro batches x %d images", distributed.world_size(), sizes.accum, sizes.micro
         )
-    engine = build_engine(model, config, sizes, device, ds_config)
-    trainer = Trainer(config, dataset, engine, sizes, folder, profile=profile)
+    engine = build_engine(model, method, config, sizes, device, ds_config)
+    trainer = Trainer(method, dataset, engine, sizes, folder, profile=profile)
     with distributed.together():
         if first:
             # Only now: a run that is refused leaves the earlier run's file alone.

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from fastjepa import distributed
-from fastjepa.checkpoint import restore
 from fastjepa.checkpoint.checkpointer import Checkpointer
-from fastjepa.checkpoint.format import RunState, latest, latest_for_message, newest_first
+from fastjepa.checkpoint.format import RunState, latest_for_message
+from fastjepa.checkpoint.resume import resume
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.data.dataset import Ints
 from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError, Preempted, TrainingError
+from fastjepa.objectives.base import Method, Moment
 from fastjepa.optim.schedule import Schedule, set_schedule
 from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
+from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, format_profile
 from fastjepa.run.folder import RunFolder, writing
 from fastjepa.run.meter import Meter
@@ -60,7 +62,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        method: Method,
         dataset: ImageDataset,
         engine: Engine,
         sizes: BatchSizes,
@@ -68,12 +70,15 @@ class Trainer:
         *,
         profile: bool = False,
     ) -> None:
-        self.config, self.dataset, self.engine, self.sizes, self.folder = config, dataset, engine, sizes, folder
+        config = method.config
+        self.config, self.method, self.dataset = config, method, dataset
+        self.engine, self.sizes, self.folder = engine, sizes, folder
         self.is_first_rank = distributed.rank() == 0
         self.steps_per_epoch = steps_per_epoch(len(dataset), config.global_batch_size)
         self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
-        self.start_step = self._resume()
+        self._data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
+        self.start_step = resume(config, folder, engine, self._data, self.total_steps)
         self._profile = profile
         self._checkpointer = Checkpointer(
             folder.checkpoints,
@@ -114,20 +119,16 @@ class Trainer:
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
                 set_schedule(engine.param_groups, values)
+                values |= self.method.scalars(Moment(step, self.steps_per_epoch, self.total_steps))
                 samples, losses = [], []
                 for _ in range(self.sizes.accum):
                     watchdog.at(f"step {step}, waiting for data")
                     batch = self._next(batches, meter)
                     watchdog.at(f"step {step}, training")
-                    loss = engine.micro_step(batch.images, batch.masks)
+                    loss, signals = engine.micro_step(batch.prepared)
                     samples.append(batch.sample_ids)
                     losses.append(loss)
-                    meter.update(
-                        loss,
-                        images=batch.masks.num_images,
-                        context_tokens=batch.masks.context.total,
-                        target_tokens=batch.masks.target.total,
-                    )
+                    meter.update(loss, signals, images=batch.prepared.num_images, counts=batch.prepared.counts)
                 self._recent.append(_Step(step, samples, losses, engine.skipped_in_a_row()))
                 progress.advance()
 
@@ -176,11 +177,11 @@ class Trainer:
             raise ConfigError(f"{problem}: raise epochs")
         with distributed.together(), writing(str(self.folder.profile), "Choose another output_dir"):
             self.folder.profile.mkdir(exist_ok=True)
-        return StepProfiler(self.engine, self.config, self.sizes, self.folder.profile)
+        return StepProfiler(self.engine, self.method, self.sizes, self.folder.profile)
 
     def _report(self, profiled: StepProfile) -> None:
         if self.is_first_rank:
-            Report("fastjepa/train.py --profile", self.config, profiled).write(self.folder.profile)
+            write_report(Report("fastjepa/train.py --profile", self.config, profiled), self.folder.profile)
             logger.info("%s\n\n%s", format_profile(profiled), self.folder.profile / "report.html")
 
     def _loader(self) -> Loader:
@@ -188,6 +189,7 @@ class Trainer:
             return Loader(
                 self.dataset,
                 self.config,
+                self.method,
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 micro_batch_size=self.sizes.micro,
@@ -261,100 +263,5 @@ class Trainer:
         bad = sum(int(not tensor.isfinite().all()) for tensor in tensors)
         if distributed.sum_over_ranks(torch.tensor([float(bad)], device=self.engine.device))[0]:
             raise self._not_finite(f"the weights are not finite after step {step}")
-        dataset = {"images": len(self.dataset), "fingerprint": self.dataset.fingerprint}
-        state = RunState(step, dataclasses.asdict(self.config), dataset)
+        state = RunState(step, dataclasses.asdict(self.config.resolved()), self._data)
         self._checkpointer.save(self.engine, state, last=last)
-
-    def _resume(self) -> int:
-        """Load the checkpoint to continue from, if any, and return the number of steps done."""
-        # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
-        with distributed.together():
-            sources = self._checkpoints_to_resume() if self.is_first_rank else []
-        sources = distributed.gather_objects(sources)[0]
-        if not sources:
-            return 0
-        damaged: list[str] = []
-        for source in sources:
-            try:
-                state = restore.load(source, self.engine)
-                break
-            except DamagedCheckpointError as problem:
-                damaged.append(str(problem))
-                if self.is_first_rank and len(sources) > 1:
-                    logger.warning("%s: looking for the checkpoint before it", problem)
-        else:
-            raise CheckpointError(
-                f"no checkpoint can be loaded: {'; '.join(damaged)}. --resume can name another one to go on from"
-            )
-        changes = _differences(state.config, dataclasses.asdict(self.config))
-        if changes and state.step >= self.total_steps:
-            raise CheckpointError(
-                f"{self.folder.path} holds a complete run of other settings: {'; '.join(changes)}. Choose another output_dir"
-            )
-        if self.is_first_rank:
-            logger.info("resuming from %s", source)
-            for change in changes:
-                logger.warning("resuming with another setting: %s", change)
-            if state.dataset.get("fingerprint") != self.dataset.fingerprint:
-                logger.warning(
-                    "resuming on other data: the checkpoint saw %d images, now there are %d of other names",
-                    state.dataset.get("images", 0),
-                    len(self.dataset),
-                )
-        return state.step
-
-    def _checkpoints_to_resume(self) -> list[Path]:
-        """The run's own, newest first; if it has none, the one that `resume` names. The first that is whole will do."""
-        resume, own = self.config.resume, newest_first(self.folder.checkpoints)
-        if resume == "never" and own:
-            raise CheckpointError(
-                f"{self.folder.path} already holds {own[0].name}: choose another output_dir, or resume=auto"
-            )
-        if resume in ("auto", "never"):
-            return own
-        named = _checkpoint_in(resume)
-        if own and self.folder.checkpoints.resolve() not in named.resolve().parents:
-            logger.warning("going on from %s: the run has begun, so --resume %s is not read again", own[0], resume)
-            return own
-        return [named]
-
-
-def _checkpoint_in(path: str) -> Path:
-    """A checkpoint by its own path, or the newest of a run folder."""
-    folder = Path(path)
-    return latest(RunFolder(folder).checkpoints) or latest(folder) or folder
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that changed, but for those that cannot change what is learnt."""
-    harmless = {
-        "resume",
-        "output_dir",
-        "log_interval",
-        "checkpoint_interval",
-        "keep_last",
-        "keep_every",
-        "async_checkpoint",
-        "evaluate",
-        "max_skipped_steps",
-        "hang_timeout",
-        "data.num_threads",
-        "data.prefetch",
-        "data.max_bad_share",
-        "data.val_source",
-        "model.activation_checkpointing",
-        "compile",
-        "kernels",
-    }
-    changes = []
-    for key, value in new.items():
-        name, before = prefix + key, old.get(key)
-        if name in harmless:
-            continue
-        if isinstance(value, dict) and isinstance(before, dict):
-            changes += _differences(before, value, f"{name}.")
-            continue
-        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
-        if before != value:
-            changes.append(f"{name} was {before}, is {value}")
-    return changes

@@ -13,9 +13,9 @@ from fastjepa import distributed
 from fastjepa.checkpoint import writer
 from fastjepa.checkpoint.format import GIB, RunState, latest_for_message, newest_first, step_of
 from fastjepa.checkpoint.writer import Snapshot
-from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError
 from fastjepa.host import free_memory
+from fastjepa.optim.sharded_state import ShardedState
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Checkpointer:
                 raise
             logger.error("the save that was going on failed: %s", distributed.in_short(error))
 
-    def save(self, engine: Engine, state: RunState, *, last: bool) -> None:
-        """Save the engine's state now; waits for the save before this one.
+    def save(self, sharded: ShardedState, state: RunState, *, last: bool) -> None:
+        """Save the state of training now; waits for the save before this one.
 
         A save that fails is logged and the run goes on, unless it is the `last` one, which is also waited for.
 
@@ -62,7 +62,7 @@ class Checkpointer:
             CheckpointError: the last one could not be written.
         """
         self.wait()
-        snapshot = Snapshot.of(engine, state)
+        snapshot = Snapshot.of(sharded, state)
         if not last and self._asynchronous and self._fits(snapshot.bytes_to_copy(self._pinned)):
             with distributed.together(self._group):  # not in the default one: on GPUs that would wait for the copies
                 snapshot = snapshot.copied(self._pinned)

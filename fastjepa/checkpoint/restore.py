@@ -8,37 +8,39 @@ import torch
 
 from fastjepa import distributed
 from fastjepa.checkpoint.format import INDEX, MODEL, Reader, RunState, check_sums, read_index
-from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError
+from fastjepa.optim.sharded_state import ShardedState
 
 
 @torch.no_grad()
-def load(checkpoint: Path, engine: Engine) -> RunState:
-    """Bring weights, moments and EMA back into the engine, whatever world size and stage wrote them. All ranks call it.
+def load(checkpoint: Path, sharded: ShardedState) -> RunState:
+    """Bring weights, moments, EMA and state buffers back into the memory of training. All ranks call it.
 
-    The ranks share out the files to verify, and nothing is written to the engine before all are.
+    World size and ZeRO stage of who wrote the checkpoint do not matter.
+
+    The ranks share out the files to verify, and nothing is written to that memory before all are.
 
     Raises:
-        DamagedCheckpointError: the checkpoint is incomplete or not as it was written. The engine is as it was.
-        CheckpointError: it is of another model or format. The engine is as it was.
+        DamagedCheckpointError: the checkpoint is incomplete or not as it was written. Nothing was changed.
+        CheckpointError: it is of another model or format. Nothing was changed.
     """
     with distributed.together():
         index = read_index(checkpoint)
         names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
         check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
-        _check_same_model(checkpoint, index["parameters"], engine.parameter_shapes())
+        _check_same_model(checkpoint, index["parameters"], sharded.shapes())
         reader = Reader(checkpoint, index)
         parts = [
             part
-            for piece in engine.pieces()
-            for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items()
+            for piece in sharded.pieces()
+            for kind, tensor in {"weight": piece.tensor, **sharded.optimizer.moments(piece.tensor)}.items()
             for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
         ]
     with distributed.together():
         for out, stored in parts:
             out.copy_(stored())
-    engine.optimizer.updates = index["updates"]
-    engine.publish_weights()
+    sharded.optimizer.updates = index["updates"]
+    sharded.publish_weights()
     return RunState(index["step"], index["config"], index["dataset"])
 
 

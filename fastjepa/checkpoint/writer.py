@@ -22,8 +22,8 @@ from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
 from fastjepa.checkpoint.format import FORMAT, GIB, INDEX, LATEST, MODEL, SUMS, Reader, RunState, set_aside, sha256
-from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError, described
+from fastjepa.optim.sharded_state import ShardedState
 
 SPACE_MARGIN = 1.05
 
@@ -44,16 +44,17 @@ class Snapshot:
     """Of a copy that is still on its way from the GPU: then the tensors can be read."""
 
     @classmethod
-    def of(cls, engine: Engine, state: RunState) -> Snapshot:
-        """The engine's state now, in the engine's memory."""
-        distinct = {id(piece.tensor): piece.tensor for piece in engine.pieces()} if engine.writes_state else {}
+    def of(cls, sharded: ShardedState, state: RunState) -> Snapshot:
+        """The state of training now, in the memory of training."""
+        written = [piece for piece in sharded.pieces() if piece.written]
+        distinct = {id(piece.tensor): piece.tensor for piece in written}
         numbers = {identity: number for number, identity in enumerate(distinct)}
         tensors = {}
         for number, tensor in enumerate(distinct.values()):
-            for kind, values in {"weight": tensor, **engine.optimizer.moments(tensor)}.items():
+            for kind, values in {"weight": tensor, **sharded.optimizer.moments(tensor)}.items():
                 tensors[f"{number}.{kind}"] = values.detach().view(-1)
-        pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in engine.pieces() if numbers]
-        return cls(state, engine.optimizer.updates, engine.parameter_shapes(), tensors, pieces)
+        pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in written]
+        return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces)
 
     def copied(self, pinned: dict[str, Tensor]) -> Snapshot:
         """The same in host memory of its own, so that training may go on.
@@ -91,9 +92,9 @@ class Snapshot:
         return sum(4 * math.prod(shape) for shape in self.parameters.values())
 
 
-def save(folder: Path, engine: Engine, state: RunState) -> Path:
-    """Write a checkpoint of the engine's state now; see `write`."""
-    return write(folder, Snapshot.of(engine, state))
+def save(folder: Path, sharded: ShardedState, state: RunState) -> Path:
+    """Write a checkpoint of the state of training now; see `write`."""
+    return write(folder, Snapshot.of(sharded, state))
 
 
 def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
@@ -109,7 +110,7 @@ def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -
     temporary = folder / f".{final.name}.tmp"
     rank = distributed.rank()
 
-    def together(action: Callable[[], Any]) -> Any:
+    def on_every_rank(action: Callable[[], Any]) -> Any:
         """`action` on every rank that has one; its failure anywhere is raised everywhere."""
         result = error = cause = None
         try:
@@ -127,12 +128,12 @@ def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -
         return result
 
     total = sum(distributed.gather_objects(snapshot.bytes, group)) + snapshot.model_bytes
-    together(lambda: _prepare(folder, temporary, total) if rank == 0 else None)
-    shard = together(
+    on_every_rank(lambda: _prepare(folder, temporary, total) if rank == 0 else None)
+    shard = on_every_rank(
         lambda: _write_shard(temporary / f"rank_{rank:05d}.safetensors", snapshot) if snapshot.tensors else None
     )
     shards = [entry for entry in distributed.gather_objects(shard, group) if entry is not None]
-    together(lambda: _commit(temporary, final, snapshot, shards) if rank == 0 else None)
+    on_every_rank(lambda: _commit(temporary, final, snapshot, shards) if rank == 0 else None)
     return final
 
 

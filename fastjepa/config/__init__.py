@@ -5,13 +5,11 @@ from fastjepa.config.settings import (
     Config,
     DataConfig,
     KernelsConfig,
-    MaskConfig,
     ModelConfig,
     ModelSize,
     ObjectiveConfig,
     OptimConfig,
     Pair,
-    Savings,
 )
 
 __all__ = [
@@ -19,11 +17,9 @@ __all__ = [
     "Config",
     "DataConfig",
     "KernelsConfig",
-    "MaskConfig",
     "ModelConfig",
     "ModelSize",
     "ObjectiveConfig",
     "OptimConfig",
     "Pair",
-    "Savings",
 ]

@@ -9,58 +9,117 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import textwrap
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from fastjepa.config import Config
+from fastjepa.config.settings import Config, ObjectiveConfig
 from fastjepa.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _Section = TypeVar("_Section")
 _Pairs = list[tuple[yaml.Node, yaml.Node]]
 
 _COMMAND_LINE = "command line"
+_DEFAULT_OBJECTIVE = "ijepa"
+# Settings that have moved since a run may have been written, so that its config.yaml and checkpoints can still be read.
+_RENAMED = {
+    "masks": "objective.masks",
+    "model.predictor_embed_dim": "objective.predictor_embed_dim",
+    "model.predictor_depth": "objective.predictor_depth",
+}
 _NULL = "tag:yaml.org,2002:null"
 _PLAIN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a run's settings.
+def load_config(
+    path: str | Path | None, overrides: Sequence[str], objective_class: Callable[[str], type[ObjectiveConfig]]
+) -> Config:
+    """Read a run's settings. `fastjepa.objectives.registry.load_config` calls it with the methods that there are.
 
     Args:
         path: a YAML file; its keys replace the defaults. None: all defaults. An empty file is all defaults, too.
         overrides: `section.key=value`, the value written as in YAML; they replace the file's, a later one an earlier one.
+        objective_class: the settings of a method, by `objective.name`; raises ConfigError for an unknown one.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or has an unknown, repeated, ill-typed or impossible setting;
             one problem a line.
     """
-    reader = _Reader()
-    if path is not None:
-        reader.read(_read_text(Path(path)), str(path))
+    documents = [] if path is None else [(_read_text(Path(path)), str(path))]
+    problems = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if equals:
-            reader.read(f"{key.strip()}: {value}", _COMMAND_LINE)
+            documents.append((f"{key.strip()}: {value}", _COMMAND_LINE))
         else:
-            reader.problems.append(f"{_COMMAND_LINE}: {override}: expected section.key=value, such as optim.lr=1e-3")
+            problems.append(f"{_COMMAND_LINE}: {override}: expected section.key=value, such as optim.lr=1e-3")
+    sources = ([str(path)] if path is not None else []) + ([_COMMAND_LINE] if overrides else [])
+    return _read(documents, problems, " and ".join(sources) or "defaults", objective_class)
+
+
+def config_from_record(record: Mapping[str, Any], objective_class: Callable[[str], type[ObjectiveConfig]]) -> Config:
+    """The settings that a checkpoint records as nested dictionaries.
+
+    Raises:
+        ConfigError: they have a key or value that this version does not know.
+    """
+    return _read([(yaml.dump(dict(record), Dumper=_Dumper), "the checkpoint")], [], "the checkpoint", objective_class)
+
+
+def _read(
+    documents: Sequence[tuple[str, str]],
+    problems: Sequence[str],
+    sources: str,
+    objective_class: Callable[[str], type[ObjectiveConfig]],
+) -> Config:
+    """The settings of YAML texts, each with the name of its source, the later in place of the earlier."""
+    name = _DEFAULT_OBJECTIVE
+    for text, _ in documents:
+        name = _objective_name(text) or name
+    objective = objective_class(name)
+    reader = _Reader({"objective": objective})
+    reader.problems += problems
+    for text, source in documents:
+        reader.read(text, source)
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
     try:
-        return _build(Config, reader.values)
+        return _build(Config, reader.values, {"objective": objective})
     except ValueError as error:
-        sources = ([str(path)] if path is not None else []) + ([_COMMAND_LINE] if overrides else [])
-        raise ConfigError(f"{' and '.join(sources) or 'defaults'}: {error}") from error
+        raise ConfigError(f"{sources}: {error}") from error
+
+
+def _objective_name(text: str) -> str | None:
+    """`objective.name` in a YAML text, if it is there: which keys are valid depends on it."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None  # it is reported when the text is read
+    for path, node in _leaves(root):
+        if path == "objective.name" and isinstance(node, yaml.ScalarNode):
+            return str(node.value)
+    return None
+
+
+def _leaves(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
+    """Dotted keys and their values."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{prefix}{key.value}"
+        yield name, value
+        yield from _leaves(value, f"{name}.")
 
 
 def dump_config(config: Config) -> str:
-    """YAML text with every setting, in the order of the dataclasses; `load_config` reads an equal `Config` from it."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """YAML text with every setting, in the order of the dataclasses, no null standing for a named model's value."""
+    return yaml.dump(dataclasses.asdict(config.resolved()), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -79,8 +138,8 @@ class _Mismatch(Exception):
 class _Reader:
     """Collects settings from YAML documents, the later in place of the earlier, and all that is wrong with them."""
 
-    def __init__(self) -> None:
-        self.schema = _schema(Config)
+    def __init__(self, classes: Mapping[str, type]) -> None:
+        self.schema = _schema(Config, classes)
         self.values: dict[str, Any] = {}
         """Dotted key -> value."""
         self.problems: list[str] = []
@@ -94,13 +153,20 @@ class _Reader:
             self.problems.append(f"{place}: not valid YAML: {problem}")
             return
         if (pairs := _pairs(root)) is not None:
-            self._read_section(pairs, "", source, set())
+            renamed: dict[str, str] = {}
+            self._read_section(pairs, "", source, set(), renamed)
+            if renamed:
+                changes = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
+                logger.warning("%s: read by the names that settings have today: %s", source, changes)
         else:
             self.problems.append(f"{_place(source, root)}: expected lines of `key: value`, got {_excerpt(root)}")
 
-    def _read_section(self, pairs: _Pairs, prefix: str, source: str, seen: set[str]) -> None:
+    def _read_section(self, pairs: _Pairs, prefix: str, source: str, seen: set[str], renamed: dict[str, str]) -> None:
         for key_node, node in pairs:
             key = prefix + (key_node.value if isinstance(key_node, yaml.ScalarNode) else _excerpt(key_node))
+            if key not in self.schema and (today := _name_of_today(key)) in self.schema:
+                renamed[key] = today
+                key = today
             place = _place(source, key_node)
             annotation = self.schema.get(key)
             if annotation is None:
@@ -108,7 +174,7 @@ class _Reader:
             elif key in seen:
                 self.problems.append(f"{place}: {key} is given twice: remove one")
             elif _is_section(annotation) and (inner := _pairs(node)) is not None:
-                self._read_section(inner, f"{key}.", source, seen)
+                self._read_section(inner, f"{key}.", source, seen, renamed)
             else:
                 try:
                     self.values[key] = _convert(node, annotation)
@@ -132,13 +198,26 @@ class _Reader:
         return f"; valid keys: {', '.join(siblings or self.schema)}"
 
 
-def _schema(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> annotation, for every setting and (its dataclass) for every section."""
+def _name_of_today(key: str) -> str:
+    """The name that a setting of an earlier version has today."""
+    for old, new in _RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
+
+
+def _schema(cls: type, classes: Mapping[str, type], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> annotation, for every setting and (its dataclass) for every section.
+
+    Args:
+        classes: dotted key of a section -> the dataclass that takes the place of its annotation.
+    """
     schema: dict[str, Any] = {}
-    for name, annotation in get_type_hints(cls).items():
+    for name, hint in get_type_hints(cls).items():
+        annotation = classes.get(prefix + name, hint)
         schema[prefix + name] = annotation
         if _is_section(annotation):
-            schema |= _schema(annotation, f"{prefix}{name}.")
+            schema |= _schema(annotation, classes, f"{prefix}{name}.")
     return schema
 
 
@@ -146,12 +225,13 @@ def _is_section(annotation: Any) -> TypeGuard[type]:
     return dataclasses.is_dataclass(annotation)
 
 
-def _build(cls: type[_Section], values: dict[str, Any], prefix: str = "") -> _Section:
+def _build(cls: type[_Section], values: dict[str, Any], classes: Mapping[str, type], prefix: str = "") -> _Section:
     """The dataclass `cls` with the values of the dotted keys under `prefix`; raises what its __post_init__ raises."""
     arguments: dict[str, Any] = {}
-    for name, annotation in get_type_hints(cls).items():
+    for name, hint in get_type_hints(cls).items():
+        annotation = classes.get(prefix + name, hint)
         if _is_section(annotation):
-            arguments[name] = _build(annotation, values, f"{prefix}{name}.")
+            arguments[name] = _build(annotation, values, classes, f"{prefix}{name}.")
         elif prefix + name in values:
             arguments[name] = values[prefix + name]
     return cls(**arguments)

@@ -30,8 +30,8 @@ from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.dataset import ImageDataset, Ints
 from fastjepa.data.decode.choice import choose_decoder
 from fastjepa.data.order import Boxes, batch_positions, epoch_order
-from fastjepa.data.reader import Reader
-from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.data.reader import Reader, ViewDecoder
+from fastjepa.objectives.base import Method, Moment, Prepared
 
 _MAX_LANES = 2
 
@@ -45,23 +45,22 @@ class Seconds(NamedTuple):
     """Decoding and resizing."""
     to_device: float
     """Copying to the device what was decoded on the host."""
-    masks: float
-    """Sampling and packing masks."""
+    prepare: float
+    """What the method does with the images: sampling and packing masks, say."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro batch of one rank, on its device."""
 
-    images: Tensor
-    """[B, C, H, W], uint8, or float32 with data.pixels = normalised."""
-    masks: MaskBatch
+    prepared: Prepared
+    """What the objective's forward pass takes."""
     sample_ids: Ints
     """int64 [B]: indices in the data set, those of the replacements where images were bad."""
-    boxes: Boxes
-    """int32 [B, 4]: top, left, height, width of the crops, in pixels of the images."""
-    flips: npt.NDArray[np.bool_]
-    """[B]: True where the crop is mirrored."""
+    boxes: tuple[Boxes, ...]
+    """Per view, int32 [B, 4]: top, left, height, width of the crops, in pixels of the images."""
+    flips: tuple[npt.NDArray[np.bool_], ...]
+    """Per view, [B]: True where the crop is mirrored."""
     seconds: Seconds
 
 
@@ -81,6 +80,7 @@ class Loader:
         self,
         dataset: ImageDataset,
         config: Config,
+        method: Method,
         *,
         rank: int,
         world_size: int,
@@ -104,8 +104,8 @@ class Loader:
                 f"the data set has {len(dataset)}; use a smaller batch or more images"
             )
         device = torch.empty(0, device=device).device  # "cuda" with its index
-        self._config, self._device = config, device
-        self._steps_per_epoch = steps_per_epoch
+        self._config, self._method, self._device = config, method, device
+        self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._positions = functools.partial(
             batch_positions, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, accum=grad_accum_steps
         )
@@ -118,8 +118,12 @@ class Loader:
         num_lanes = min(_MAX_LANES, config.data.prefetch)
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         for _ in range(num_lanes):
-            decoder = choose_decoder(config.data, device, micro_batch_size, self._pool, num_lanes)
-            reader = Reader(dataset, config.data, config.seed, decoder, self._pool, self.bad_samples)
+            settings = [view.settings(config.data) for view in method.views]
+            views = [
+                ViewDecoder(each, choose_decoder(each, device, micro_batch_size, self._pool, num_lanes))
+                for each in settings
+            ]
+            reader = Reader(dataset, views, config.seed, self._pool, self.bad_samples)
             self._lanes.put(_Lane(reader, torch.cuda.Stream(device) if device.type == "cuda" else None))
         self._todo = ((step, micro) for step in range(start_step, total_steps) for micro in range(grad_accum_steps))
         # A thread begins on the first GPU, whichever the process uses.
@@ -205,28 +209,23 @@ class Loader:
         wanted = order[positions - (step - epoch_step) * self._global_batch_size]
         images = lane.reader.read(wanted, epoch)
         decoded = time.perf_counter()
-        pixels = images.pixels.to(self._device, non_blocking=True)
+        pixels = [view.to(self._device, non_blocking=True) for view in images.pixels]
         if config.data.pixels == "normalised":
-            pixels = normalise(pixels, config.data)
+            pixels = [normalise(view, config.data) for view in pixels]
         lane.wait()
         copied = time.perf_counter()
-        with record_function("mask sampling"):
-            masks = sample_masks(
-                config.masks,
-                config.grid_h,
-                config.grid_w,
-                seed=config.seed,
-                step=step,
-                sample_indices=torch.from_numpy(positions).to(self._device),
-            )
+        with record_function("preparing"):
+            sample_indices = torch.from_numpy(positions).to(self._device)
+            moment = Moment(step, self._steps_per_epoch, self._total_steps)
+            prepared = self._method.prepare(pixels, sample_indices, moment)
             lane.wait()
         seconds = Seconds(
             read=images.read_seconds,
             decode=images.decode_seconds,
             to_device=copied - decoded,
-            masks=time.perf_counter() - copied,
+            prepare=time.perf_counter() - copied,
         )
-        return Batch(pixels, masks, images.sample_ids, images.boxes, images.flips, seconds)
+        return Batch(prepared, images.sample_ids, images.boxes, images.flips, seconds)
 
 
 class _Lane(NamedTuple):

@@ -27,6 +27,7 @@ from fastjepa_kernels.philox import (
 Boxes = npt.NDArray[np.int32]
 
 _CROP_ATTEMPTS = 10
+_CROP_DRAWS = _CROP_ATTEMPTS + 1  # of one view: the attempts, and the flip
 _KEYS_AT_ONCE = 1 << 16  # in the cache of a core: 14 million take 2.4 s and not 7.5, a third of the memory
 
 
@@ -67,7 +68,9 @@ def batch_positions(
     return np.arange(first, first + micro_batch_size, dtype=np.int64)
 
 
-def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, sizes: npt.NDArray[np.int32]) -> Boxes:
+def crop_boxes(
+    config: DataConfig, *, seed: int, epoch: int, indices: Ints, sizes: npt.NDArray[np.int32], view: int = 0
+) -> Boxes:
     """Random crops by the rule of torchvision's RandomResizedCrop.
 
     Ten attempts at: an area uniform in `crop_scale` of the image's, an aspect ratio log-uniform in `crop_aspect`, width
@@ -76,18 +79,19 @@ def crop_boxes(config: DataConfig, *, seed: int, epoch: int, indices: Ints, size
     enough for a scale of 1/k (`dct_scale`) begin and end at multiples of k pixels, so that they do so in the scaled image.
 
     Args:
-        config: the crop settings.
+        config: the crop settings of the view.
         seed, epoch: of the run.
         indices: int64 [B], indices in the data set.
         sizes: int32 [B, 2], the images' heights and widths.
+        view: number of the view: views draw different numbers.
 
     Returns:
-        int32 [B, 4]; each row depends on (seed, epoch, its index, its size) alone.
+        int32 [B, 4]; each row depends on (seed, epoch, its index, its size, view) alone.
     """
     height, width = sizes.astype(np.int64).T
     if config.crop_scale is None:
         return _aligned(config, 0 * height, 0 * width, height, width)
-    attempts = np.arange(_CROP_ATTEMPTS, dtype=np.int64)[:, None]
+    attempts = view * _CROP_DRAWS + np.arange(_CROP_ATTEMPTS, dtype=np.int64)[:, None]
     words = philox4x32(attempts, DOMAIN_CROP, indices[None], epoch, seed=seed)  # four words [attempts, B]
     u_area, u_aspect = unit_interval(words[0]), unit_interval(words[1])
     area = _between(config.crop_scale, u_area) * (height * width)
@@ -114,10 +118,14 @@ def dct_scale(config: DataConfig, crop_h: Ints, crop_w: Ints) -> Ints:
     return k
 
 
-def flips(config: DataConfig, *, seed: int, epoch: int, indices: Ints) -> npt.NDArray[np.bool_]:
-    """Which crops are mirrored left to right, bool [B]: each with probability `flip`, by (seed, epoch, its index) alone."""
-    # The words after those of the crop's attempts.
-    word, *_ = philox4x32(indices * 0 + _CROP_ATTEMPTS, DOMAIN_CROP, indices, epoch, seed=seed)
+def flips(config: DataConfig, *, seed: int, epoch: int, indices: Ints, view: int = 0) -> npt.NDArray[np.bool_]:
+    """Which crops of a view are mirrored left to right, bool [B], each with probability `flip`.
+
+    A pure function of (seed, epoch, index, view).
+    """
+    # The draw after those of the crop's attempts.
+    draw = view * _CROP_DRAWS + _CROP_ATTEMPTS
+    word, *_ = philox4x32(indices * 0 + draw, DOMAIN_CROP, indices, epoch, seed=seed)
     return unit_interval(word) < config.flip
 
 

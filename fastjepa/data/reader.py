@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,34 +22,44 @@ from fastjepa.data.threads import for_each
 
 @dataclass(frozen=True)
 class Images:
-    """One batch of B images."""
+    """One batch of B images, in one or more views."""
 
-    pixels: Tensor
-    """uint8 [B, C, H, W]."""
+    pixels: tuple[Tensor, ...]
+    """Per view, uint8 [B, C, H, W]."""
     sample_ids: Ints
     """int64 [B]: indices in the data set, those of the replacements where images were bad."""
-    boxes: Boxes
-    """int32 [B, 4]: top, left, height, width of the crops, in pixels of the images."""
-    flips: npt.NDArray[np.bool_]
-    """[B]: True where the crop is mirrored."""
+    boxes: tuple[Boxes, ...]
+    """Per view, int32 [B, 4]: top, left, height, width of the crops, in pixels of the images."""
+    flips: tuple[npt.NDArray[np.bool_], ...]
+    """Per view, [B]: True where the crop is mirrored."""
     read_seconds: float
-    """Reading files and headers."""
+    """Seconds of reading files and headers."""
     decode_seconds: float
-    """Decoding and resizing."""
+    """Seconds of decoding and resizing."""
+
+
+class ViewDecoder(NamedTuple):
+    """A view of the images, and the decoder that makes it. Each view has its own: a decoder may use its memory again."""
+
+    settings: DataConfig
+    """The data settings with the view's crop."""
+    decoder: Decoder
 
 
 class Reader:
-    """Reads the images of a run."""
+    """Reads the images of a run: an image's file once, for all its views."""
 
     def __init__(
-        self, dataset: ImageDataset, config: DataConfig, seed: int, decoder: Decoder, pool: Executor, bad: BadSamples
+        self, dataset: ImageDataset, views: Sequence[ViewDecoder], seed: int, pool: Executor, bad: BadSamples
     ) -> None:
-        self._dataset, self._config, self._seed = dataset, config, seed
-        self._decoder, self._pool, self._bad = decoder, pool, bad
+        self._dataset, self._views, self._seed = dataset, views, seed
+        self._config = views[0].settings  # what it says of files is the same for all views
+        self._pool, self._bad = pool, bad
 
     def read(self, wanted: Ints, epoch: int) -> Images:
-        """The images at `wanted`, int64 [B], cropped as their epoch has them; see `replacement` for bad ones, which get the
-        crop of the image that they really are.
+        """The images at `wanted`, int64 [B], cropped as their epoch has them.
+
+        Another image takes the place of a bad one (`replacement`), and has the crop that it has in its own place.
 
         Raises:
             DataError: too many images are bad.
@@ -63,10 +74,8 @@ class Reader:
             read_seconds += fetched - started
             if not bad:
                 batch = [image for image in images if image is not None]
-                boxes = crop_boxes(self._config, seed=self._seed, epoch=epoch, indices=indices, sizes=sizes_of(batch))
-                mirrored = flips(self._config, seed=self._seed, epoch=epoch, indices=indices)
                 try:
-                    pixels = self._decoder.decode(batch, boxes, mirrored)
+                    pixels, boxes, mirrored = self._decode(batch, indices, epoch)
                     decode_seconds += time.perf_counter() - fetched
                     return Images(pixels, indices, boxes, mirrored, read_seconds, decode_seconds)
                 except BadImages as error:
@@ -83,6 +92,24 @@ class Reader:
                     epoch=epoch,
                     num_images=len(self._dataset),
                 )
+
+    def _decode(
+        self, batch: list[EncodedImage], indices: Ints, epoch: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Boxes, ...], tuple[npt.NDArray[np.bool_], ...]]:
+        """Pixels, boxes and flips of every view.
+
+        Raises:
+            BadImages: images that cannot be decoded.
+        """
+        sizes = sizes_of(batch)
+        pixels, all_boxes, all_flips = [], [], []
+        for view, (settings, decoder) in enumerate(self._views):
+            boxes = crop_boxes(settings, seed=self._seed, epoch=epoch, indices=indices, sizes=sizes, view=view)
+            mirrored = flips(settings, seed=self._seed, epoch=epoch, indices=indices, view=view)
+            pixels.append(decoder.decode(batch, boxes, mirrored))
+            all_boxes.append(boxes)
+            all_flips.append(mirrored)
+        return tuple(pixels), tuple(all_boxes), tuple(all_flips)
 
     def _fetch(self, indices: Ints, images: list[EncodedImage | None]) -> Mapping[int, str]:
         """Read the images that are not there yet; the reasons of the bad ones, by position."""

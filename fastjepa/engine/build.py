@@ -1,4 +1,4 @@
-"""Chooses the kernels and builds the engine of a run."""
+"""Builds the engine of a run, after it has chosen the kernels."""
 
 from __future__ import annotations
 
@@ -16,41 +16,55 @@ from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
 from fastjepa.engine.torch_engine import TorchEngine
 from fastjepa.errors import ConfigError
 from fastjepa.models.fp8 import check_fp8, use_fp8
-from fastjepa.objectives.ijepa.objective import IJEPA
+from fastjepa.objectives.base import Method, Objective
+from fastjepa_kernels import Operation
 
 
-def _choose_kernels(config: Config, device: torch.device) -> None:
-    """Before the first step, so that an implementation that cannot run is a mistake in the settings, not a crash.
+def operations_of(method: Method, dtype: torch.dtype) -> list[Operation]:
+    """Every operation that a run calls, if blocks compute in `dtype`: the method's, and the optimizer's."""
+    return [*method.operations(dtype), Operation("adamw_ema", torch.float32)]
+
+
+def _choose_kernels(config: Config, method: Method, device: torch.device) -> None:
+    """Choose before the first step, so that an implementation that cannot run is a mistake in the settings, not a crash.
 
     Raises:
         ConfigError: one that was asked for cannot run here; the message lists those that can.
     """
-    size, predictor_width = config.model.size, config.model.predictor_embed_dim
-    head_dims = {size.embed_dim // size.num_heads, predictor_width // size.num_heads}
-    dtype = resolve_precision(config, device)
     try:
         fastjepa_kernels.request(dataclasses.asdict(config.kernels))
-        for operation in ("masked_gather", "target_loss", "linear"):
-            fastjepa_kernels.choose(operation, device.type, dtype)
-        for head_dim in sorted(head_dims):
-            fastjepa_kernels.choose("block_attention", device.type, dtype, head_dim)
-        fastjepa_kernels.choose("adamw_ema", device.type, torch.float32)
-        fastjepa_kernels.choose("mask_sampling", device.type, torch.int64)
+        for operation in operations_of(method, resolve_precision(config, device)):
+            operation.choose(device.type)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def build_engine(
-    model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path | None
+    model: Objective,
+    method: Method,
+    config: Config,
+    sizes: BatchSizes,
+    device: torch.device,
+    ds_config: str | Path | None,
 ) -> Engine:
+    """The engine of a run, on all ranks.
+
+    Args:
+        ds_config: DeepSpeed's JSON; None: plain PyTorch.
+
+    Raises:
+        ConfigError: kernels, precision, compilation or DeepSpeed's settings cannot be had here.
+    """
     with distributed.together():
-        _choose_kernels(config, device)
+        _choose_kernels(config, method, device)
         if config.target_precision == "fp8":
             check_fp8(config, device, resolve_precision(config, device))
-            use_fp8(model.target_encoder)
+            for part in model.parts:
+                if part.averages:
+                    use_fp8(part.module)
     if ds_config is None:
-        engine: Engine = TorchEngine(model, config, sizes, device)
+        engine: Engine = TorchEngine(model, method, config, sizes, device)
     else:
-        engine = DeepSpeedEngine(model, config, sizes, device, ds_config)
+        engine = DeepSpeedEngine(model, method, config, sizes, device, ds_config)
     distributed.be_patient(config.hang_timeout)  # DeepSpeed made groups of its own
     return engine

@@ -9,16 +9,16 @@ graph. What waits for weights (`zero_gather`) or computes a block again (activat
 from __future__ import annotations
 
 import logging
-from types import MethodType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fastjepa_kernels
 from fastjepa.config import Config
 from fastjepa.errors import ConfigError
 from fastjepa.models.layers import Block
+from fastjepa_kernels import Operation
 from fastjepa_kernels.selection import triton_problem
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,14 @@ _MAX_GRAPHS = 16
 """More than there are shape classes, in training and evaluation. What would need more is at fault: it is told, not slow."""
 
 
-def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> bool:
+def compiles_blocks(
+    config: Config, operations: Sequence[Operation], device: torch.device, zero_stage: int | None
+) -> bool:
     """Whether the blocks are to be compiled, which is logged, with the reason if they are not.
 
     Args:
         config: `compile` is what is asked for.
-        device, dtype: in which blocks compute.
+        operations: that blocks call.
         zero_stage: of DeepSpeed; None: plain PyTorch.
 
     Raises:
@@ -40,7 +42,7 @@ def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, ze
     """
     if config.compile == "none":
         return False
-    problem = _problem(config, device, dtype, zero_stage)
+    problem = _problem(config, operations, device, zero_stage)
     if config.compile == "auto" and device.type != "cuda":
         problem = "on a CPU it gains nothing"
     if problem and config.compile != "auto":
@@ -50,7 +52,9 @@ def compiles_blocks(config: Config, device: torch.device, dtype: torch.dtype, ze
     return problem is None
 
 
-def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stage: int | None) -> str | None:
+def _problem(
+    config: Config, operations: Sequence[Operation], device: torch.device, zero_stage: int | None
+) -> str | None:
     if config.compile == "cuda_graphs" and (device.type != "cuda" or zero_stage is not None):
         return "CUDA graphs are for plain PyTorch (no --ds_config) on a GPU"
     if device.type == "cuda":
@@ -60,16 +64,15 @@ def _problem(config: Config, device: torch.device, dtype: torch.dtype, zero_stag
             return problem
     if zero_stage == 3:
         return "ZeRO 3 gathers weights between the layers of a block"
-    size = config.model.size
-    for width in (size.embed_dim, config.model.predictor_embed_dim):
-        attention = fastjepa_kernels.choose("block_attention", device.type, dtype, width // size.num_heads)
-        if attention in ("buckets", "xformers"):
+    for operation in operations:
+        if operation.name == "block_attention" and operation.choose(device.type) in ("buckets", "xformers"):
+            attention = operation.choose(device.type)
             return f"kernels.block_attention = {attention} cannot be part of a compiled graph"
     return None
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor", *, may_give_up: bool = False) -> None:
-    """From now on the blocks within the model compute compiled: their `forward` alone, not the modules' hooks.
+    """Have the blocks within the model compute compiled: their `compute` alone, not the modules' hooks.
 
     Args:
         model: any module with Blocks inside, which share their graphs.
@@ -77,7 +80,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, may_give_up: 
         may_give_up: if the compiler fails, the blocks compute as they did before, which is logged; else that is an error.
     """
     compiled = torch.compile(  # type: ignore[call-overload]  # which misses the two last arguments
-        Block.forward,
+        Block.compute,
         fullgraph=True,
         dynamic=True,
         backend=backend,
@@ -86,7 +89,7 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, may_give_up: 
     )
     blocks = [module for module in model.modules() if isinstance(module, Block)]
 
-    def forward_or_give_up(block: Block, *args: Any, **kwargs: Any) -> Tensor:
+    def compiled_or_plain(block: Block, *args: Any, **kwargs: Any) -> Tensor:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # loaded by torch.compile anyway
 
         try:
@@ -97,8 +100,8 @@ def compile_blocks(model: nn.Module, backend: str = "inductor", *, may_give_up: 
                 "compile: none from here on: PyTorch's compiler failed (%s: %s)", type(error).__name__, error
             )
         for other in blocks:
-            other.__dict__.pop("forward", None)
-        return block.forward(*args, **kwargs)
+            other.compute_with(Block.compute)
+        return block.compute(*args, **kwargs)
 
     for block in blocks:
-        block.forward = MethodType(forward_or_give_up if may_give_up else compiled, block)  # type: ignore[method-assign]
+        block.compute_with(compiled_or_plain if may_give_up else compiled)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,52 +14,62 @@ from torch.profiler import record_function
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.base import Engine, Piece, _norm, _spoil_gradients_if_not_finite, resolve_precision
+from fastjepa.engine import deepspeed_patches
+from fastjepa.engine.base import Engine, detached, norm_of, resolve_precision, spoil_gradients_if_not_finite
 from fastjepa.engine.compilation import compile_blocks, compiles_blocks
-from fastjepa.engine.deepspeed_patches import _initialize, _order_on_the_device
 from fastjepa.engine.ds_config import ZERO_SUB_GROUP_SIZE, read_ds_config
 from fastjepa.engine.zero_gather import WeightGather
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.ijepa.masks import MaskBatch
-from fastjepa.objectives.ijepa.objective import IJEPA
+from fastjepa.objectives.base import Method, Objective, Output, Prepared
 from fastjepa.optim.adamw_ema import AdamWEMA
 from fastjepa.optim.groups import param_groups
+from fastjepa.optim.sharded_state import Piece
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed ZeRO, stages 0 to 3. The target encoder is a parameter group like the others (fastjepa.optim)."""
+    """DeepSpeed ZeRO, stages 0 to 3. A part that averages another is a parameter group like the others (fastjepa.optim)."""
 
     def __init__(
-        self, model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path
+        self,
+        model: Objective,
+        method: Method,
+        config: Config,
+        sizes: BatchSizes,
+        device: torch.device,
+        ds_config: str | Path,
     ) -> None:
         super().__init__(model, device)
         precision = resolve_precision(config, device)
         settings = read_ds_config(ds_config, config, sizes, distributed.world_size(), bf16=precision == torch.bfloat16)
         self._stage: int = settings["zero_optimization"]["stage"]
-        if compiles_blocks(config, device, precision, self._stage):
+        if compiles_blocks(config, method.operations(precision), device, self._stage):
             compile_blocks(model, may_give_up=config.compile == "auto")
-        groups = param_groups(model)
+        groups = param_groups(model.parts)
         self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
         self._params = {group["name"]: list(group["params"]) for group in groups}
-        self._shapes = {name: list(p.shape) for p, name in self._names.items()}
+        modules = [model.part(group["part"]) for group in groups]
         if self._stage == 0:
-            model.target_encoder.requires_grad_(False)  # else its missing gradients are sent around as zeros
+            for part in model.parts:
+                if part.averages:  # else its missing gradients are sent around as zeros
+                    part.module.requires_grad_(False)
         bf16: bool = settings["bf16"]["enabled"]
-        model.autocast = precision == torch.bfloat16 and not bf16
+        self._autocast = torch.bfloat16 if precision == torch.bfloat16 and not bf16 else None
         exact = {name: p.detach().clone() for p, name in self._names.items()} if bf16 else {}
+        self._shapes = {name: list(p.shape) for p, name in self._names.items()}
+        self._shapes |= {name: list(buffer.shape) for name, buffer in model.state().items()}
         self.optimizer = AdamWEMA(groups, config.optim)
         if bf16:
-            model.bfloat16()  # DeepSpeed would leave the positions in fp32, and with them all tokens
-        self._engine = _initialize(model, self.optimizer, settings, ds_config)
+            _cast_to_bf16(model)
+        self._engine = deepspeed_patches.initialize(model, self.optimizer, settings, ds_config)
         self.optimizer.bind(self._state_tensors(), self._norm_of_this_step)
-        modules = {"encoder": model.context_encoder, "predictor": model.predictor, "target": model.target_encoder}
-        parts = [modules[name.split("_")[0]] for name in self._params]
-        self._gather = WeightGather(self._engine.optimizer, parts) if self._stage in (1, 2) else None
+        self._gather = WeightGather(self._engine.optimizer, modules) if self._stage in (1, 2) else None
         if self._gather:
-            _order_on_the_device(self._engine.optimizer)
+            deepspeed_patches.wait_on_the_device(self._engine.optimizer)
         if bf16:  # the fp32 state was made from weights already rounded to bf16
             for piece in self.pieces():
-                piece.view(piece.tensor).copy_(exact[piece.name].view(-1)[piece.start : piece.start + piece.numel])
+                if piece.name in exact:
+                    whole = exact[piece.name].view(-1)
+                    piece.view(piece.tensor).copy_(whole[piece.start : piece.start + piece.numel])
             self.publish_weights()
 
     def _state_tensors(self) -> dict[str, list[Tensor]]:
@@ -79,10 +86,10 @@ class DeepSpeedEngine(Engine):
             )
         return tensors
 
-    def micro_step(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        loss: Tensor = self._engine(images, masks)
+    def micro_step(self, batch: Prepared) -> Output:
+        output: Output = self._engine(batch, self._autocast)
         with record_function("backward"):
-            self._engine.backward(_spoil_gradients_if_not_finite(loss))
+            self._engine.backward(spoil_gradients_if_not_finite(output.loss))
         is_last = self._engine.is_gradient_accumulation_boundary()
         if is_last and self._stage < 3:
             self._grad_norm = self._norm_of_gradients()
@@ -92,27 +99,28 @@ class DeepSpeedEngine(Engine):
         if is_last:
             self._grad_norm = self._norm_of_this_step()
             self._count_skipped()
-        return loss.detach()
+        return detached(output)
 
     @property
-    def model(self) -> IJEPA:
+    def model(self) -> Objective:
         if self._gather:
             self._gather.wait()
         return self._model
 
     @torch.no_grad()
     def _norm_of_gradients(self) -> Tensor:
-        """Of the reduced gradients. DeepSpeed's own norm is read back from the device, once per parameter group."""
+        """The norm of the reduced gradients. DeepSpeed's own is read back from the device, once per parameter group."""
         if self._stage == 0:
-            return _norm([p.grad for p in self._model.trained_parameters() if p.grad is not None])
+            return norm_of([p.grad for p in self._model.trained_parameters() if p.grad is not None])
         shards = self._engine.optimizer.averaged_gradients
         trained = [index for index, group in enumerate(self.param_groups) if not group["ema_of"]]
-        square = _norm([grad for index in trained for grad in shards[index]]).square()
+        square = norm_of([grad for index in trained for grad in shards[index]]).square()
         dist.all_reduce(square)
         return square.sqrt()
 
     def _norm_of_this_step(self) -> Tensor:
-        """Stage 3 knows it before it steps the optimizer: infinite, and the optimizer left alone, if it is not finite."""
+        """The norm of all gradients. Stage 3 knows it before it steps the optimizer; if it is not finite, stage 3 calls it
+        infinite and does not step."""
         norm = self._engine.optimizer._global_grad_norm if self._stage == 3 else self._grad_norm
         return norm if isinstance(norm, Tensor) else torch.full_like(self._grad_norm, norm)
 
@@ -122,13 +130,13 @@ class DeepSpeedEngine(Engine):
         return groups
 
     def pieces(self) -> list[Piece]:
-        pieces = []
         rank = distributed.rank()
+        pieces = self._state_pieces(written=rank == 0)
         for name, tensors in self._state_tensors().items():
             offset = 0
             for index, param in enumerate(self._params[name]):
                 if self._stage == 0:
-                    pieces.append(Piece(self._names[param], 0, param.numel(), tensors[index], 0))
+                    pieces.append(Piece(self._names[param], 0, param.numel(), tensors[index], 0, written=rank == 0))
                 elif self._stage == 3:
                     # Every rank holds the same share of each parameter, one behind the other; the last may be padded.
                     share = param.ds_tensor.numel()
@@ -145,12 +153,8 @@ class DeepSpeedEngine(Engine):
                     pieces.append(Piece(self._names[param], start - first, stop - start, tensors[0], start - low))
         return [piece for piece in pieces if piece.numel > 0]
 
-    def parameter_shapes(self) -> dict[str, list[int]]:
+    def shapes(self) -> dict[str, list[int]]:
         return self._shapes
-
-    @property
-    def writes_state(self) -> bool:
-        return self._stage > 0 or distributed.rank() == 0
 
     @torch.no_grad()
     def publish_weights(self) -> None:
@@ -168,10 +172,18 @@ class DeepSpeedEngine(Engine):
         if self._gather:
             self._gather.wait()
         self._engine.destroy()
-        # At stage 3 DeepSpeed never lets go: the model stays on its list of the modules that compute, and methods that
-        # cache their results hold what they were called on.
-        stack = getattr(sys.modules.get("deepspeed.runtime.zero.parameter_offload"), "FWD_MODULE_STACK", [])
-        stack[:] = [module for module in stack if module is not self._model]
-        for cached in gc.get_objects():
-            if type(cached) is functools._lru_cache_wrapper and cached.__module__.startswith("deepspeed."):
-                cached.cache_clear()
+        deepspeed_patches.forget(self._model)
+
+
+def _cast_to_bf16(model: Objective) -> None:
+    """Cast parameters and buffers to bf16, but for the state buffers, which are fp32 by contract.
+
+    DeepSpeed would leave all buffers in fp32: with the position tables all tokens would be fp32.
+    """
+    state = {id(buffer) for buffer in model.state().values()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.bfloat16()
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and id(buffer) not in state:
+                setattr(module, name, buffer.bfloat16())

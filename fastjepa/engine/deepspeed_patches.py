@@ -1,12 +1,21 @@
-"""Every change that fastjepa makes to DeepSpeed's behaviour, each with its reason."""
+"""Every place where fastjepa changes what DeepSpeed does, each with its reason.
+
+They were made for DeepSpeed 0.19.8. Each checks that what it changes is still there; if it is not, that is logged once and
+DeepSpeed does as it likes, which is slower but not wrong. tests/engine/test_deepspeed_patches.py holds that the installed
+version still needs them.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +23,91 @@ import torch
 
 from fastjepa import distributed
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.ijepa.objective import IJEPA
+from fastjepa.objectives.base import Objective
 from fastjepa.optim.adamw_ema import AdamWEMA
 
+logger = logging.getLogger(__name__)
 
-def _order_on_the_device(zero: Any) -> None:
-    """With overlap_comm, ZeRO 1 and 2 end a backward pass by waiting until the whole GPU is idle. But all that comes next on
-    the current stream needs is the reduced gradients: so let that stream wait for the reductions, not the host."""
+SHM_COMM = "deepspeed_shm_comm"
+"""An extension of DeepSpeed for CPUs."""
+GATHER = "all_gather_dp_groups"
+"""The function that the steps of ZeRO 1 and 2 and update_lp_params call, in the namespace of the optimizer's module."""
+OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
+"""The module of ZeRO 3 that has the list of the modules that compute."""
+
+
+def initialize(model: Objective, optimizer: AdamWEMA, settings: dict[str, Any], path: str | Path) -> Any:
+    """DeepSpeed's engine.
+
+    Args:
+        settings: of `read_ds_config`.
+        path: the file that they were read from, for messages.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a setting; the message names file and key.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from pydantic import ValidationError
+
+    if not torch.cuda.is_available():
+        _without_shm_comm(deepspeed.ops)
+    _quieten(deepspeed)
+    distributed.init_single_process_group()
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    try:
+        with _local_rank(gpu):
+            arguments = argparse.Namespace(device_rank=gpu)
+            engine, *_ = deepspeed.initialize(arguments, model=model, optimizer=optimizer, config=settings)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ConfigError(f"{path}: {error.title}: {problems}") from error
+    return engine
+
+
+def _without_shm_comm(ops: Any) -> None:
+    """Keep DeepSpeed from compiling its extension for CPUs.
+
+    The first run would compile for a minute without a word, and a run that follows an interrupted one would hang on its
+    lock.
+    """
+    compatible = getattr(ops, "__compatible_ops__", {})
+    if SHM_COMM in compatible:
+        compatible[SHM_COMM] = False
+    else:
+        _no_longer_there(SHM_COMM)
+
+
+def _quieten(deepspeed: Any) -> None:
+    """Drop messages that are not for the user: of an optimizer that DeepSpeed was not tested with, and of its own calls."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed")
+
+
+@contextmanager
+def _local_rank(gpu: int) -> Iterator[None]:
+    """Set LOCAL_RANK to the number of this rank's GPU while DeepSpeed starts.
+
+    ZeRO 3 takes the variable for the GPU's number, but SLURM may show each rank only its own GPU; and DeepSpeed asks for
+    the variable even where a single process runs without a launcher.
+    """
+    before = os.environ.get("LOCAL_RANK", "0")
+    os.environ["LOCAL_RANK"] = str(gpu)
+    try:
+        yield
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
+def wait_on_the_device(zero: Any) -> None:
+    """Let the GPU's current stream, not the host, wait for the gradients at the end of a backward pass of ZeRO 1 and 2.
+
+    With overlap_comm DeepSpeed waits there until the whole GPU is idle. But what comes next on the current stream needs the
+    reduced gradients and nothing else.
+    """
     accelerator = sys.modules[type(zero).__module__].get_accelerator()
     epilogue = zero.independent_gradient_partition_epilogue
 
@@ -34,34 +121,31 @@ def _order_on_the_device(zero: Any) -> None:
     zero.independent_gradient_partition_epilogue = without_the_host
 
 
-def _initialize(model: IJEPA, optimizer: AdamWEMA, settings: dict[str, Any], path: str | Path) -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-    from pydantic import ValidationError
-
-    if not torch.cuda.is_available():
-        # Else the first run compiles an extension for a minute without a word, and hangs on its lock if interrupted.
-        compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
-        if isinstance(compatible, dict) and "deepspeed_shm_comm" in compatible:
-            compatible["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # Two warnings that are not for the user: about an optimizer that it was not tested with, and about its own calls.
-    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed")
-    distributed.init_single_process_group()
-    # Not always LOCAL_RANK: SLURM may show each rank only its own GPU. ZeRO 3 takes the variable for the GPU's number, and
-    # DeepSpeed asks for it even where a single process runs without a launcher.
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    args = argparse.Namespace(device_rank=gpu)
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    os.environ["LOCAL_RANK"] = str(gpu)
+@contextmanager
+def gather_replaced_by(launch: Callable[..., None], zero: Any) -> Iterator[None]:
+    """Call `launch` where a step of ZeRO 1 or 2 would gather all weights and wait for them (`zero_gather`)."""
+    namespace = sys.modules[type(zero).__module__]
+    original = getattr(namespace, GATHER, None)
+    setattr(namespace, GATHER, launch)
     try:
-        engine, *_ = deepspeed.initialize(args, model=model, optimizer=optimizer, config=settings)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"{path}: {error.title}: {problems}") from error
+        yield
     finally:
-        os.environ["LOCAL_RANK"] = local_rank
-    return engine
+        setattr(namespace, GATHER, original)
+
+
+def forget(model: Objective) -> None:
+    """Drop DeepSpeed's last references to a model whose engine was destroyed, so that its memory can be freed.
+
+    ZeRO 3 leaves the model on its list of the modules that compute, and methods that cache their results hold what they
+    were called on.
+    """
+    stack = getattr(sys.modules.get(OFFLOAD), "FWD_MODULE_STACK", [])
+    stack[:] = [module for module in stack if module is not model]
+    for cached in gc.get_objects():
+        if type(cached) is functools._lru_cache_wrapper and cached.__module__.startswith("deepspeed."):
+            cached.cache_clear()
+
+
+@functools.cache  # so that it is logged once
+def _no_longer_there(name: str) -> None:
+    logger.warning("this version of DeepSpeed has no %s, which fastjepa changes in 0.19.8: it is left as it is", name)

@@ -9,7 +9,6 @@ stream, and `wait` makes the current stream wait for its event, not the host.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from fastjepa.engine.deepspeed_patches import GATHER, gather_replaced_by
 from fastjepa.models.layers import Block
 
 logger = logging.getLogger(__name__)
-
-_DEEPSPEEDS = "all_gather_dp_groups"
-"""The function that DeepSpeed's step and update_lp_params call, in the namespace of the optimizer's module."""
 
 
 class WeightGather:
@@ -49,18 +46,11 @@ class WeightGather:
     def launched_by_step(self) -> Iterator[None]:
         """Around DeepSpeed's step: it returns when the gathers are under way."""
         self.wait()
-        namespace = sys.modules[type(self._zero).__module__]
-        original = getattr(namespace, _DEEPSPEEDS, None)
-        setattr(namespace, _DEEPSPEEDS, self._launch)
-        try:
+        with gather_replaced_by(self._launch, self._zero):
             yield
-        finally:
-            setattr(namespace, _DEEPSPEEDS, original)
         if not self._launched and not self._zero.overflow:  # then the step was skipped
             self._launched = True
-            logger.warning(
-                "DeepSpeed's step does not call %s: it waits for the weights of the other ranks", _DEEPSPEEDS
-            )
+            logger.warning("DeepSpeed's step does not call %s: it waits for the weights of the other ranks", GATHER)
 
     def wait(self) -> None:
         """For all weights: before they are read other than by the modules' forward."""

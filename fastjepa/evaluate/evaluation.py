@@ -12,18 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastjepa_kernels
 from fastjepa.checkpoint.format import latest, load_weights
 from fastjepa.config import Config, DataConfig
-from fastjepa.config.file import load_config
 from fastjepa.data import ImageDataset, evaluation_batches, normalise, open_dataset
 from fastjepa.errors import CheckpointError, DataError
 from fastjepa.evaluate.comparison import Report, Split, evaluate_features, format_report
 from fastjepa.evaluate.probes import MIN_SAMPLES, representation_health
-from fastjepa.models import VisionTransformer
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -36,19 +34,25 @@ MAX_IMAGES_FOR_HEALTH = 2048
 MAX_PIXEL_GRID = 32
 
 
-def load_target_encoder(run_folder: str | Path) -> VisionTransformer:
-    """The target encoder (the EMA, which the paper evaluates) of the run's newest checkpoint.
+def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
+    """A part of a run's newest checkpoint that turns images [B, C, H, W] into features [B, N, D].
+
+    Args:
+        run_folder: output_dir of a run.
+        part: its name; default: the one that the method evaluates (I-JEPA: target_encoder, as in the paper).
 
     Raises:
-        CheckpointError: there is none, or it is damaged or of another model.
+        CheckpointError: there is no checkpoint, no such part, or it is damaged or of another model.
     """
     folder = RunFolder(run_folder)
-    config = load_config(folder.config)
+    method = method_of(load_config(folder.config))
     newest = latest(folder.checkpoints)
     if newest is None:
         raise CheckpointError(f"{folder.path} holds no checkpoint: nothing to evaluate")
-    encoder = VisionTransformer(config)
-    missing, unexpected = encoder.load_state_dict(load_weights(newest, "target_encoder"), strict=False)
+    name = part or method.evaluated
+    weights = load_weights(newest, name)
+    encoder = build_objective(method).part(name)
+    missing, unexpected = encoder.load_state_dict(weights, strict=False)
     lacking = [name for name in missing if name != "pos_embed"]  # fixed, made anew
     if lacking or unexpected:
         raise CheckpointError(f"{newest} is of another model: it lacks {lacking} and has {unexpected} too many")
@@ -65,7 +69,7 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
         CheckpointError, DataError: the run or its images cannot be read.
     """
     config = load_config(folder.config)
-    encoder = load_target_encoder(folder.path).to(device)
+    encoder = load_encoder(folder.path).to(device)
     train, test = (open_dataset(config.data, split) for split in ("train", "val"))
     assert train is not None
     if train.labels is None or test is None or test.labels is None:
@@ -78,7 +82,8 @@ def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
             f"none of the held-out images' classes ({', '.join(test.class_names[:5])}, ...) is one of the training images' "
             f"({', '.join(train.class_names[:5])}, ...): expected the same names in both"
         )
-    random = build_model(config).target_encoder.to(device)
+    method = method_of(config)
+    random = build_objective(method).part(method.evaluated).to(device)
     kinds: list[Callable[[Tensor], Tensor]] = [encoder, random, functools.partial(_pixels, config.data)]
     train_rows, train_features = _features(train, MAX_TRAIN_IMAGES, config, device, kinds)
     if few := _too_few(train_rows):

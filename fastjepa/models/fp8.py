@@ -30,7 +30,7 @@ def use_fp8(encoder: nn.Module) -> None:
         if isinstance(block, Block):
             for module in block.modules():
                 if isinstance(module, Linear):
-                    module.product = fp8_linear
+                    module.compute_with(product=fp8_linear)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -33,11 +33,26 @@ class TokenSubset:
 class Linear(nn.Linear):
     """A linear layer of a block."""
 
-    product: Callable[[Tensor, Tensor, Tensor], Tensor] = staticmethod(linear)
-    """Of input, weight and bias (fastjepa.models.fp8 has another one)."""
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self._product: Callable[[Tensor, Tensor, Tensor], Tensor] = linear
+        self._weight_grad: Tensor | None = None
+
+    def compute_with(
+        self, *, product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, weight_grad: Tensor | None = None
+    ) -> None:
+        """Change how the layer is computed. This is the one place for it; the engine calls it before the first step.
+
+        Args:
+            product: takes input, weight and bias in place of `fastjepa_kernels.linear`.
+            weight_grad: the buffer that is weight.grad, for `fastjepa_kernels.linear` to add to.
+        """
+        self._product, self._weight_grad = product or self._product, weight_grad
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.weight, self.bias)
+        if self._weight_grad is not None:
+            return linear(x, self.weight, self.bias, self._weight_grad)
+        return self._product(x, self.weight, self.bias)
 
 
 class QKVProjection(Linear):
@@ -49,7 +64,7 @@ class QKVProjection(Linear):
             return (super().forward(x),)
         width = self.in_features
         q_bias, kv_bias = self.bias[:width], self.bias[width:]
-        return self.product(asking, self.weight[:width], q_bias), self.product(x, self.weight[width:], kv_bias)
+        return self._product(asking, self.weight[:width], q_bias), self._product(x, self.weight[width:], kv_bias)
 
 
 class Attention(nn.Module):
@@ -89,8 +104,24 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self._computation: Callable[..., Tensor] = Block.compute
+
+    def compute_with(self, computation: Callable[..., Tensor]) -> None:
+        """Change how the block is computed. This is the one place for it; the engine calls it before the first step.
+
+        Args:
+            computation: takes the block and the arguments of `compute`, which it may be, compiled. The hooks of the block
+                stay outside of it.
+        """
+        self._computation = computation
 
     def forward(
+        self, x: Tensor, lengths: Ragged, *, source_rows: Tensor | None = None, subset: TokenSubset | None = None
+    ) -> Tensor:
+        """See `compute`."""
+        return self._computation(self, x, lengths, source_rows=source_rows, subset=subset)
+
+    def compute(
         self, x: Tensor, lengths: Ragged, *, source_rows: Tensor | None = None, subset: TokenSubset | None = None
     ) -> Tensor:
         """

@@ -51,9 +51,7 @@ class View:
     @classmethod
     def of(cls, data: DataConfig) -> View:
         """The view that the data settings describe."""
-        return cls(
-            image_size=data.image_hw, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect, flip=data.flip
-        )
+        return cls(image_size=data.image_hw, crop_scale=data.crop_scale, crop_aspect=data.crop_aspect, flip=data.flip)
 
     def settings(self, data: DataConfig) -> DataConfig:
         """The data settings with this view's crop in place of their own."""
@@ -67,7 +65,10 @@ class View:
 
 
 class Tokens(Protocol):
-    """Tokens per image, by kind: the sizes that the cost of a step depends on. A NamedTuple of numbers."""
+    """Tokens per image, by kind: the sizes that the cost of a step depends on. A NamedTuple of numbers.
+
+    Names with an underscore are of sums that only formulas need; profiles show the others.
+    """
 
     def _asdict(self) -> dict[str, float]: ...
 
@@ -173,6 +174,8 @@ class Objective(nn.Module, ABC):
 class Method(ABC):
     """A method with the settings of a run: what can be known of it without its networks."""
 
+    stages: tuple[str, ...] = ()
+    """Names of the stretches of the forward pass, as `torch.profiler.record_function` marks them, in their order."""
     evaluated: str
     """The name of the part that represents an image: a module from images [B, C, H, W] to features [B, N, D]."""
 

@@ -1,6 +1,6 @@
 """Which stage, how many GPUs, what micro batch: python -m fastjepa.plan --model vit_huge --gpus 64 --memory 80
 
-Reckons state, activations, bytes sent and arithmetic of a run (fastjepa.costs), and from them the largest micro batch that
+Reckons state, activations, bytes sent and arithmetic of a run (the method's costs, and fastjepa.plan.zero), and from them the largest micro batch that
 fits and the images/s that a roofline allows, for plain PyTorch and every ZeRO stage. Nothing is measured here: the figures
 are bounds under the assumptions that are printed with them.
 """
@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.config import MODEL_SIZES
-from fastjepa.config.file import load_config
 from fastjepa.errors import ConfigError, FastjepaError
-from fastjepa.objectives.ijepa.costs import STAGES
+from fastjepa.host import GIB
+from fastjepa.objectives.registry import load_config
 from fastjepa.plan.datasheets import DEVICES
-from fastjepa.plan.planner import GIB, Cluster, assumptions, count, plan_stage, recommend, remedies
+from fastjepa.plan.planner import Cluster, assumptions, count, plan_stage, recommend, remedies
 from fastjepa.plan.tables import format_table, start_command, write_tables
+from fastjepa.plan.zero import STAGES
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

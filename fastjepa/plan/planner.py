@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 from fastjepa.config import Config
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.ijepa import costs
-from fastjepa.objectives.ijepa.costs import STAGES, Stage
+from fastjepa.host import GIB
+from fastjepa.objectives.registry import method_of
 from fastjepa.plan import zero
 from fastjepa.plan.datasheets import Device
-
-GIB = 2**30
+from fastjepa.plan.zero import STAGES, Stage
 
 
 def usable_memory(total: float) -> float:
-    """Bytes of a GPU's. The rest is CUDA's context, NCCL's buffers and what the allocator cannot use."""
+    """Bytes of a GPU's memory that a run can use; CUDA's context, NCCL's buffers and gaps of the allocator take the rest."""
     return 0.9 * total - 1.5 * GIB
 
 
@@ -68,13 +67,13 @@ class Plan:
     state: int
     activations_per_image: float
     micro: int = 0
-    """0: does not fit, and the rest is 0 too."""
+    """Images of the largest micro batch; 0: none fits, and the rest is 0 too."""
     accum: int = 0
     sent: float = 0.0
     compute_seconds: float = 0.0
     update_seconds: float = 0.0
     exposed_seconds: float = 0.0
-    """Of communication, behind nothing."""
+    """Seconds of communication that no computation hides."""
     images_per_second: float = 0.0
 
     @property
@@ -84,6 +83,19 @@ class Plan:
     @property
     def name(self) -> str:
         return "plain PyTorch" if self.stage == "torch" else f"ZeRO {self.stage}"
+
+
+BYTES_WITH_AVERAGE, BYTES_WITHOUT = 38, 28
+"""Bytes that AdamW moves for a parameter whose average it moves too, and for one without."""
+
+
+def memory_formula(config: Config, stage: Stage, gpus: int, *, bf16: bool = True) -> tuple[int, float]:
+    """Bytes of one rank at the heaviest moment of a step: state, and what each image of a micro batch adds."""
+    method = method_of(config)
+    _, heaviest = method.typical_tokens()
+    autocast = bf16 and stage in ("torch", 0)
+    per_image = method.activation_bytes(heaviest, bf16=bf16, autocast=autocast)
+    return zero.state_bytes(config, stage, gpus, bf16=bf16).peak, per_image
 
 
 def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
@@ -96,18 +108,18 @@ def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
     if config.global_batch_size % gpus:
         raise ConfigError(f"global_batch_size = {config.global_batch_size}: expected a multiple of --gpus {gpus}")
     share = config.global_batch_size // gpus
-    mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
-    state = zero.state_bytes(config, stage, gpus).peak
-    per_image = costs.activation_bytes(config, heaviest, stage)
+    state, per_image = memory_formula(config, stage, gpus)
     micro = zero.largest_micro_batch(per_image, cluster.usable - state, share)
     if not micro:
         return Plan(stage, state, per_image)
     accum = share // micro
     reached = device.flops * cluster.utilisation
-    compute = share * costs.flops_per_image(config, mean) / reached
-    encoder, predictor = costs.count_parameters(config)
+    method, parameters = method_of(config), zero.parameters_of(config)
+    mean, _ = method.typical_tokens()
+    compute = share * method.step_flops(mean) / reached
     held = 1 if stage in ("torch", 0) else gpus
-    update = (38 * encoder + 28 * predictor) / held / device.memory_bandwidth
+    alone = parameters.trained - parameters.averaged  # of which there is no average
+    update = (BYTES_WITH_AVERAGE * parameters.averaged + BYTES_WITHOUT * alone) / held / device.memory_bandwidth
     sent, exposed = communication(
         config, stage, gpus, accum, compute=compute, link=cluster.link, latency=cluster.latency
     )
@@ -126,35 +138,36 @@ def communication(
     latency: float,
     bf16: bool = True,
 ) -> tuple[float, float]:
-    """Bytes that a rank sends in a step, and the seconds of it that are behind nothing.
+    """Bytes that a rank sends in a step, and the seconds of sending that no computation hides.
 
     Args:
         compute: seconds that a rank computes in a step.
         link: bytes per second at which it sends.
-        latency: seconds that a collective takes however small it is.
+        latency: seconds that the smallest collective takes.
     """
-    mean, _ = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
-    encoder, predictor = costs.count_parameters(config)
+    method, parameters = method_of(config), zero.parameters_of(config)
+    mean, _ = method.typical_tokens()
     traffic = zero.bytes_sent(config, stage, gpus, accum, bf16=bf16)
     gradients, weights = traffic.gradients / link, traffic.weights / link
     if stage == 3:
         exposed = max(0.0, gradients + weights - compute)
     elif stage in (1, 2):
         backward = 0.6 * compute / (accum if stage == 1 else 1)
-        context = compute / accum * costs.forward_flops(config, mean).context / costs.flops_per_image(config, mean)
-        first = weights * encoder / (2 * encoder + predictor)
-        exposed = max(0.0, gradients - backward) + first + max(0.0, weights - first - context)
+        first_part = compute / accum * method.first_part_flops(mean) / method.step_flops(mean)
+        first_weights = weights * next(iter(parameters.parts.values())) / parameters.total
+        late = max(0.0, weights - first_weights - first_part)
+        exposed = max(0.0, gradients - backward) + first_weights + late
     else:
         exposed = gradients
     return traffic.total, exposed + latency * zero.waited_collectives(config, stage) * (gpus > 1)
 
 
-# What `communication` takes to be hidden.
 COMMUNICATION = (
     "plain PyTorch and ZeRO 0 send gradients after the backward pass, ZeRO 1 during the last one of a step, ZeRO 2 and 3 "
-    "during each; at ZeRO 1 and 2 the context encoder waits for its new weights, those of predictor and target encoder "
-    "travel under its forward pass; ZeRO 3 gathers weights during the step"
+    "during each; at ZeRO 1 and 2 the first network waits for its new weights, those of the others travel under its forward "
+    "pass; ZeRO 3 gathers weights during the step"
 )
+"""What `communication` takes to be hidden, in words."""
 
 
 def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
@@ -204,9 +217,9 @@ def count(number: int, noun: str) -> str:
 
 
 def assumptions(config: Config, cluster: Cluster) -> list[str]:
-    mean, heaviest = costs.sample_tokens(config.masks, config.grid_h, config.grid_w)
-    encoder, predictor = costs.count_parameters(config)
-    flops = costs.flops_per_image(config, mean)
+    method, parameters = method_of(config), zero.parameters_of(config)
+    mean, heaviest = (tokens._asdict() for tokens in method.typical_tokens())
+    flops = method.step_flops(method.typical_tokens()[0])
     device = cluster.device
     sending = [
         f"{count(cluster.nodes, 'node')} of up to {count(cluster.gpus_per_node, 'GPU')}; a ring sends "
@@ -215,16 +228,19 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
         COMMUNICATION,
     ]
     return [
-        f"{config.model.name}/{config.model.patch_size} at {'x'.join(map(str, config.data.image_hw))}: encoder "
-        f"{encoder / 1e6:.0f} M, predictor {predictor / 1e6:.0f} M parameters; masks.mode {config.masks.mode}",
-        f"tokens per image: {mean.patches} patches, context {mean.context:.0f}, predictor {mean.predictor:.0f} "
-        f"(heaviest of 64 steps: {heaviest.predictor:.0f}, which memory is reckoned with)",
+        f"{config.model.name}/{config.model.patch_size} at {'x'.join(map(str, config.data.image_hw))}: "
+        + ", ".join(f"{name.replace('_', ' ')} {n / 1e6:.0f} M" for name, n in parameters.parts.items())
+        + f" parameters; objective {config.objective.name}",
+        "tokens per image: "
+        + ", ".join(f"{name} {number:.0f}" for name, number in mean.items() if "_" not in name)
+        + "; memory is reckoned with the heaviest of 64 steps: "
+        + ", ".join(f"{name} {number:.0f}" for name, number in heaviest.items() if "_" not in name),
         f"{flops / 1e9:.0f} GFLOP per image and step"
         + (", recomputation included" if config.model.activation_checkpointing else ""),
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
         f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
         *sending * (cluster.gpus > 1),
-        f"AdamW with EMA moves 38 B per encoder parameter, 28 B per predictor parameter; usable memory "
+        f"AdamW moves {BYTES_WITH_AVERAGE} B per parameter with an average, {BYTES_WITHOUT} B per parameter without; usable memory "
         f"{cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
         "data loading is never waited for",
     ]

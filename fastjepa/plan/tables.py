@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastjepa.config.file import load_config
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.ijepa.costs import STAGES
+from fastjepa.host import GIB
+from fastjepa.objectives.registry import load_config
 from fastjepa.plan.datasheets import DEVICES
-from fastjepa.plan.planner import GIB, Cluster, Plan, plan_stage, recommend
+from fastjepa.plan.planner import Cluster, Plan, plan_stage, recommend
+from fastjepa.plan.zero import STAGES
 
 
 def start_command(plan: Plan, cluster: Cluster, config_file: str | None, overrides: list[str]) -> str:

@@ -6,16 +6,80 @@ ZeRO say that they could; `python -m benchmarks.proofs.bytes` measures them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import torch
 
 from fastjepa.config import Config
-from fastjepa.objectives.ijepa.costs import BF16, FP32, Stage, count_parameters, parameter_sizes
+from fastjepa.objectives.registry import method_of
+from fastjepa.optim.groups import FLAT_ALIGNMENT, param_groups
+
+Stage = Literal["torch", 0, 1, 2, 3]
+"""Plain PyTorch, or a ZeRO stage."""
+STAGES: tuple[Stage, ...] = ("torch", 0, 1, 2, 3)
+
+FP32, BF16 = 4, 2  # bytes
+
+
+class Group(NamedTuple):
+    """A parameter group, as `fastjepa.optim.groups.param_groups` makes it."""
+
+    part: str
+    is_average: bool
+    """Whether it is the EMA of another group."""
+    numels: tuple[int, ...]
+    """Elements of each of its parameters."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The sizes of the parameters of an objective."""
+
+    groups: tuple[Group, ...]
+
+    def of_part(self, part: str) -> int:
+        """Elements of a part."""
+        return sum(sum(group.numels) for group in self.groups if group.part == part)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Elements of each part, in the order in which the forward pass needs them."""
+        return {group.part: self.of_part(group.part) for group in self.groups}
+
+    @property
+    def trained(self) -> int:
+        """Elements of the parts that have gradients."""
+        return sum(sum(group.numels) for group in self.groups if not group.is_average)
+
+    @property
+    def averaged(self) -> int:
+        """Elements of the parts that are averages of others."""
+        return sum(sum(group.numels) for group in self.groups if group.is_average)
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.averaged
+
+
+@functools.lru_cache
+def parameters_of(config: Config) -> Parameters:
+    """The parameters of a run's objective, which is built without memory for them."""
+    with torch.device("meta"):
+        parts = method_of(config).build().parts
+    return Parameters(
+        tuple(
+            Group(group["part"], bool(group["ema_of"]), tuple(p.numel() for p in group["params"]))
+            for group in param_groups(parts)
+        )
+    )
 
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of `configs/zeroN.json`, and of DeepSpeed's defaults, decides about bytes. All are numbers of elements."""
+    """Settings of `configs/zeroN.json`, and defaults of DeepSpeed, that decide about bytes. All are numbers of elements."""
 
     reduce_bucket_size: int = 50_000_000
     reduce_bucket_size_stage0: int = 500_000_000
@@ -29,11 +93,11 @@ class ZeroSettings:
 ZERO_SETTINGS = ZeroSettings()
 
 
-def _shares(numels: list[int], stage: Stage, gpus: int) -> int:
-    """Elements of a parameter group that a rank holds of what is sharded, with DeepSpeed's padding."""
+def _share(numels: Sequence[int], stage: Stage, gpus: int) -> int:
+    """Elements of a parameter group that a rank holds, where groups are sharded, with DeepSpeed's padding."""
     total = sum(numels)
     if stage == "torch":
-        return -(-total // 16) * 16  # one flat buffer (fastjepa.optim.groups.flatten_groups)
+        return -(-total // FLAT_ALIGNMENT) * FLAT_ALIGNMENT  # one flat buffer (fastjepa.optim.groups.flatten_groups)
     if stage == 0:
         return total
     if stage == 3:
@@ -46,18 +110,19 @@ class State:
     """Bytes on one rank."""
 
     weights: int
-    """Model weights as the forward pass reads them, target encoder included."""
+    """Weights as the forward pass reads them, averages included."""
     gradients: int
-    """While they are summed up over micro batches."""
+    """Gradients while they are summed up over micro batches."""
     masters: int
     """fp32 weights, where the model's own are bf16."""
     ema: int
-    """fp32 average, where it is not the target encoder's weights themselves."""
+    """fp32 averages, where they are not the model's weights themselves."""
     moments: int
+    """AdamW's moments, fp32."""
     buckets: int
     """Buffers that DeepSpeed keeps for sending gradients."""
     passing: int
-    """At the worst moment of a step: gathered weights, copies of autocast, fp32 gradients of a group at its update."""
+    """On top at the worst moment of a step: gathered weights, autocast's copies, fp32 gradients of a group at its update."""
 
     @property
     def resident(self) -> int:
@@ -72,28 +137,25 @@ def state_bytes(
     config: Config, stage: Stage, gpus: int, *, bf16: bool = True, zero: ZeroSettings = ZERO_SETTINGS
 ) -> State:
     """State of one rank (the largest share) between two micro batches of a step, and what comes on top for a moment."""
-    sizes = parameter_sizes(config)
-    held = {group: _shares(numels, stage, gpus) for group, numels in sizes.items()}
-    all_held = sum(held.values())
-    targets = held["target_decay"] + held["target_no_decay"]
-    trained = all_held - targets
+    parameters = parameters_of(config)
+    held = [_share(group.numels, stage, gpus) for group in parameters.groups]
+    all_held = sum(held)
+    averages = sum(h for h, group in zip(held, parameters.groups, strict=True) if group.is_average)
+    trained = all_held - averages
     copies = BF16 if bf16 else 0
     if stage in ("torch", 0):
-        # Stage 0 tells DeepSpeed that the target needs no gradient, and autocast keeps no copies of such weights.
+        # Stage 0 tells DeepSpeed that averages need no gradient, and autocast keeps no copies of such weights.
         passing = copies * (all_held if stage == "torch" else trained)
         if stage == 0 and gpus > 1:
             passing += FP32 * min(trained, zero.reduce_bucket_size_stage0)
         return State(FP32 * all_held, FP32 * trained, 0, 0, 2 * FP32 * trained, 0, passing)
     low = BF16 if bf16 else FP32
-    at_update = FP32 * max(held.values())  # one group at a time, in fp32
+    at_update = FP32 * max(held)  # one group at a time, in fp32
     if stage == 3:
         persistent = live = 0
         if gpus > 1:  # alone, a rank computes with its shares, which are whole
-            persistent = sum(
-                n for numels in sizes.values() for n in numels if n <= zero.stage3_param_persistence_threshold
-            )
-            whole = sum(map(sum, sizes.values()))
-            live = min(_kept(config, zero) + zero.stage3_prefetch_bucket_size, whole) - persistent
+            persistent = sum(_persistent(parameters, zero))
+            live = min(_kept(parameters, zero) + zero.stage3_prefetch_bucket_size, parameters.total) - persistent
         weights = low * (all_held + persistent)
         gradients = low * all_held
         buckets, passing = low * zero.reduce_bucket_size, max(low * live, at_update)
@@ -101,35 +163,40 @@ def state_bytes(
         weights = low * gpus * all_held  # whole, with the padding
         buckets, passing = 2 * low * zero.reduce_bucket_size, at_update
         if stage == 1:
-            gradients = low * sum(count_parameters(config))
+            gradients = low * parameters.trained
         else:
-            gradients = low * _whole_parameters(sizes, gpus)
+            gradients = low * _whole_parameters(parameters, gpus)
             buckets, passing = 0, max(buckets, at_update)  # held during a backward pass only
-    return State(weights, gradients, FP32 * trained, FP32 * targets, 2 * FP32 * trained, buckets, passing)
+    return State(weights, gradients, FP32 * trained, FP32 * averages, 2 * FP32 * trained, buckets, passing)
 
 
-def _whole_parameters(sizes: dict[str, list[int]], gpus: int) -> int:
+def _whole_parameters(parameters: Parameters, gpus: int) -> int:
     """Elements of gradients that a rank holds at stage 2; the largest of the ranks.
 
-    A parameter of which a rank's share holds a part is kept whole. For the target's, whose gradients never come, there are
-    a place and zeros.
+    A parameter of which a rank's share holds a part is kept whole. For those of averages, whose gradients never come, there
+    are a place and zeros.
     """
     held = [0] * gpus
-    for group, numels in sizes.items():
-        share, start = _shares(numels, 2, gpus), 0
-        for numel in numels:
+    for group in parameters.groups:
+        share, start = _share(group.numels, 2, gpus), 0
+        for numel in group.numels:
             for rank in range(start // share, (start + numel - 1) // share + 1):
-                held[rank] += numel * (2 if group.startswith("target") else 1)
+                held[rank] += numel * (2 if group.is_average else 1)
             start += numel
     return max(held)
 
 
-def _kept(config: Config, zero: ZeroSettings) -> int:
-    """Elements of context encoder and predictor that stage 3 keeps whole from their forward pass to their backward pass.
+def _persistent(parameters: Parameters, zero: ZeroSettings) -> list[int]:
+    """Elements of each parameter that stage 3 leaves whole on every rank, because it is small."""
+    return [n for group in parameters.groups for n in group.numels if n <= zero.stage3_param_persistence_threshold]
 
-    Whoever is used last is used again first: between the two uses of a parameter, those behind it go by twice.
+
+def _kept(parameters: Parameters, zero: ZeroSettings) -> int:
+    """Elements of trained parameters that stage 3 keeps whole from their forward pass to their backward pass.
+
+    The last parameter used is the first used again: between the two uses of a parameter, those behind it go by twice.
     """
-    return min(sum(count_parameters(config)), zero.stage3_max_reuse_distance // 2)
+    return min(parameters.trained, zero.stage3_max_reuse_distance // 2)
 
 
 class Traffic(NamedTuple):
@@ -138,7 +205,7 @@ class Traffic(NamedTuple):
 
     gradients: float
     weights: float
-    """All-gathers, the target encoder's included."""
+    """Bytes of all-gathers, those of averages included."""
 
     @property
     def total(self) -> float:
@@ -151,65 +218,48 @@ def bytes_sent(
     """What DeepSpeed sends with our settings; some bytes of norms and flags are left out.
 
     Stages 1 and 2 all-reduce whole gradient buckets (a rank keeps its share of the result), stage 2 and 3 after every micro
-    batch. Stage 3 gathers small parameters once a step, and large ones as they are used: the target encoder's and most of
-    the others once per micro batch, those that are given back before their backward pass twice.
+    batch. Stage 3 gathers small parameters once a step, and large ones as they are used: those of averages and most of the
+    others once per micro batch, those that are given back before their backward pass twice.
     """
-    sizes = parameter_sizes(config)
+    parameters = parameters_of(config)
     ring = (gpus - 1) / gpus
-    encoder, predictor = count_parameters(config)
-    trained = encoder + predictor
     if stage == "torch":
-        padded = sum(_shares(sizes[g], stage, gpus) for g in sizes if not g.startswith("target"))
+        padded = sum(_share(group.numels, stage, gpus) for group in parameters.groups if not group.is_average)
         return Traffic(2 * ring * FP32 * padded, 0.0)
     if stage == 0:
-        return Traffic(2 * ring * FP32 * trained, 0.0)
+        return Traffic(2 * ring * FP32 * parameters.trained, 0.0)
     low = BF16 if bf16 else FP32
     if stage in (1, 2):
-        reduced = trained * (accum if stage == 2 else 1)
-        gathered = gpus * sum(_shares(numels, stage, gpus) for numels in sizes.values())
+        reduced = parameters.trained * (accum if stage == 2 else 1)
+        gathered = gpus * sum(_share(group.numels, stage, gpus) for group in parameters.groups)
         return Traffic(2 * ring * low * reduced, ring * low * gathered)
-    large = {g: [n for n in numels if n > zero.stage3_param_persistence_threshold] for g, numels in sizes.items()}
-    small = {g: [n for n in numels if n <= zero.stage3_param_persistence_threshold] for g, numels in sizes.items()}
-    padded_small, padded_large, padded_all = (
-        gpus * sum(_shares(numels, 3, gpus) for numels in part.values()) for part in (small, large, sizes)
-    )
-    again = max(0, sum(sum(n) for g, n in large.items() if not g.startswith("target")) - _kept(config, zero))
-    padded_target = gpus * (_shares(sizes["target_decay"], 3, gpus) + _shares(sizes["target_no_decay"], 3, gpus))
-    return Traffic(
-        ring * low * accum * (padded_all - padded_target), ring * low * (padded_small + accum * (padded_large + again))
-    )
+    threshold = zero.stage3_param_persistence_threshold
+    small = large = reduced = used_again = 0
+    for group in parameters.groups:
+        large_numels = [n for n in group.numels if n > threshold]
+        small += gpus * _share([n for n in group.numels if n <= threshold], 3, gpus)
+        large += gpus * _share(large_numels, 3, gpus)
+        if not group.is_average:
+            reduced += gpus * _share(group.numels, 3, gpus)
+            used_again += sum(large_numels)
+    again = max(0, used_again - _kept(parameters, zero))
+    return Traffic(ring * low * accum * reduced, ring * low * (small + accum * (large + again)))
 
 
 def waited_collectives(config: Config, stage: Stage) -> int:
     """Collectives that a step waits for one after the other, however little they send.
 
-    Norms of the parameter groups, and weights of the context encoder's; at stage 3 every small parameter, which DeepSpeed
-    gathers by itself.
+    Norms of the parameter groups, and weights of the first part; at stage 3 every small parameter, which DeepSpeed gathers
+    by itself.
     """
-    sizes, zero = parameter_sizes(config), ZERO_SETTINGS
+    parameters, zero = parameters_of(config), ZERO_SETTINGS
     if stage == "torch":
-        return sum(not group.startswith("target") for group in sizes)
+        return sum(not group.is_average for group in parameters.groups)
     if stage == 0:
-        return -(-sum(count_parameters(config)) // zero.reduce_bucket_size_stage0)
+        return -(-parameters.trained // zero.reduce_bucket_size_stage0)
     if stage == 3:
-        small = (n <= zero.stage3_param_persistence_threshold for numels in sizes.values() for n in numels)
-        return len(sizes) + sum(small)
-    return len(sizes) + 2
-
-
-def bytes_sent_theory(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True) -> Traffic:
-    """What the stage could do with: stages 1 and 2 reduce-scatter, each weight is gathered once per use (forward and
-    backward of context encoder and predictor, forward of the target encoder), nothing is padded."""
-    encoder, predictor = count_parameters(config)
-    trained, everything = encoder + predictor, 2 * encoder + predictor
-    ring, low = (gpus - 1) / gpus, BF16 if bf16 else FP32
-    if stage in ("torch", 0):
-        return Traffic(2 * ring * FP32 * trained, 0.0)
-    if stage == 1:
-        return Traffic(ring * low * trained, ring * low * everything)
-    if stage == 2:
-        return Traffic(ring * low * trained * accum, ring * low * everything)
-    return Traffic(ring * low * trained * accum, ring * low * accum * (2 * trained + encoder))
+        return len(parameters.groups) + len(_persistent(parameters, zero))
+    return len(parameters.groups) + 2
 
 
 def largest_micro_batch(per_image: float, free: float, share: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,8 +15,9 @@ class Memory:
     """Bytes on one rank. A tensor that plays two parts counts as the first of them."""
 
     weights: int
-    """Of context encoder and predictor, with their buffers."""
-    target_encoder: int
+    """Bytes of the parts that are trained, with their buffers."""
+    averages: int
+    """Bytes of the parts that average others (the target encoder), with their buffers."""
     gradients: int
     """As far as they are kept between steps with the parameters (DeepSpeed keeps its own, in `other`)."""
     masters: int
@@ -35,7 +36,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        return self.weights + self.target_encoder + self.gradients + self.masters + self.moments
+        return self.weights + self.averages + self.gradients + self.masters + self.moments
 
 
 def measure_memory(engine: Engine, *, activations: int, peak: int) -> Memory:
@@ -46,7 +47,6 @@ def measure_memory(engine: Engine, *, activations: int, peak: int) -> Memory:
         peak: bytes, of all.
     """
     model, counted = engine.model, set[int]()
-    trained = [module for name, module in model.named_children() if name != "target_encoder"]
 
     def take(tensors: Iterable[Tensor]) -> int:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -54,11 +54,15 @@ def measure_memory(engine: Engine, *, activations: int, peak: int) -> Memory:
         counted.update(new)
         return sum(storages[address] for address in new)
 
-    weights = take(t for module in trained for t in (*module.parameters(), *module.buffers()))
-    target = take((*model.target_encoder.parameters(), *model.target_encoder.buffers()))
+    def of_parts(*, averaging: bool) -> Iterator[Tensor]:
+        for part in model.parts:
+            if bool(part.averages) == averaging:
+                yield from (*part.module.parameters(), *part.module.buffers())
+
+    weights, averages = take(of_parts(averaging=False)), take(of_parts(averaging=True))
     gradients = take(p.grad for p in model.parameters() if p.grad is not None)
     masters = take(piece.tensor for piece in engine.pieces())
     state = engine.optimizer.state.values()
     moments = take(value for values in state for value in values.values() if isinstance(value, Tensor))
-    known = weights + target + gradients + masters + moments
-    return Memory(weights, target, gradients, masters, moments, activations, max(0, peak - known - activations))
+    known = weights + averages + gradients + masters + moments
+    return Memory(weights, averages, gradients, masters, moments, activations, max(0, peak - known - activations))

@@ -6,28 +6,28 @@ from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING
 
 import torch
 
 from fastjepa.config.file import dump_config
 from fastjepa.profiling.plots import Line, Piece, bars, line_plot, stacked_bar, strip_plot
+from fastjepa.profiling.report import Report, readable_flops
 from fastjepa.profiling.steps import StepProfile
-from fastjepa.profiling.time_split import TimeSplit
-
-if TYPE_CHECKING:
-    from fastjepa.profiling.report import Report
+from fastjepa.profiling.time_split import IDLE, OTHER, TimeSplit
 
 MIB = 2**20
 _COLOURS = {
-    "context encoder": "--blue", "target encoder": "--sky", "predictor": "--teal", "loss": "--lime",
     "backward": "--indigo", "graph replay": "--indigo", "optimizer": "--amber", "data wait": "--red",
     "waiting for weights": "--red", "waiting for gradients": "--red", "communication": "--plum",
-    "loader": "--amber", "mask sampling": "--lime",
-    "weights": "--blue", "target_encoder": "--sky", "gradients": "--teal", "masters": "--lime", "moments": "--amber",
+    "loader": "--amber", "preparing": "--lime",
+    "weights": "--blue", "averages": "--sky", "gradients": "--teal", "masters": "--lime", "moments": "--amber",
     "activations": "--indigo", "matmul": "--blue",
 }  # fmt: skip
 _ROWS = 24
+
+
+_STAGE_COLOURS = ("--blue", "--sky", "--teal", "--lime")
+"""Of the stages of an objective's forward pass, in their order."""
 
 
 def _colour(name: str) -> str:
@@ -50,7 +50,7 @@ def page(report: Report) -> str:
         + "</div>",
         _section("Kernels" if profile.on_gpu else "Operators", _operators(profile.split)),
     ]
-    title = f"{config.model.name}/{config.model.patch_size} at {height} x {width}, {config.masks.mode} masks"
+    title = f"{config.model.name}/{config.model.patch_size} at {height} x {width}, {config.objective.name}"
     subtitle = (
         f"{profile.device}, {profile.precision}, PyTorch {torch.__version__}, {_count(profile.threads, 'CPU thread')}; "
         f"{_count(profile.ranks, 'rank')}, {_count(profile.grad_accum_steps, 'micro batch', 'es')} of "
@@ -99,7 +99,12 @@ def _ms(ms: float) -> str:
 
 
 def _time(split: TimeSplit) -> str:
-    pieces = [Piece(part.name, part.ms, f"{part.share:.1%}", _colour(part.name)) for part in split.parts]
+    stages = [part.name for part in split.parts if part.name not in _COLOURS and part.name not in (IDLE, OTHER)]
+    colours = {name: _STAGE_COLOURS[number % len(_STAGE_COLOURS)] for number, name in enumerate(stages)}
+    pieces = [
+        Piece(part.name, part.ms, f"{part.share:.1%}", colours.get(part.name) or _colour(part.name))
+        for part in split.parts
+    ]
     body = stacked_bar(pieces, "shares of a step's time")
     if split.beside:
         beside = ", ".join(f"{part.name} {part.share:.0%}" for part in split.beside)
@@ -117,17 +122,11 @@ def _arithmetic(p: StepProfile) -> str:
     ]
     if p.datasheet_teraflops is not None:
         rows.append(Piece("datasheet", p.datasheet_teraflops, readable_flops(p.datasheet_teraflops), "--grey"))
-    tokens = p.tokens
+    tokens = ", ".join(f"{number:,.1f} {name}" for name, number in p.tokens.items() if "_" not in name)
     return bars(rows, max(row.value for row in rows)) + _note(
         f"{readable_flops(p.teraflop_per_step, '')} a step, from the length of every sequence. Tokens of an image, on "
-        f"average: {tokens.patches} patches, {tokens.context:.1f} context, {tokens.target:.1f} target, "
-        f"{tokens.predictor:.1f} in the predictor."
+        f"average: {tokens}."
     )
-
-
-def readable_flops(tera: float, per: str = "/s") -> str:
-    """Of a number in 10^12."""
-    return f"{tera:,.3g} TFLOP{per}" if tera >= 1 else f"{1e3 * tera:,.3g} GFLOP{per}"
 
 
 def _steps(p: StepProfile) -> str:

@@ -1,20 +1,12 @@
-"""What a profile leaves behind: a table, JSON, CSV, and a page that needs nothing else."""
+"""What a profile shows, as figures and as a table for a terminal."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastjepa.config import Config
-from fastjepa.profiling.page import page, readable_flops
 from fastjepa.profiling.steps import StepProfile
-from fastjepa.run.folder import writing
 
 KNEE = 0.95
 """Share of the best rate at which a larger micro batch is no longer worth its memory."""
@@ -42,34 +34,6 @@ class Report:
     def measurements(self) -> list[tuple[str, StepProfile]]:
         synthetic = [("synthetic", self.synthetic)] if self.synthetic else []
         return [("run", self.profile), *synthetic, *(("sweep", point) for point in self.sweep)]
-
-    def write(self, folder: Path) -> None:
-        """report.json, report.csv, operators.csv and report.html.
-
-        Raises:
-            RunFolderError: they cannot be written.
-        """
-        measured = self.measurements()
-        knee = self.knee
-        content = {
-            "command": self.command,
-            "torch": torch.__version__,
-            "config": asdict(self.config),
-            "knee": knee.micro_batch_size if knee else None,
-            "measurements": [{"of": of} | profile.as_dict(operators=of == "run") for of, profile in measured],
-        }
-        with writing(str(folder), "Choose another folder"):
-            (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            _write_csv(folder / "report.csv", [{"of": of} | figures(profile) for of, profile in measured])
-            _write_csv(folder / "operators.csv", [asdict(row) for row in self.profile.split.operators])
-            (folder / "report.html").write_text(page(self), encoding="utf-8")
-
-
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def figures(profile: StepProfile) -> dict[str, Any]:
@@ -124,3 +88,8 @@ def format_profile(profile: StepProfile, *, operators: int = 8) -> str:
     for row in p.split.operators[:operators]:
         lines.append(f"  {row.name[:56]:<58}{row.calls:>8,.0f}{row.ms:>10,.2f}{row.share:>8.1%}")
     return "\n".join(lines)
+
+
+def readable_flops(tera: float, per: str = "/s") -> str:
+    """A number of 10^12 FLOPs as text."""
+    return f"{tera:,.3g} TFLOP{per}" if tera >= 1 else f"{1e3 * tera:,.3g} GFLOP{per}"

@@ -10,25 +10,22 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastjepa import distributed
-from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data.loader import normalise
 from fastjepa.data.order import batch_positions
 from fastjepa.engine.base import Engine, resolve_precision
-from fastjepa.objectives.ijepa.costs import Lengths, Tokens, flops_per_image
-from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+from fastjepa.objectives.base import Lengths, Method, Moment, Prepared, Tokens
 from fastjepa.profiling.memory import Memory, measure_memory
 from fastjepa.profiling.time_split import DATA_WAIT, STEP, TimeSplit, split_time
 from fastjepa.profiling.timing import Ceilings, Timing, datasheet_teraflops, device_name, measure_ceilings, summary
@@ -40,9 +37,7 @@ class MicroBatch(Protocol):
     """What a step needs; `fastjepa.data.Batch` is one."""
 
     @property
-    def images(self) -> Tensor: ...
-    @property
-    def masks(self) -> MaskBatch: ...
+    def prepared(self) -> Prepared: ...
 
 
 B = TypeVar("B", bound=MicroBatch)
@@ -81,11 +76,11 @@ class StepProfile:
     steps_ms: tuple[float, ...]
     images_per_second: float
     tokens_per_second: float
-    """Context and target tokens, as in metrics.jsonl."""
+    """All tokens that the method counts, as in metrics.jsonl."""
     data_wait: float
     """Share of the time that the step waited for data: on a GPU, that it had nothing left to do meanwhile."""
-    tokens: Tokens
-    """Per image, mean of the timed steps."""
+    tokens: Mapping[str, float]
+    """By kind, per image: the mean of the timed steps."""
     teraflop_per_step: float
     """Mean. Matrix products from the length of every sequence; of recomputation, nothing."""
     teraflops: float
@@ -102,7 +97,7 @@ class StepProfile:
     def as_dict(self, *, operators: bool = True) -> dict[str, Any]:
         """For JSON; without the operators, which are many, if asked."""
         split = self.split if operators else dataclasses.replace(self.split, operators=())
-        return dataclasses.asdict(dataclasses.replace(self, split=split)) | {"tokens": self.tokens._asdict()}
+        return dataclasses.asdict(dataclasses.replace(self, split=split))
 
 
 class StepProfiler:
@@ -111,7 +106,7 @@ class StepProfiler:
     Nothing of it changes what is learnt: it reads, and draws no random numbers.
 
     Args:
-        engine, config, sizes: of the run.
+        engine, method, sizes: of the run.
         folder: an existing one, for the Chrome traces of the ranks.
         steps: how many.
         ceilings: of the machine; None: they are measured now, for a second or so.
@@ -120,21 +115,22 @@ class StepProfiler:
     def __init__(
         self,
         engine: Engine,
-        config: Config,
+        method: Method,
         sizes: BatchSizes,
         folder: Path,
         steps: Steps = DEFAULT_STEPS,
         ceilings: Ceilings | None = None,
     ) -> None:
-        self._engine, self._config, self._sizes, self._steps = engine, config, sizes, steps
+        self._engine, self._method, self._sizes, self._steps = engine, method, sizes, steps
         rank = distributed.rank()
         self._trace = folder / (f"trace_rank{rank}.json" if rank else "trace.json")
-        self._precision = resolve_precision(config, engine.device)
+        self._precision = resolve_precision(method.config, engine.device)
         self._ceilings = ceilings or measure_ceilings(engine.device, self._precision)
         torch.cuda.empty_cache()  # does nothing where there is no GPU
         self._clock = _Clock(engine.device)
         self._timing = False
         self._lengths: list[Lengths] = []
+        self._counts: list[int] = []
         self._waits: list[tuple[Any, Any]] = []
         self._result: StepProfile | None = None
         self._stages = self._profile()
@@ -151,7 +147,8 @@ class StepProfiler:
                 return
             if self._timing:
                 self._waits.append((asked, self._clock.now()))
-                self._lengths.append(Lengths.of(batch.masks))
+                self._lengths.append(batch.prepared.lengths())
+                self._counts.append(sum(batch.prepared.counts.values()))
             yield batch
 
     def step_done(self) -> StepProfile | None:
@@ -201,7 +198,7 @@ class StepProfiler:
             profiler.export_chrome_trace(str(self._trace))
             events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
         memory = measure_memory(self._engine, activations=activations, peak=peak)
-        self._result = self._summary(times, split_time(events), memory)
+        self._result = self._summary(times, split_time(events, self._method.stages), memory)
 
     def _summary(self, times: list[float], split: TimeSplit, memory: Memory) -> StepProfile:
         accum, device = self._sizes.accum, self._engine.device
@@ -212,14 +209,12 @@ class StepProfiler:
         def per_step(of: Callable[[Lengths, Tokens], float]) -> list[float]:
             return [sum(of(*micro_batch) for micro_batch in step) for step in steps]
 
-        def rate(amounts: list[float]) -> float:
+        def rate(amounts: Sequence[float]) -> float:
             return statistics.median(amount / s for amount, s in zip(amounts, seconds, strict=True))
 
         images = per_step(lambda lengths, _: lengths.images)
-        tokens = per_step(lambda lengths, _: lengths.context.total + lengths.target.total)
-        flops = per_step(
-            lambda lengths, tokens: lengths.images * flops_per_image(self._config, tokens, recomputed=False)
-        )
+        tokens = [sum(self._counts[i : i + accum]) for i in range(0, len(self._counts), accum)]
+        flops = per_step(lambda lengths, tokens: lengths.images * self._method.step_flops(tokens, recomputed=False))
         mine = torch.tensor([sum(images), sum(tokens)], dtype=torch.float64, device=device)
         all_images, all_tokens = distributed.sum_over_ranks(mine)
         teraflops, datasheet = rate(flops) / 1e12, datasheet_teraflops(device, self._precision)
@@ -236,7 +231,7 @@ class StepProfiler:
             images_per_second=rate(images) * all_images / sum(images),
             tokens_per_second=rate(tokens) * all_tokens / sum(tokens),
             data_wait=sum(self._clock.milliseconds(self._waits)) / sum(times),
-            tokens=Tokens(*map(statistics.mean, zip(*(tokens for _, tokens in micro_batches), strict=True))),
+            tokens=_mean([tokens for _, tokens in micro_batches]),
             teraflop_per_step=statistics.mean(flops) / 1e12,
             teraflops=teraflops,
             ceilings=self._ceilings,
@@ -282,20 +277,29 @@ def _peak_allocated(profiler: profile) -> int:
     return peak
 
 
+def _mean(tokens: Sequence[Tokens]) -> dict[str, float]:
+    """The mean of each kind of tokens."""
+    rows = [each._asdict() for each in tokens]
+    return {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+
+
 class SyntheticBatch(NamedTuple):
-    images: Tensor
-    masks: MaskBatch
+    """A micro batch without a file behind it."""
+
+    prepared: Prepared
 
 
-def synthetic_batches(config: Config, sizes: BatchSizes, device: torch.device, steps: int) -> list[SyntheticBatch]:
-    """Micro batches for so many steps that cost nothing to get: the same noise, masks sampled beforehand."""
-    shape = (sizes.micro, config.data.in_channels, *config.data.image_hw)
+def synthetic_batches(method: Method, sizes: BatchSizes, device: torch.device, steps: int) -> list[SyntheticBatch]:
+    """Micro batches for so many steps that cost nothing to get: the same noise, prepared beforehand."""
+    config = method.config
     noise = torch.Generator().manual_seed(config.seed)
-    images = torch.randint(256, shape, generator=noise, dtype=torch.uint8).to(device)
-    if config.data.pixels == "normalised":
-        images = normalise(images, config.data)
+    views = []
+    for view in method.views:
+        shape = (sizes.micro, config.data.in_channels, *view.image_size)
+        images = torch.randint(256, shape, generator=noise, dtype=torch.uint8).to(device)
+        views.append(normalise(images, config.data) if config.data.pixels == "normalised" else images)
 
-    def masks(step: int, micro_step: int) -> MaskBatch:
+    def prepared(step: int, micro_step: int) -> Prepared:
         positions = batch_positions(
             step,
             micro_step,
@@ -304,17 +308,14 @@ def synthetic_batches(config: Config, sizes: BatchSizes, device: torch.device, s
             micro_batch_size=sizes.micro,
             accum=sizes.accum,
         )
-        indices = torch.from_numpy(positions).to(device)
-        return sample_masks(
-            config.masks, config.grid_h, config.grid_w, seed=config.seed, step=step, sample_indices=indices
-        )
+        return method.prepare(views, torch.from_numpy(positions).to(device), Moment(step, steps, steps))
 
-    return [SyntheticBatch(images, masks(step, micro)) for step in range(steps) for micro in range(sizes.accum)]
+    return [SyntheticBatch(prepared(step, micro)) for step in range(steps) for micro in range(sizes.accum)]
 
 
 def profile_steps(
     engine: Engine,
-    config: Config,
+    method: Method,
     sizes: BatchSizes,
     batches: Iterable[MicroBatch],
     folder: Path,
@@ -326,10 +327,10 @@ def profile_steps(
     Raises:
         ValueError: there are fewer batches.
     """
-    profiler = StepProfiler(engine, config, sizes, folder, steps, ceilings)
+    profiler = StepProfiler(engine, method, sizes, folder, steps, ceilings)
     engine.model.train()
     for number, batch in enumerate(profiler.watch(batches), start=1):
-        engine.micro_step(batch.images, batch.masks)
+        engine.micro_step(batch.prepared)
         if number % sizes.accum == 0 and (profiled := profiler.step_done()):
             return profiled
     raise ValueError(f"the batches ended before {steps.total} steps of {sizes.accum} micro batches")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -20,10 +20,9 @@ STEP = "traced step"
 """Annotates every step that counts. On a GPU nothing is under way where the first begins and the last ends."""
 DATA_WAIT = "data wait"
 STEP_PARTS = (
-    "context encoder", "target encoder", "predictor", "loss", "backward", "optimizer", "waiting for gradients",
-    "waiting for weights", "graph replay", DATA_WAIT,
+    "backward", "optimizer", "waiting for gradients", "waiting for weights", "graph replay", DATA_WAIT,
 )  # fmt: skip
-LOADER_PARTS = ("loader", "mask sampling")
+LOADER_PARTS = ("loader", "preparing")
 COMMUNICATION, IDLE, OTHER = "communication", "idle", "other"
 
 _COLLECTIVE = re.compile(r"^(nccl|gloo:)", re.IGNORECASE)
@@ -103,8 +102,12 @@ class _Thread:
         return None
 
 
-def split_time(events: Iterable[dict[str, Any]]) -> TimeSplit:
-    """Of the `traceEvents` of a Chrome trace that has annotations STEP.
+def split_time(events: Iterable[dict[str, Any]], stages: Sequence[str]) -> TimeSplit:
+    """Split the time of the steps in a Chrome trace that has annotations STEP.
+
+    Args:
+        events: the `traceEvents`.
+        stages: names of the annotations within the objective's forward pass (`Method.stages`).
 
     Raises:
         ValueError: it has none.
@@ -119,7 +122,7 @@ def split_time(events: Iterable[dict[str, Any]]) -> TimeSplit:
     overlapping = [event for event in spans if _start(event) < end and start < _end(event)]
     annotations: dict[Any, list[_Span]] = defaultdict(list)
     for event in overlapping:
-        if event["cat"] == "user_annotation" and event["name"] in (*STEP_PARTS, *LOADER_PARTS):
+        if event["cat"] == "user_annotation" and event["name"] in (*stages, *STEP_PARTS, *LOADER_PARTS):
             annotations[event["tid"]].append(_Span(_start(event), _end(event), event["name"]))
     kernels = [event for event in inside if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")]
     if kernels:
@@ -138,7 +141,7 @@ def split_time(events: Iterable[dict[str, Any]]) -> TimeSplit:
         return Part(name, microseconds / 1e3 / len(steps), microseconds / (end - start))
 
     taken = dict(_covered(line, start, end))
-    named = {name: taken.pop(name) for name in STEP_PARTS if name in taken}
+    named = {name: taken.pop(name) for name in (*stages, *STEP_PARTS) if name in taken}
     named |= dict(sorted(taken.items()))
     named[rest] = named.get(rest, 0.0) + end - start - sum(named.values())
     beside: dict[str, float] = defaultdict(float)

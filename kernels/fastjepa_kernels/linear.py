@@ -18,15 +18,15 @@ from fastjepa_kernels.selection import choose
 _SMALL = 1 << 26  # FLOPs of a product below which the Python around oneDNN costs more than oneDNN saves
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor, weight_grad: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias).
 
     Args:
         x: [T, K] floating.
-        weight: [N, K], x's dtype and device, or any dtype under autocast. If it has an attribute `grad_buffer` that is its
-            .grad, [N, K], oneDNN's backward adds the gradient to that buffer within the product, and autograd gets none.
-            So only leaves without hooks may have the attribute.
+        weight: [N, K], x's dtype and device, or any dtype under autocast.
         bias: [N], like weight.
+        weight_grad: [N, K], the buffer that is weight.grad. oneDNN's backward then adds the gradient to it within the
+            product, and autograd gets none, so weight has to be a leaf without hooks. Other implementations ignore it.
 
     Returns:
         [T, N].
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)
-    out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _OneDNNLinear.apply(x, weight, bias, weight_grad)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -52,22 +52,22 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, weight_grad: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        buffer = getattr(weight, "grad_buffer", None)
-        ctx.grad_buffer = buffer if buffer is not None and weight.grad is buffer else None
+        ctx.weight_grad = weight_grad if weight.grad is weight_grad else None
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        if wants_weight and ctx.grad_buffer is not None:
-            ctx.grad_buffer.addmm_(grad.t(), x)
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        if wants_weight and ctx.weight_grad is not None:
+            ctx.weight_grad.addmm_(grad.t(), x)
             wants_weight = False
         return (
             _product(grad, weight.t(), None) if wants_x else None,
             grad.t() @ x if wants_weight else None,
             grad.sum(0) if wants_bias else None,
+            None,
         )

@@ -55,7 +55,12 @@ class MaskConfig:
         require_range("objective.masks.target_scale", self.target_scale, 0, 1)
         require_range("objective.masks.target_aspect_ratio", self.target_aspect_ratio, 0, math.inf)
         require_range("objective.masks.context_scale", self.context_scale, 0, 1)
-        require(0 < self.context_budget < 1, "objective.masks.context_budget", self.context_budget, "a share between 0 and 1")
+        require(
+            0 < self.context_budget < 1,
+            "objective.masks.context_budget",
+            self.context_budget,
+            "a share between 0 and 1",
+        )
         require(self.min_keep >= 0, "objective.masks.min_keep", self.min_keep, "0 or more")
 
 
@@ -76,7 +81,9 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
     remedy = f"use smaller patches, larger images or another objective.masks.{targets}"
     smallest_target, best_context, worst_case = _worst_case(config, grid)
     if smallest_target < 1:
-        raise ConfigError(f"objective.masks.{targets} = {getattr(config, targets)}: {where} a target can have no patch: {remedy}")
+        raise ConfigError(
+            f"objective.masks.{targets} = {getattr(config, targets)}: {where} a target can have no patch: {remedy}"
+        )
     needed = _min_context(config, grid)
     if best_context < needed:
         key = "context_budget" if needed > config.min_keep + 1 else "min_keep"
@@ -84,8 +91,6 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
             f"objective.masks.{key} = {getattr(config, key)}: {where} a context needs {needed} tokens or more, but {worst_case}"
             f" leaves {best_context} at best: lower objective.masks.{key}, or {remedy}"
         )
-
-
 
 
 class _Size(NamedTuple):

@@ -91,7 +91,11 @@ class Flops(NamedTuple):
 
 def forward_flops(config: Config, tokens: Tokens) -> Flops:
     size, settings = config.model.size, IJEPAConfig.of(config)
-    width, savings, depth = settings.predictor_embed_dim, settings.savings, settings.depth_of_predictor(config.model.name)
+    width, savings, depth = (
+        settings.predictor_embed_dim,
+        settings.savings,
+        settings.depth_of_predictor(config.model.name),
+    )
     dim, ratio, patches = size.embed_dim, size.mlp_ratio, tokens.patches
 
     def blocks(dim: int, ratio: float, count: int, tokens: float, squares: float) -> float:
@@ -137,7 +141,11 @@ def kept_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) ->
     With activation checkpointing, the inputs of the blocks alone.
     """
     size, settings = config.model.size, IJEPAConfig.of(config)
-    width, savings, depth = settings.predictor_embed_dim, settings.savings, settings.depth_of_predictor(config.model.name)
+    width, savings, depth = (
+        settings.predictor_embed_dim,
+        settings.savings,
+        settings.depth_of_predictor(config.model.name),
+    )
     dim, ratio = size.embed_dim, size.mlp_ratio
     low = _BF16 if bf16 else _FP32
     residual = _FP32 if autocast else low  # under autocast LayerNorm reads and writes fp32

@@ -18,6 +18,7 @@ from fastjepa_kernels import Operation
 
 
 class IJEPA(Method):
+    stages = ("context encoder", "target encoder", "predictor", "loss")
     evaluated = "target_encoder"
 
     def __init__(self, config: Config) -> None:

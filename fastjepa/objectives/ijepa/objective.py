@@ -100,7 +100,9 @@ class IJEPAObjective(Objective):
         tokens = encoder.embed(encoder.patches(images), positions)
         lengths = Ragged.uniform(masks.num_images, num_patches, images.device)
         if self.settings.savings.target_last_block:
-            return encoder.encode(tokens, lengths, TokenSubset(masks.union_indices, masks.union_lengths)), masks.union_rows
+            return encoder.encode(
+                tokens, lengths, TokenSubset(masks.union_indices, masks.union_lengths)
+            ), masks.union_rows
         return encoder.encode(tokens, lengths), masks.target_indices
 
     def context(self, images: Tensor, masks: MaskBatch) -> Tensor:

@@ -68,9 +68,7 @@ class IJEPAConfig(ObjectiveConfig):
         require(depth > 0, "objective.predictor_depth", depth, "a positive number")
         require_width("objective.predictor_embed_dim", self.predictor_embed_dim, config.model.size.num_heads)
         static = (
-            self.masks.mode == "budget"
-            and self.masks.strategy != "rasterized"
-            and not self.savings.target_last_block
+            self.masks.mode == "budget" and self.masks.strategy != "rasterized" and not self.savings.target_last_block
         )
         require(
             config.compile != "cuda_graphs" or static,

@@ -19,8 +19,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa.objectives.ijepa.block_sizes import MaskConfig, check_grid
+from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels import MaskRules
 from fastjepa_kernels.philox import DOMAIN_BLOCK_POSITION, DOMAIN_BLOCK_SIZE, DOMAIN_BUDGET, philox4x32
 from fastjepa_kernels.ragged import Ragged
