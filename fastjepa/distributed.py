@@ -162,7 +162,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def share_errors(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """All ranks do what is within, which has no collectives, or none goes on: an error on one is raised on all."""
     error: Exception | None = None
     try:

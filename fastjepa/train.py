@@ -95,7 +95,7 @@ def train(
         logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
-    with distributed.together():
+    with distributed.share_errors():
         if first:
             folder.create()
             held.enter_context(folder.locked())
@@ -105,7 +105,7 @@ def train(
             if config.evaluate:
                 open_dataset(config.data, "val")
     folder.check_shared()
-    with distributed.together():
+    with distributed.share_errors():
         dataset = open_dataset(config.data, "train")
         model = build_model(config)
     assert dataset is not None
@@ -125,7 +125,7 @@ def train(
         )
     engine = build_engine(model, config, sizes, device, ds_config)
     trainer = Trainer(config, dataset, engine, sizes, folder, profile=profile)
-    with distributed.together():
+    with distributed.share_errors():
         if first:
             # Only now: a run that is refused leaves the earlier run's file alone.
             folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))

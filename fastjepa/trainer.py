@@ -100,7 +100,7 @@ class Trainer:
         config, engine = self.config, self.engine
         profiler = self._profiler() if self._profile else None
         meter = Meter(engine.device)
-        with distributed.together():
+        with distributed.share_errors():
             metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
@@ -174,7 +174,7 @@ class Trainer:
                 logger.warning("%s: not measured", problem)
                 return None
             raise ConfigError(f"{problem}: raise epochs")
-        with distributed.together(), writing(str(self.folder.profile), "Choose another output_dir"):
+        with distributed.share_errors(), writing(str(self.folder.profile), "Choose another output_dir"):
             self.folder.profile.mkdir(exist_ok=True)
         return StepProfiler(self.engine, self.config, self.sizes, self.folder.profile)
 
@@ -184,7 +184,7 @@ class Trainer:
             logger.info("%s\n\n%s", format_profile(profiled), self.folder.profile / "report.html")
 
     def _loader(self) -> Loader:
-        with distributed.together():
+        with distributed.share_errors():
             return Loader(
                 self.dataset,
                 self.config,
@@ -268,7 +268,7 @@ class Trainer:
     def _resume(self) -> int:
         """Load the checkpoint to continue from, if any, and return the number of steps done."""
         # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
-        with distributed.together():
+        with distributed.share_errors():
             sources = self._checkpoints_to_resume() if self.is_first_rank else []
         sources = distributed.gather_objects(sources)[0]
         if not sources:

@@ -64,7 +64,9 @@ class Checkpointer:
         self.wait()
         snapshot = Snapshot.of(engine, state)
         if not last and self._asynchronous and self._fits(snapshot.bytes_to_copy(self._pinned)):
-            with distributed.together(self._group):  # not in the default one: on GPUs that would wait for the copies
+            with distributed.share_errors(
+                self._group
+            ):  # not in the default one: on GPUs that would wait for the copies
                 snapshot = snapshot.copied(self._pinned)
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()

@@ -22,7 +22,7 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
         DamagedCheckpointError: the checkpoint is incomplete or not as it was written. The engine is as it was.
         CheckpointError: it is of another model or format. The engine is as it was.
     """
-    with distributed.together():
+    with distributed.share_errors():
         index = read_index(checkpoint)
         names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
         check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
@@ -34,7 +34,7 @@ def load(checkpoint: Path, engine: Engine) -> RunState:
             for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items()
             for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
         ]
-    with distributed.together():
+    with distributed.share_errors():
         for out, stored in parts:
             out.copy_(stored())
     engine.optimizer.updates = index["updates"]

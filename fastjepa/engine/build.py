@@ -43,7 +43,7 @@ def _choose_kernels(config: Config, device: torch.device) -> None:
 def build_engine(
     model: IJEPA, config: Config, sizes: BatchSizes, device: torch.device, ds_config: str | Path | None
 ) -> Engine:
-    with distributed.together():
+    with distributed.share_errors():
         _choose_kernels(config, device)
         if config.target_precision == "fp8":
             check_fp8(config, device, resolve_precision(config, device))

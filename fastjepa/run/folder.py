@@ -100,7 +100,7 @@ class RunFolder:
         # A file of a name never asked for before, so that no machine remembers that it is not there.
         mark = self.path / f".shared_{distributed.gather_objects(secrets.token_hex(8))[0]}"
         first = distributed.rank() == 0
-        with distributed.together(), writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with distributed.share_errors(), writing(f"output_dir = {self.path}", "Choose another output_dir"):
             if first:
                 mark.touch()
         seen = distributed.gather_objects(mark.exists())

@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     results = {}
 
     def together(*errors: Exception | None) -> None:
-        with distributed.together():
+        with distributed.share_errors():
             if error := errors[rank]:
                 raise error
 
