@@ -80,7 +80,7 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
             _control_groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         # Until here as patient as the rendezvous; from here on a rank may have to wait for another's disk.
         store.set_timeout(timedelta(seconds=PATIENCE))
-        be_patient()
+        extend_timeouts()
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
@@ -91,7 +91,7 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
         ) from error
 
 
-def be_patient(hang_timeout: float = 0.0) -> None:
+def extend_timeouts(hang_timeout: float = 0.0) -> None:
     """Let no message of the groups that exist give up before the watchdog, which knows whom all wait for, has spoken.
 
     Each group has a timeout of its own, at first torch's (NCCL: 10 minutes, gloo: 30). To be called when groups were made.

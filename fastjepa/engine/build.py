@@ -52,5 +52,5 @@ def build_engine(
         engine: Engine = TorchEngine(model, config, sizes, device)
     else:
         engine = DeepSpeedEngine(model, config, sizes, device, ds_config)
-    distributed.be_patient(config.hang_timeout)  # DeepSpeed made groups of its own
+    distributed.extend_timeouts(config.hang_timeout)  # DeepSpeed made groups of its own
     return engine
