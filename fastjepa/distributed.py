@@ -127,7 +127,7 @@ def init_single_process_group() -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def let_go() -> None:
+def wait_for_gloo() -> None:
     """Give gloo's threads the time to drop the tensors of past collectives, which they hold for milliseconds longer than
     those last (24 were seen on a busy machine)."""
     if dist.is_initialized():  # be it for NCCL: the control groups are gloo's
@@ -137,7 +137,7 @@ def let_go() -> None:
 def finish() -> None:
     if dist.is_initialized():
         # For this they need the interpreter: once it has ended, they abort the process.
-        let_go()
+        wait_for_gloo()
         _control_groups.clear()
         dist.destroy_process_group()
 

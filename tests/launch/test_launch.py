@@ -339,7 +339,7 @@ def test_the_threads_of_the_control_groups_are_let_go_of_where_nccl_trains(monke
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(time, "sleep", slept.append)
-    distributed.let_go()
+    distributed.wait_for_gloo()
     assert slept
 
 
