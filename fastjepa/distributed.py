@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from fastjepa.errors import ConfigError, FastjepaError, described
+from fastjepa.errors import ConfigError, FastjepaError, describe_error
 from fastjepa.launch.environment import Launch, read_launch
 from fastjepa.launch.rendezvous import meet, seconds_to_wait
 
@@ -155,7 +155,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
 
     Other ranks get it as a FastjepaError, of its type if it is one. Also a barrier: no rank returns before all have called.
     """
-    known = FastjepaError(described(error)) if error and not isinstance(error, FastjepaError) else error
+    known = FastjepaError(describe_error(error)) if error and not isinstance(error, FastjepaError) else error
     for number, first in enumerate(gather_objects(known, group)):
         if first is not None:  # one error for all: what is done about it may depend on its type
             raise error if error and number == rank() else type(first)(f"rank {number}: {first}")

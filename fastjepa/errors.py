@@ -12,7 +12,7 @@ class FastjepaError(Exception):
     exit_status = 2
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What went wrong, for a message: of errors that do not say it by themselves, the type too."""
     return str(error) if isinstance(error, FastjepaError | OSError) else f"{type(error).__name__}: {error}"
 

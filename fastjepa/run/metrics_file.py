@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastjepa.errors import described
+from fastjepa.errors import describe_error
 from fastjepa.run.folder import writing
 
 logger = logging.getLogger(__name__)
@@ -49,4 +49,4 @@ def _lines_up_to(step: int, path: Path) -> Iterator[bytes]:
             if json.loads(line)["step"] <= step:
                 yield line
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s: line %d is damaged and left out (%s)", path, number, described(error))
+            logger.warning("%s: line %d is damaged and left out (%s)", path, number, describe_error(error))
