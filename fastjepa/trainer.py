@@ -27,7 +27,7 @@ from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from fastjepa.optim.schedule import Schedule, set_schedule
 from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
 from fastjepa.profiling.report import Report, format_profile
-from fastjepa.run.folder import RunFolder, writing
+from fastjepa.run.folder import RunFolder, explain_write_errors
 from fastjepa.run.meter import Meter
 from fastjepa.run.metrics_file import MetricsFile
 from fastjepa.run.progress import Progress
@@ -174,7 +174,7 @@ class Trainer:
                 logger.warning("%s: not measured", problem)
                 return None
             raise ConfigError(f"{problem}: raise epochs")
-        with distributed.share_errors(), writing(str(self.folder.profile), "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(str(self.folder.profile), "Choose another output_dir"):
             self.folder.profile.mkdir(exist_ok=True)
         return StepProfiler(self.engine, self.config, self.sizes, self.folder.profile)
 

@@ -14,7 +14,7 @@ import torch
 from fastjepa.config import Config
 from fastjepa.profiling.page import page, readable_flops
 from fastjepa.profiling.steps import StepProfile
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 KNEE = 0.95
 """Share of the best rate at which a larger micro batch is no longer worth its memory."""
@@ -58,7 +58,7 @@ class Report:
             "knee": knee.micro_batch_size if knee else None,
             "measurements": [{"of": of} | profile.as_dict(operators=of == "run") for of, profile in measured],
         }
-        with writing(str(folder), "Choose another folder"):
+        with explain_write_errors(str(folder), "Choose another folder"):
             (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             _write_csv(folder / "report.csv", [{"of": of} | figures(profile) for of, profile in measured])
             _write_csv(folder / "operators.csv", [asdict(row) for row in self.profile.split.operators])

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def writing(what: str, advice: str) -> Iterator[None]:
+def explain_write_errors(what: str, advice: str) -> Iterator[None]:
     """Turns a failed write into a RunFolderError that says what could not be written, why, and what to do."""
     try:
         yield
@@ -48,7 +48,7 @@ class RunFolder:
         Raises:
             RunFolderError: it cannot be made.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
@@ -60,7 +60,7 @@ class RunFolder:
         """
         path = self.path / ".lock"
         # lockf, not flock: it works across the machines that share a folder by NFS, and no child process inherits it.
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             file = path.open("a+b", buffering=0)  # closing it writes nothing: a full disk is one error
         with file:
             try:
@@ -74,7 +74,7 @@ class RunFolder:
                 ) from error
             except OSError as error:
                 logger.warning("%s: no lock on this file system (%s): start one run at a time there", path, error)
-            with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+            with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
@@ -86,7 +86,7 @@ class RunFolder:
             RunFolderError: the folder cannot be written to.
         """
         with (
-            writing(str(self.skipped_steps), "Choose another output_dir"),
+            explain_write_errors(str(self.skipped_steps), "Choose another output_dir"),
             self.skipped_steps.open("a", encoding="utf-8") as file,
         ):
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -100,7 +100,7 @@ class RunFolder:
         # A file of a name never asked for before, so that no machine remembers that it is not there.
         mark = self.path / f".shared_{distributed.gather_objects(secrets.token_hex(8))[0]}"
         first = distributed.rank() == 0
-        with distributed.share_errors(), writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             if first:
                 mark.touch()
         seen = distributed.gather_objects(mark.exists())
@@ -118,7 +118,7 @@ class RunFolder:
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.config.write_text(text, encoding="utf-8")
 
     def write_evaluation(self, text: str) -> None:
@@ -127,5 +127,5 @@ class RunFolder:
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.evaluation.write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.errors import describe_error
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +27,13 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
         temporary = path.with_name(f".{path.name}.tmp")
-        with writing(str(self._path), "Checkpoints are intact"):
+        with explain_write_errors(str(self._path), "Checkpoints are intact"):
             temporary.write_bytes(b"".join(line + b"\n" for line in _lines_up_to(first_step, path)))
             temporary.replace(path)
             self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        with writing(str(self._path), "Checkpoints are intact"):
+        with explain_write_errors(str(self._path), "Checkpoints are intact"):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa import distributed
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Watchdog:
         self._rank, self._world = distributed.rank(), distributed.world_size()
         self._progress, self._where = 0, "starting"
         self._closed = threading.Event()
-        with distributed.share_errors(), writing(str(folder), "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(str(folder), "Choose another output_dir"):
             if self._rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
