@@ -86,7 +86,7 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
             raise
         raise ConfigError(
             f"rank {launch.rank} on {socket.gethostname()}: the ranks met at {launch.master_addr}:{launch.master_port}, but "
-            f"could not connect to one another ({short_reason(error)}): GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME "
+            f"could not connect to one another ({reason_of(error)}): GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME "
             "too, names the network interface to use; NCCL_DEBUG=INFO says more"
         ) from error
 
@@ -114,7 +114,7 @@ def is_lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def short_reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What went wrong, of a message of gloo or NCCL: without the place and the condition in their sources, and advice."""
     place = r"^\[(?:enforce fail at \S+\] [^.]*\. |[^\]]*\] )"
     return re.sub(place, "", str(error).strip().partition("\n")[0]).partition(". ")[0]

@@ -183,7 +183,7 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             return 1
         return _say(
             "error",
-            f"lost contact with the other ranks ({distributed.short_reason(error)}): the cause is in the first error above, or "
+            f"lost contact with the other ranks ({distributed.reason_of(error)}): the cause is in the first error above, or "
             "in their logs",
             1,
         )

@@ -51,7 +51,7 @@ class Checkpointer:
         except RuntimeError as error:  # messages failed: a rank is gone. What ended the run counts
             if kind is None:
                 raise
-            logger.error("the save that was going on failed: %s", distributed.short_reason(error))
+            logger.error("the save that was going on failed: %s", distributed.reason_of(error))
 
     def save(self, engine: Engine, state: RunState, *, last: bool) -> None:
         """Save the engine's state now; waits for the save before this one.
