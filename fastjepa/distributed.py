@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # Seconds: long enough for the first rank to list a large data set, or for a slow disk to take a checkpoint, while the
 # others wait.
-PATIENCE = 3600.0
+COLLECTIVE_TIMEOUT = 3600.0
 # Of the host's messages that go on beside training and must not come between its own.
 CONTROL_GROUPS = ("stop request", "checkpoints")
 
@@ -79,7 +79,7 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
         for name in CONTROL_GROUPS:
             _control_groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         # Until here as patient as the rendezvous; from here on a rank may have to wait for another's disk.
-        store.set_timeout(timedelta(seconds=PATIENCE))
+        store.set_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT))
         extend_timeouts()
     except RuntimeError as error:
         if not is_lost_contact(error):
@@ -99,7 +99,9 @@ def extend_timeouts(hang_timeout: float = 0.0) -> None:
     Args:
         hang_timeout: the watchdog's, in seconds.
     """
-    timeout = timedelta(seconds=min(max(PATIENCE, 2 * hang_timeout), 1e9))  # torch counts nanoseconds, in 64 bits
+    timeout = timedelta(
+        seconds=min(max(COLLECTIVE_TIMEOUT, 2 * hang_timeout), 1e9)
+    )  # torch counts nanoseconds, in 64 bits
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -47,7 +47,7 @@ def raised(action: Callable[[], object]) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    distributed.PATIENCE = 30.0  # for who waits after all
+    distributed.COLLECTIVE_TIMEOUT = 30.0  # for who waits after all
     distributed.init()
     rank = distributed.rank()
     config = small_config(output_dir=str(folder))
