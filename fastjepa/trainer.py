@@ -122,12 +122,8 @@ class Trainer:
                     loss = engine.micro_step(batch.images, batch.masks)
                     samples.append(batch.sample_ids)
                     losses.append(loss)
-                    meter.update(
-                        loss,
-                        images=batch.masks.num_images,
-                        context_tokens=batch.masks.context.total,
-                        target_tokens=batch.masks.target.total,
-                    )
+                    tokens = {"context_tokens": batch.masks.context.total, "target_tokens": batch.masks.target.total}
+                    meter.update(loss, {}, images=batch.masks.num_images, counts=tokens)
                 self._recent.append(_Step(step, samples, losses, engine.skipped_in_a_row()))
                 progress.advance()
 
@@ -203,7 +199,7 @@ class Trainer:
     def _next(batches: Iterator[Batch], meter: Meter) -> Batch:
         asked = time.perf_counter()
         batch = next(batches)
-        meter.update_data(time.perf_counter() - asked, batch.seconds)
+        meter.update_data(time.perf_counter() - asked, batch.seconds._asdict())
         return batch
 
     def _line(self, done: int, values: dict[str, float], meter: Meter) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch | 
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
         raise ConfigError(
-            f"RANK is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start with deepspeed, torchrun or srun, or unset RANK for a single "
+            f"RANK is set without {', '.join(missing)}: start with deepspeed, torchrun or srun, or unset RANK for a single "
             "process"
         )
     world_size = _number(environment, "WORLD_SIZE")
@@ -67,7 +67,7 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch | 
 def _set_from_slurm(environment: MutableMapping[str, str]) -> None:
     needed = ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
     if missing := [name for name in needed if not environment.get(name)]:
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start with srun")
+        raise ConfigError(f"SLURM_STEP_NUM_TASKS is set without {', '.join(missing)}: start with srun")
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     node = _number(environment, "SLURM_NODEID")
     if node >= len(tasks):
