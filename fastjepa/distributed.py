@@ -117,7 +117,7 @@ def is_lost_contact(error: RuntimeError) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason in a message of gloo or NCCL, without the source line and condition before it or the advice after."""
+    """Return the reason in a message of gloo or NCCL, without the source line and condition before and the advice after."""
     place = r"^\[(?:enforce fail at \S+\] [^.]*\. |[^\]]*\] )"
     return re.sub(place, "", str(error).strip().partition("\n")[0]).partition(". ")[0]
 

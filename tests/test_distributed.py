@@ -1,12 +1,106 @@
-"""Where one of two ranks fails between collectives, the other does not wait for it, and says which it was and why."""
+"""The process group: joining it, its timeouts, and errors of one rank, which are raised on all ranks."""
 
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
-from benchmarks.launch import launch
+from benchmarks.launch import free_port, launch
+from fastjepa import distributed
+from fastjepa.errors import ConfigError
+from fastjepa.launch.environment import Launch
+
+
+def test_a_network_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in {**alone, "GLOO_SOCKET_IFNAME": "ib7"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"could not connect to one another \(.*ib7.*\): GLOO_SOCKET_IFNAME"):
+        distributed.init()
+
+
+def test_a_host_that_gloo_cannot_reach_is_found_at_once_where_nccl_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+
+    def refused(**_: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:1] no error. Connection refused to 127.0.1.1")
+
+    monkeypatch.setattr(distributed, "meet", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", refused)
+    advice = (
+        r"rank 1 on .* could not connect to one another .*: GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME too"
+    )
+    with pytest.raises(ConfigError, match=advice):
+        distributed.init()
+
+
+def test_a_watchdog_that_never_barks_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch could not hold twice its seconds."""
+    ranks = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    distributed.init()
+    try:
+        distributed.extend_timeouts(1e12)
+        dist.all_reduce(torch.ones(1))
+    finally:
+        distributed.finish()
+
+
+def test_the_threads_of_the_control_groups_are_let_go_of_where_nccl_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(time, "sleep", slept.append)
+    distributed.wait_for_gloo()
+    assert slept
+
+
+@pytest.mark.parametrize(("local_rank", "gpus", "expected"), [(1, 4, 1), (3, 1, 0), (5, 4, 1)])
+def test_a_rank_shows_the_others_which_gpu_it_takes(
+    local_rank: int, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The only one where SLURM leaves each task one; one that another rank has where there are too few, to be told so."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": str(local_rank), "MASTER_ADDR": "node1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="H100", uuid=f"gpu-{device.index}")
+    )
+    shown: dict[str, str] = {}
+
+    def met(launch: Launch, facts: dict[str, str], seconds: float, **gpu: str) -> Store:
+        shown.update(facts, **gpu)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(distributed, "meet", met)
+    with pytest.raises(ConfigError, match="far enough"):
+        distributed.init({"torch": "2.13"})
+    assert shown == {"torch": "2.13", "device": "cuda", "gpu": "H100", "gpu_id": f"gpu-{expected}"}
 
 
 @pytest.fixture(scope="module")

@@ -64,9 +64,8 @@ class StopRequest:
             self._stop()
 
     def _stop(self) -> None:
-        raise Preempted(
-            f"{signal.Signals(self._signal).name}: stopped outside of training. Start the same command again to go on"
-        )
+        name = signal.Signals(self._signal).name
+        raise Preempted(f"{name}: stopped outside of training. Start the same command again to go on")
 
     def agreed(self) -> str | None:
         """Return the name of the signal to stop for, the same on all ranks, or None.

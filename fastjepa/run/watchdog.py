@@ -85,7 +85,7 @@ class Watchdog:
             temporary.write_text(json.dumps(beat), encoding="utf-8")
             temporary.replace(self._file(self._rank))
         except OSError as error:
-            logger.debug("heartbeat: %s", error)  # a full disk must not end training: only a save may
+            logger.debug("heartbeat: %s", error)  # a full disk must not end training
 
     def _end_run(self) -> None:
         beats = {rank: self._read(rank) for rank in range(self._world)}
