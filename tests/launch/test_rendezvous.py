@@ -18,23 +18,67 @@ from benchmarks.launch import free_port
 from fastjepa.errors import ConfigError
 from fastjepa.launch import rendezvous
 from fastjepa.launch.environment import Launch
-from fastjepa.launch.rendezvous import Card, meet
+from fastjepa.launch.rendezvous import WAIT_VARIABLE, Card, contradiction, format_ranks, meet, seconds_to_wait
 from tests.support.reliability import Record
 
 
-def test_what_differs_is_named_with_its_ranks_and_hosts() -> None:
+def test_a_fact_that_differs_is_named_with_its_ranks_and_hosts() -> None:
     cards = [Card(r, 4, "ab"[r // 2], {"torch": "2.13" if r < 2 else "2.12", "seed": "0"}) for r in range(4)]
-    assert _contradiction(cards[:2]) is None
-    other = {"rank": 2, "world_size": 4, "host": "b", "facts": {"torch": "2.12", "seed": "0"}, "of a later version": 1}
-    cards[2] = Card.read(json.dumps(other).encode())
-    problem = _contradiction(cards)
+    assert contradiction(cards[:2]) is None
+    problem = contradiction(cards)
     assert problem is not None
     assert "torch: 2.13 on ranks 0-1 (a), 2.12 on ranks 2-3 (b)" in problem
     assert "seed" not in problem
-    assert _ranks([5, 1, 2, 0]) == "ranks 0-2, 5"
+
+
+def test_a_fact_that_one_rank_lacks_differs() -> None:
+    problem = contradiction([Card(0, 2, "a", {"seed": "0"}), Card(1, 2, "b", {})])
+    assert problem is not None
+    assert "seed: 0 on rank 0 (a), not there on rank 1 (b)" in problem
+
+
+@pytest.mark.parametrize(("gpu_ids", "alike"), [("ab", True), ("aa", False), (("", ""), True)])
+def test_ranks_of_one_host_need_a_gpu_each_or_none(gpu_ids: Sequence[str], alike: bool) -> None:
+    cards = [Card(rank, 2, "a", {}, gpu_id=gpu_id) for rank, gpu_id in enumerate(gpu_ids)]
+    assert (contradiction(cards) is None) == alike
+    on_two_hosts = [Card(card.rank, 2, "ab"[card.rank], {}, gpu_id=card.gpu_id) for card in cards]
+    assert contradiction(on_two_hosts) is None
+
+
+def test_gpus_of_different_models_are_no_contradiction() -> None:
+    assert contradiction([Card(0, 2, "a", {}, "H100", "a"), Card(1, 2, "b", {}, "A100", "b")]) is None
+
+
+def test_a_card_of_another_version_can_be_read() -> None:
+    """Its rank is then refused for what differs, not for a field that this version does not know."""
+    card = {"rank": 2, "world_size": 4, "host": "b", "facts": {"torch": "2.12"}, "a field of a later version": 1}
+    assert Card.read(json.dumps(card).encode()) == Card(2, 4, "b", {"torch": "2.12"})
+
+
+def test_ranks_are_written_as_spans() -> None:
+    assert format_ranks([5, 1, 2, 0]) == "ranks 0-2, 5"
+    assert format_ranks([3]) == "rank 3"
+
+
+def test_the_seconds_to_wait_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WAIT_VARIABLE, raising=False)
+    assert seconds_to_wait() == 300.0
+    monkeypatch.setenv(WAIT_VARIABLE, "")
+    assert seconds_to_wait() == 300.0
+    monkeypatch.setenv(WAIT_VARIABLE, "2.5")
+    assert seconds_to_wait() == 2.5
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon"])
+def test_seconds_that_cannot_be_waited_are_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WAIT_VARIABLE, value)
+    with pytest.raises(ConfigError, match=f"{WAIT_VARIABLE} = {value}: expected a number of seconds"):
+        seconds_to_wait()
 
 
 class Rank(NamedTuple):
+    """A rank of `meeting`, and what it claims."""
+
     rank: int
     world_size: int
     torch: str = "2.13"
@@ -44,11 +88,11 @@ class Rank(NamedTuple):
 
 
 def meeting(ranks: Sequence[Rank], port: int, seconds: float = 30.0) -> list[Store | str]:
-    """What each rank gets: the store, or the line that its user reads. Threads take the place of processes and hosts."""
-    here = threading.local()
+    """Let ranks meet; return each one's store, or the message that its user reads. Threads stand for processes and hosts."""
+    this = threading.local()
 
     def one(rank: Rank) -> Store | str:
-        here.host = rank.host
+        this.host = rank.host
         launch = Launch(rank.rank, rank.world_size, rank.rank, rank.world_size, rank.master_addr, port)
         try:
             return meet(launch, {"torch": rank.torch}, seconds, gpu_id=rank.gpu)
@@ -56,7 +100,7 @@ def meeting(ranks: Sequence[Rank], port: int, seconds: float = 30.0) -> list[Sto
             return str(error)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(len(ranks)) as pool:
-        patch.setattr(socket, "gethostname", lambda: here.host)
+        patch.setattr(socket, "gethostname", lambda: this.host)
         patch.setattr(rendezvous, "POLL_SECONDS", 0.01)
         return list(pool.map(one, ranks))
 
@@ -86,7 +130,7 @@ def test_ranks_that_are_alike_meet() -> None:
             "its own port (--master_port)",
         ),
         (
-            "three ranks on a host of two GPUs (which the test plays)",
+            "three ranks on a host of two GPUs (simulated)",
             [Rank(0, 3, gpu="a"), Rank(1, 3, gpu="b"), Rank(2, 3, gpu="a")],
             "there are 3 ranks but 2 GPUs on node1: expected one for each rank. --num_gpus (deepspeed), --nproc_per_node "
             "(torchrun) or --ntasks-per-node (srun) sets the ranks",
@@ -104,8 +148,8 @@ def test_ranks_that_were_not_started_alike_are_all_told(
 def test_a_rank_whose_partner_is_absent_says_who_is_missing(record: Record) -> None:
     (first,) = meeting([Rank(0, 4)], port := free_port(), seconds=0.5)
     assert first == (
-        f"ranks 1-3 of 4 did not come to 127.0.0.1:{port} in time (FASTJEPA_RENDEZVOUS_SECONDS sets the seconds); there "
-        "were 1 from node1: see the logs of the missing"
+        f"ranks 1-3 of 4 did not come to 127.0.0.1:{port} in time (FASTJEPA_RENDEZVOUS_SECONDS sets the seconds); 1 "
+        "came from node1: see the logs of the missing ranks"
     )
     (other,) = meeting([Rank(1, 4, host="node2")], port := free_port(), seconds=0.5)
     assert other == (
@@ -136,9 +180,9 @@ def test_a_second_run_at_the_same_port_is_refused_and_the_first_goes_on(record: 
     second = meeting(run, port)
     assert second == [
         f"rank 0 on node1 cannot listen on MASTER_PORT = {port} (Address already in use): another job, or another rank 0, "
-        "uses it; choose another one, with --master_port (deepspeed, torchrun) or MASTER_PORT (srun)",
-        f"rank 1 of 2 on node2 came to a run of 2 ranks at 127.0.0.1:{port} that is complete: two runs with the same port "
-        "(--master_port chooses another), or a rank started with another WORLD_SIZE",
+        "uses it. Choose another port with --master_port (deepspeed, torchrun) or MASTER_PORT (srun)",
+        f"rank 1 of 2 on node2 came to a run of 2 ranks at 127.0.0.1:{port} that is complete: either two runs use the "
+        "same port (--master_port chooses another), or a rank was started with another WORLD_SIZE",
     ]
     one, two = first
     assert isinstance(one, Store)
