@@ -94,15 +94,15 @@ class Meter:
         # Read the clock only now: reading the sums back waits until the GPU has finished the steps that are being timed.
         now = time.perf_counter()
         elapsed = now - self._started
-        names = ("loss", *self._signals)
-        totals, finite = take(len(names)), take(len(names))
-        means = {name: total / n if n else None for name, total, n in zip(names, totals, finite, strict=True)}
+        values = 1 + len(self._signals)
+        loss, *means = (total / n if n else None for total, n in zip(take(values), take(values), strict=True))
+        signals = dict(zip(self._signals, means, strict=True))
         micro_batches, images = take(2)
         tokens = dict(zip(counts, take(len(counts)), strict=True))
         ranks, waited = take(2)
         seconds = dict(zip(data, take(len(data)), strict=True))
         line: dict[str, float | None] = {
-            "loss": means.pop("loss"),
+            "loss": loss,
             "images_per_second": images / elapsed,
             "tokens_per_second": sum(tokens.values()) / elapsed,
             "data_wait": waited / ranks / elapsed,
@@ -110,9 +110,9 @@ class Meter:
             **{name: total / images for name, total in tokens.items()},
             "memory_gib": peak_memory(self._device) / GIB,
         }
-        assert line.keys().isdisjoint(means), f"signals {tuple(means)} have names of other figures: {tuple(line)}"
+        assert line.keys().isdisjoint(signals), f"signals {tuple(signals)} have names of other figures: {tuple(line)}"
         self._reset(now, self._signals)
-        return line | means
+        return line | signals
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,6 +11,8 @@ import pytest
 from fastjepa.errors import RunFolderError
 from fastjepa.run.metrics_file import MetricsFile
 
+LINE = {"step": 3, "loss": 0.51234, "lr": 1e-3}
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -44,7 +46,7 @@ def test_a_resumed_run_drops_the_lines_that_it_writes_again(path: Path) -> None:
 
 @pytest.mark.parametrize("half", ['{"step": 4, "lo', '{"step": 4, "nested": {}', '{"step": 4}', "\n"])
 def test_a_half_written_last_line_is_dropped(path: Path, half: str) -> None:
-    """Also one that lacks nothing but its newline: the next line would be written behind it."""
+    """A line that lacks only its newline is dropped too: the next line would be appended to it."""
     path.write_text('{"step": 2}\n' + half)
     write(path, 4, {"step": 6})
     assert steps(path) == [2, 6]
@@ -53,18 +55,18 @@ def test_a_half_written_last_line_is_dropped(path: Path, half: str) -> None:
 @pytest.mark.parametrize(
     "damaged", [b'{"step": 3, "lo\0\0', b'{"step": 3, "name": "\xff"}', b'{"loss": 3}', b"3", b'{"step": null}', b""]
 )
-def test_a_damaged_line_is_named_and_costs_no_other(
+def test_a_damaged_line_is_named_and_removed_alone(
     path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path.write_bytes(b'{"step": 2}\n' + damaged + b'\n{"step": 4}\n')
     write(path, 4, {"step": 6})
     assert steps(path) == [2, 4, 6]
-    assert f"{path}: line 2 is damaged and left out (" in caplog.text
+    assert f"{path}: line 2 is damaged, and is removed (" in caplog.text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that cannot be written")
-def test_a_full_disk_is_reported_with_the_file_name(path: Path) -> None:
+def test_a_full_disk_is_an_error_that_names_the_file(path: Path) -> None:
     metrics = MetricsFile(path, 0)
-    metrics._file = Path("/dev/full").open("w")  # noqa: SIM115 (cannot be closed: that would write, too)
+    metrics._file = Path("/dev/full").open("w")  # noqa: SIM115 (closing it would write, and fail)
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
         metrics.write(LINE)

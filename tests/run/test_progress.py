@@ -14,7 +14,7 @@ LINE = {"step": 3, "loss": 0.51234, "lr": 1e-3, "images_per_second": 12345.6, "d
 FIGURES = re.escape("loss 0.5123  lr 1.00e-03  12,346 images/s  data wait 13%")
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(2, 10, enabled=True)
     progress.advance()
     progress.report(LINE)
@@ -22,10 +22,10 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Captu
     assert re.fullmatch(rf"step 3/10  {FIGURES}  \d+:\d\d:\d\d left\n", capsys.readouterr().err)
 
 
-def test_the_time_left_counts_the_steps_of_this_process_alone(
+def test_the_time_left_follows_from_the_steps_of_this_process_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resumed at step 900, 10 steps in 400 s: the other 90 take an hour."""
+    """The run was resumed at step 900 and did 10 steps in 400 s: the 90 that are left take an hour."""
     clock = 100.0
     monkeypatch.setattr("fastjepa.run.progress.time.perf_counter", lambda: clock)
     progress = Progress(900, 1000, enabled=True)
@@ -43,6 +43,11 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     progress.report(LINE)
     progress.close()
     assert re.search(rf"3/10 \[.*{FIGURES}", terminal.getvalue())
+
+
+def test_a_line_without_a_finite_loss_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(2, 10, enabled=True).report({**LINE, "loss": None})
+    assert "loss nan  lr " in capsys.readouterr().err
 
 
 def test_all_ranks_but_the_first_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
