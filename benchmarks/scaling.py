@@ -37,7 +37,7 @@ from fastjepa.objectives.ijepa import costs
 from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.plan import zero
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 BASE = ("model.name=vit_tiny", "global_batch_size=4", "data.image_size=224", "masks.mode=ragged")
 AXES: dict[str, tuple[str, tuple[str | int, ...], str]] = {
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for index in range(len(AXES[axis][1])):
                 config_of(axis, index, args.overrides)
         if args.output:
-            with writing(f"--output {args.output}", "Choose another folder"):
+            with explain_write_errors(f"--output {args.output}", "Choose another folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
     except FastjepaError as error:
         parser.error(str(error))

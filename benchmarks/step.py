@@ -18,7 +18,7 @@ from typing import Any
 from fastjepa import host, train  # noqa: F401  # train before torch, which reads the environment that it sets
 from fastjepa.config import MODEL_SIZES
 from fastjepa.errors import FastjepaError
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 CONTENDERS = ("fastjepa", "baseline")
 
@@ -148,7 +148,7 @@ def main() -> None:
             parser.error(f"--{name} {getattr(args, name)}: expected {least} or more")
     if args.output:
         try:  # now, not after an hour
-            with writing(f"--output {args.output}", "Choose another folder"):
+            with explain_write_errors(f"--output {args.output}", "Choose another folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
         except FastjepaError as error:
             parser.error(str(error))

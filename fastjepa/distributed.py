@@ -1,6 +1,6 @@
-"""Processes of a run: who am I, and the few collectives that the trainer itself needs.
+"""The process group of a run: joining it, this process's rank, and the few collectives that the trainer itself needs.
 
-Who starts them is the matter of `fastjepa.launch`, how they find one another that of `fastjepa.launch.rendezvous`.
+`fastjepa.launch` reads how the processes were started and lets them find one another.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from fastjepa.errors import ConfigError, FastjepaError, described
+from fastjepa.errors import ConfigError, FastjepaError, describe_error
 from fastjepa.launch.environment import Launch, read_launch
 from fastjepa.launch.rendezvous import meet, seconds_to_wait
 
 T = TypeVar("T")
 
-# Seconds: long enough for the first rank to list a large data set, or for a slow disk to take a checkpoint, while the
-# others wait.
-PATIENCE = 3600.0
-# Of the host's messages that go on beside training and must not come between its own.
+# Seconds after which a collective gives up: the first rank may list a large data set, or write a checkpoint to a slow disk,
+# while the others wait.
+COLLECTIVE_TIMEOUT = 3600.0
+# Groups of all ranks over the host, for messages that run beside training and must not mix with its collectives.
 CONTROL_GROUPS = ("stop request", "checkpoints")
 
 _control_groups: dict[str, dist.ProcessGroup] = {}
@@ -38,21 +38,21 @@ def init(facts: Mapping[str, str] | None = None) -> torch.device:
     """Join the process group, share out the cores, and return this rank's device.
 
     Args:
-        facts: what must be the same on all ranks (`fastjepa.launch.versions`); compared before anything else is done.
+        facts: values that must be the same on all ranks (`fastjepa.launch.versions`). The ranks compare them first.
 
     Raises:
-        ConfigError: the launcher's variables cannot be right, or the ranks did not meet, are not alike, or are more than the
-            GPUs of a machine.
+        ConfigError: the launcher's variables are wrong, the ranks did not meet, they differ in `facts`, or a machine has
+            fewer GPUs than ranks.
     """
     launch = read_launch()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # Where SLURM leaves each task a GPU of its own, that is number 0. Where there are fewer GPUs than ranks, two get
-        # the same one, which all ranks are told when they meet.
+        # The modulo serves two cases. SLURM may show each task one GPU only, which is then number 0. And where ranks
+        # outnumber the GPUs, two ranks take the same one, so that the rendezvous can tell all ranks.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count() if launch else 0)
         torch.cuda.set_device(device)
     elif launch and launch.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Ranks that each use all cores slow one another down more than tenfold.
+        # If each rank used all cores, the ranks would slow one another down more than tenfold.
         torch.set_num_threads(max(1, torch.get_num_threads() // launch.local_world_size))
     if launch and not dist.is_initialized():
         _init_process_group(launch, device, facts or {})
@@ -75,69 +75,74 @@ def _init_process_group(launch: Launch, device: torch.device, facts: Mapping[str
             device_id=device if device.type == "cuda" else None,
             timeout=timedelta(seconds=seconds),
         )
-        # Now, for a host that gloo cannot reach to be found before anything else is done, with GPUs too.
+        # Make the gloo groups now, with GPUs too: a host that gloo cannot reach then fails here, before any work is done.
         for name in CONTROL_GROUPS:
             _control_groups[name] = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-        # Until here as patient as the rendezvous; from here on a rank may have to wait for another's disk.
-        store.set_timeout(timedelta(seconds=PATIENCE))
-        be_patient()
+        # Joining had the short timeout of the rendezvous; from here on a rank may have to wait for another's disk.
+        store.set_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT))
+        extend_timeouts()
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
         raise ConfigError(
             f"rank {launch.rank} on {socket.gethostname()}: the ranks met at {launch.master_addr}:{launch.master_port}, but "
-            f"could not connect to one another ({in_short(error)}): GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME "
+            f"could not connect to one another ({reason_of(error)}): GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME "
             "too, names the network interface to use; NCCL_DEBUG=INFO says more"
         ) from error
 
 
-def be_patient(hang_timeout: float = 0.0) -> None:
-    """Let no message of the groups that exist give up before the watchdog, which knows whom all wait for, has spoken.
+def extend_timeouts(hang_timeout: float = 0.0) -> None:
+    """Give every process group that exists now a timeout longer than the watchdog's.
 
-    Each group has a timeout of its own, at first torch's (NCCL: 10 minutes, gloo: 30). To be called when groups were made.
+    The watchdog names the rank that all wait for, so it must speak before a collective gives up. A new group starts with
+    torch's own timeout (NCCL: 10 minutes, gloo: 30): call this again whenever groups were made.
 
     Args:
-        hang_timeout: the watchdog's, in seconds.
+        hang_timeout: seconds after which the watchdog ends a run without progress.
     """
-    timeout = timedelta(seconds=min(max(PATIENCE, 2 * hang_timeout), 1e9))  # torch counts nanoseconds, in 64 bits
+    seconds = min(max(COLLECTIVE_TIMEOUT, 2 * hang_timeout), 1e9)  # torch counts nanoseconds in 64 bits
+    timeout = timedelta(seconds=seconds)
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def control_group(name: str) -> dist.ProcessGroup | None:
-    """One of CONTROL_GROUPS: all ranks again, over the host. None: this process is alone."""
+    """Return one of CONTROL_GROUPS, which hold all ranks; None if this process is alone."""
     return _control_groups[name] if world_size() > 1 else None
 
 
 def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank ended, or cannot be reached."""
+    """Tell if a collective failed because another rank ended or cannot be reached."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def in_short(error: BaseException) -> str:
-    """What went wrong, of a message of gloo or NCCL: without the place and the condition in their sources, and advice."""
+def reason_of(error: BaseException) -> str:
+    """Return the reason in a message of gloo or NCCL, without the source line and condition before and the advice after."""
     place = r"^\[(?:enforce fail at \S+\] [^.]*\. |[^\]]*\] )"
     return re.sub(place, "", str(error).strip().partition("\n")[0]).partition(". ")[0]
 
 
 def init_single_process_group() -> None:
-    """A group of one, for libraries that insist on a group; needs no free port."""
+    """Make a group of this process alone, for libraries that insist on a group. It needs no free port."""
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def let_go() -> None:
-    """Give gloo's threads the time to drop the tensors of past collectives, which they hold for milliseconds longer than
-    those last (24 were seen on a busy machine)."""
-    if dist.is_initialized():  # be it for NCCL: the control groups are gloo's
+def wait_for_gloo() -> None:
+    """Wait until gloo's threads have dropped the tensors of past collectives.
+
+    They hold them for some milliseconds after a collective ends: up to 24 ms were seen on a busy machine.
+    """
+    if dist.is_initialized():  # with NCCL too: the control groups are gloo's
         time.sleep(0.2)
 
 
 def finish() -> None:
+    """Leave the process group."""
     if dist.is_initialized():
-        # For this they need the interpreter: once it has ended, they abort the process.
-        let_go()
+        # A gloo thread that drops a tensor after the interpreter has ended aborts the process.
+        wait_for_gloo()
         _control_groups.clear()
         dist.destroy_process_group()
 
@@ -151,19 +156,20 @@ def world_size() -> int:
 
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """If ranks have errors, raise that of the first of them on all, so that none waits for one that has given up.
+    """Raise the error of the lowest failed rank on all ranks, so that no rank waits for one that has given up.
 
-    Other ranks get it as a FastjepaError, of its type if it is one. Also a barrier: no rank returns before all have called.
+    A rank with an error of its own raises that if it is the lowest one; every other rank raises a FastjepaError, of the same
+    type if the original is one. Call it on all ranks: no rank returns before all have called.
     """
-    known = FastjepaError(described(error)) if error and not isinstance(error, FastjepaError) else error
+    known = FastjepaError(describe_error(error)) if error and not isinstance(error, FastjepaError) else error
     for number, first in enumerate(gather_objects(known, group)):
-        if first is not None:  # one error for all: what is done about it may depend on its type
+        if first is not None:  # the same error on all ranks, because callers react to its type
             raise error if error and number == rank() else type(first)(f"rank {number}: {first}")
 
 
 @contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """All ranks do what is within, which has no collectives, or none goes on: an error on one is raised on all."""
+def share_errors(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the block on every rank; if one rank fails, raise on all of them. The block must hold no collectives."""
     error: Exception | None = None
     try:
         yield
@@ -173,7 +179,7 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 
 def sum_over_ranks(values: Tensor) -> list[float]:
-    """Element-wise sums of a 1-D tensor over all ranks, read back to the host."""
+    """Sum a 1-D tensor element by element over all ranks, and read the sums back to the host."""
     if world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -181,10 +187,10 @@ def sum_over_ranks(values: Tensor) -> list[float]:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's value, in rank order, on every rank. Pickles: only for data of our own ranks.
+    """Gather every rank's value, in rank order, on every rank. It pickles: use it only between ranks of one run.
 
     Args:
-        group: all ranks again, for a thread beside the main one; None: the default group.
+        group: a group of all ranks, for a thread beside the main one; None for the default group.
     """
     if world_size() == 1:
         return [value]

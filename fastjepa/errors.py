@@ -1,19 +1,19 @@
-"""What a user can put right.
+"""Errors that a user can put right.
 
-The command line prints the message of these, without a traceback, and exits with their status.
+The command line prints their message without a traceback and exits with their status.
 """
 
 from __future__ import annotations
 
 
 class FastjepaError(Exception):
-    """Base of the errors that are meant for users."""
+    """Base class of the errors that are meant for users."""
 
     exit_status = 2
 
 
-def described(error: BaseException) -> str:
-    """What went wrong, for a message: of errors that do not say it by themselves, the type too."""
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error, preceded by its type unless the message is written for users."""
     return str(error) if isinstance(error, FastjepaError | OSError) else f"{type(error).__name__}: {error}"
 
 
@@ -30,7 +30,7 @@ class CheckpointError(FastjepaError, RuntimeError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is incomplete or not as it was written: an earlier one may do."""
+    """A checkpoint is incomplete or was altered after it was written; an earlier one may still load."""
 
 
 class RunFolderError(FastjepaError, RuntimeError):
@@ -42,6 +42,6 @@ class TrainingError(FastjepaError, RuntimeError):
 
 
 class Preempted(FastjepaError, RuntimeError):
-    """The run was asked to stop; what it had done is saved: started again it goes on."""
+    """The run was asked to stop. Its state is saved, and the same command continues it."""
 
-    exit_status = 75  # EX_TEMPFAIL: to be queued again
+    exit_status = 75  # EX_TEMPFAIL: tells a scheduler to queue the job again

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: memory and cores, within the limits of its control groups; and which it is."""
+"""Memory and cores that this process may use, within the limits of its control groups, and the processor's name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 GIB = 2**30
 
-# Of both versions of control groups: the controller's name, where it is mounted, and its files of the limit and of what is
-# used, of which the pages in memory.stat that are cached files make room.
+# Both versions of control groups: name of the controller, mount point, files with the limit and the usage in bytes, and the
+# key in memory.stat of the cached file pages, which count as used but are given up when memory runs short.
 _MEMORY_GROUPS = (
     ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# The files of the time on all cores together and of the period that it may be used in.
+# Both versions: name of the controller, mount point, and the files with the CPU time, summed over all cores, that a group
+# may use in each period, and with the length of the period.
 _CPU_GROUPS = (
     ("", "sys/fs/cgroup", "cpu.max"),
     ("cpu", "sys/fs/cgroup/cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"),
@@ -24,30 +25,30 @@ _CPU_GROUPS = (
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory that can still be had: what the machine has, or the limits of its control groups leave."""
+    """Bytes of host memory that this process can still allocate: the least of the machine and its control groups."""
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    left = [_left(group, *files) for controller in _MEMORY_GROUPS for group, files in _groups(root, *controller)]
+    left = [_memory_left(group, *files) for controller in _MEMORY_GROUPS for group, files in _groups(root, *controller)]
     return min([free, *left])
 
 
 def usable_cores(root: Path = Path("/")) -> float:
-    """CPU cores that this process may keep busy: those that it may run on, or the share of time of its control groups."""
+    """CPU cores that this process may keep busy: its CPU affinity or, if less, the time quota of its control groups."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [_quota(group, *files) for controller in _CPU_GROUPS for group, files in _groups(root, *controller)]
+    quotas = [_core_quota(group, *files) for controller in _CPU_GROUPS for group, files in _groups(root, *controller)]
     return min([float(here), *quotas])
 
 
 def busy_cores(seconds: float = 0.3, root: Path = Path("/")) -> float | None:
-    """Cores of the machine that are at work for this long, whoever uses them; None: not known (not Linux)."""
+    """Mean number of the machine's cores that any process keeps busy during `seconds`; None where /proc/stat is missing."""
 
     def ticks() -> tuple[int, int]:
-        """Of all cores together since the start: all, and those spent idle or waiting for a disk."""
-        of_all = (root / "proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:9]
-        return sum(map(int, of_all)), int(of_all[3]) + int(of_all[4])
+        """Clock ticks since the machine started, summed over all cores: total, and idle or waiting for a disk."""
+        total = (root / "proc/stat").read_text(encoding="ascii").partition("\n")[0].split()[1:9]
+        return sum(map(int, total)), int(total[3]) + int(total[4])
 
     try:
         before = ticks()
@@ -60,7 +61,7 @@ def busy_cores(seconds: float = 0.3, root: Path = Path("/")) -> float | None:
 
 
 def _groups(root: Path, controller: str, mount: str, *files: str) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The groups of the process for a controller, from the topmost down."""
+    """Yield the folder of each control group that holds the process, from the topmost down, with `files`."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -68,24 +69,25 @@ def _groups(root: Path, controller: str, mount: str, *files: str) -> Iterator[tu
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(","):
-            # A scheduler limits the group of a job, above that of the process. In a container the names may be those
-            # outside, and lead nowhere, while the container's own limit is where its groups are mounted.
+            # A scheduler sets the limit on the group of the job, an ancestor of the process's group: look at all ancestors.
+            # In a container the path may be the one outside, which does not exist here; the container's own limit then
+            # stands at the mount point, which is the topmost group.
             names = path.strip("/").split("/")
             yield from ((root.joinpath(mount, *names[:depth]), files) for depth in range(len(names) + 1))
 
 
-def _left(group: Path, limit: str, used: str, cached: str) -> int:
-    """What the limit of one group leaves; without a limit, more than there is."""
+def _memory_left(group: Path, limit: str, used: str, cached: str) -> int:
+    """Bytes that the limit of one group leaves; 2**63 if the group has no limit."""
     try:
         most, now = ((group / name).read_text(encoding="ascii").strip() for name in (limit, used))
         stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    except OSError:  # no such group, or the topmost, which has none
+    except OSError:  # no such group, or the topmost, which has no limit
         return 2**63
     return 2**63 if most == "max" else int(most) - int(now) + int(stat.get(cached, "0"))
 
 
-def _quota(group: Path, *files: str) -> float:
-    """Cores whose time one group may use; without a limit, more than there are."""
+def _core_quota(group: Path, *files: str) -> float:
+    """Cores whose time one group may use; infinity if the group has no limit."""
     try:
         words = " ".join((group / name).read_text(encoding="ascii") for name in files).split()
     except OSError:
@@ -95,9 +97,9 @@ def _quota(group: Path, *files: str) -> float:
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    """The processor's model, as Linux knows it; else its architecture."""
+    """Model name of the processor as Linux reports it; elsewhere, and on ARM, the architecture."""
     try:
         lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or on ARM
+    except (OSError, StopIteration):
         return platform.machine()

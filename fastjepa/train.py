@@ -96,7 +96,7 @@ def train(
         logging.getLogger(package).setLevel(logging.INFO if first else logging.WARNING)
     sizes = BatchSizes.share(config, distributed.world_size())
     folder = RunFolder(config.output_dir)
-    with distributed.together():
+    with distributed.share_errors():
         if first:
             folder.create()
             held.enter_context(folder.locked())
@@ -106,7 +106,7 @@ def train(
             if config.evaluate:
                 open_dataset(config.data, "val")
     folder.check_shared()
-    with distributed.together():
+    with distributed.share_errors():
         dataset = open_dataset(config.data, "train")
         method = method_of(config)
         model = build_objective(method)
@@ -127,7 +127,7 @@ def train(
         )
     engine = build_engine(model, method, config, sizes, device, ds_config)
     trainer = Trainer(method, dataset, engine, sizes, folder, profile=profile)
-    with distributed.together():
+    with distributed.share_errors():
         if first:
             # Only now: a run that is refused leaves the earlier run's file alone.
             folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             return 1
         return _say(
             "error",
-            f"lost contact with the other ranks ({distributed.in_short(error)}): the cause is in the first error above, or "
+            f"lost contact with the other ranks ({distributed.reason_of(error)}): the cause is in the first error above, or "
             "in their logs",
             1,
         )

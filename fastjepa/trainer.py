@@ -8,7 +8,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +17,17 @@ from fastjepa import distributed
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, latest_for_message
 from fastjepa.checkpoint.resume import resume
-from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
 from fastjepa.data.dataset import Ints
 from fastjepa.engine.base import Engine
-from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError, Preempted, TrainingError
+from fastjepa.errors import ConfigError, Preempted, TrainingError
 from fastjepa.objectives.base import Method, Moment
 from fastjepa.optim.schedule import Schedule, set_schedule
 from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
 from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, format_profile
-from fastjepa.run.folder import RunFolder, writing
+from fastjepa.run.folder import RunFolder, explain_write_errors
 from fastjepa.run.meter import Meter
 from fastjepa.run.metrics_file import MetricsFile
 from fastjepa.run.progress import Progress
@@ -105,7 +103,7 @@ class Trainer:
         config, engine = self.config, self.engine
         profiler = self._profiler() if self._profile else None
         meter = Meter(engine.device)
-        with distributed.together():
+        with distributed.share_errors():
             metrics = MetricsFile(self.folder.metrics, self.start_step) if self.is_first_rank else None
         progress = Progress(self.start_step, self.total_steps, enabled=self.is_first_rank)
         engine.model.train()
@@ -175,7 +173,7 @@ class Trainer:
                 logger.warning("%s: not measured", problem)
                 return None
             raise ConfigError(f"{problem}: raise epochs")
-        with distributed.together(), writing(str(self.folder.profile), "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(str(self.folder.profile), "Choose another output_dir"):
             self.folder.profile.mkdir(exist_ok=True)
         return StepProfiler(self.engine, self.method, self.sizes, self.folder.profile)
 
@@ -185,7 +183,7 @@ class Trainer:
             logger.info("%s\n\n%s", format_profile(profiled), self.folder.profile / "report.html")
 
     def _loader(self) -> Loader:
-        with distributed.together():
+        with distributed.share_errors():
             return Loader(
                 self.dataset,
                 self.config,
@@ -205,7 +203,7 @@ class Trainer:
     def _next(batches: Iterator[Batch], meter: Meter) -> Batch:
         asked = time.perf_counter()
         batch = next(batches)
-        meter.update_data(time.perf_counter() - asked, batch.seconds)
+        meter.update_data(time.perf_counter() - asked, batch.seconds._asdict())
         return batch
 
     def _line(self, done: int, values: dict[str, float], meter: Meter) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS, DTYPES, chosen
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.profiling.timing import Ceilings, CeilingWork, Timing, device_name, time_in_turns
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--batch_size is {args.batch_size}, expected 1 or more")
     if args.output:
         try:  # now, not after some minutes
-            with writing(f"--output {args.output}", "Choose another folder"):
+            with explain_write_errors(f"--output {args.output}", "Choose another folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
         except FastjepaError as error:
             parser.error(str(error))

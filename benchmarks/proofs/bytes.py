@@ -147,7 +147,7 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     with CollectiveCounter() as counter:
         micro_steps(sizes.accum)
     micro_steps(sizes.accum - 1)
-    distributed.let_go()
+    distributed.wait_for_gloo()
     resident = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     resident -= sum(buffer.nbytes for buffer in engine.model.buffers())  # positions
     micro_steps(1)

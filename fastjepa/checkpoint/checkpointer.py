@@ -51,7 +51,7 @@ class Checkpointer:
         except RuntimeError as error:  # messages failed: a rank is gone. What ended the run counts
             if kind is None:
                 raise
-            logger.error("the save that was going on failed: %s", distributed.in_short(error))
+            logger.error("the save that was going on failed: %s", distributed.reason_of(error))
 
     def save(self, sharded: ShardedState, state: RunState, *, last: bool) -> None:
         """Save the state of training now; waits for the save before this one.
@@ -64,7 +64,9 @@ class Checkpointer:
         self.wait()
         snapshot = Snapshot.of(sharded, state)
         if not last and self._asynchronous and self._fits(snapshot.bytes_to_copy(self._pinned)):
-            with distributed.together(self._group):  # not in the default one: on GPUs that would wait for the copies
+            with distributed.share_errors(
+                self._group
+            ):  # not in the default one: on GPUs that would wait for the copies
                 snapshot = snapshot.copied(self._pinned)
             self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
             self._thread.start()

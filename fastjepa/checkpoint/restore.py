@@ -24,7 +24,7 @@ def load(checkpoint: Path, sharded: ShardedState) -> RunState:
         DamagedCheckpointError: the checkpoint is incomplete or not as it was written. Nothing was changed.
         CheckpointError: it is of another model or format. Nothing was changed.
     """
-    with distributed.together():
+    with distributed.share_errors():
         index = read_index(checkpoint)
         names = sorted([MODEL, INDEX, *(shard["file"] for shard in index["shards"])])
         check_sums(checkpoint, names[distributed.rank() :: distributed.world_size()])
@@ -36,7 +36,7 @@ def load(checkpoint: Path, sharded: ShardedState) -> RunState:
             for kind, tensor in {"weight": piece.tensor, **sharded.optimizer.moments(piece.tensor)}.items()
             for part in reader.find(piece.name, kind, piece.start, piece.view(tensor))
         ]
-    with distributed.together():
+    with distributed.share_errors():
         for out, stored in parts:
             out.copy_(stored())
     sharded.optimizer.updates = index["updates"]

@@ -59,7 +59,7 @@ def resume(config: Config, folder: RunFolder, sharded: ShardedState, dataset: Ma
     """
     # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
     first = distributed.rank() == 0
-    with distributed.together():
+    with distributed.share_errors():
         sources = checkpoints_to_resume(config.resume, folder) if first else []
     sources = distributed.gather_objects(sources)[0]
     if not sources:

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
 from fastjepa.checkpoint.format import FORMAT, GIB, INDEX, LATEST, MODEL, SUMS, Reader, RunState, set_aside, sha256
-from fastjepa.errors import CheckpointError, described
+from fastjepa.errors import CheckpointError, describe_error
 from fastjepa.optim.sharded_state import ShardedState
 
 SPACE_MARGIN = 1.05
@@ -116,7 +116,7 @@ def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -
         try:
             result = action()
         except Exception as problem:  # noqa: BLE001  # of any kind: the other ranks wait
-            error, cause = described(problem), problem
+            error, cause = describe_error(problem), problem
         errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error, group)) if e is not None}
         if errors:
             if rank == 0:

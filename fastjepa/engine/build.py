@@ -55,7 +55,7 @@ def build_engine(
     Raises:
         ConfigError: kernels, precision, compilation or DeepSpeed's settings cannot be had here.
     """
-    with distributed.together():
+    with distributed.share_errors():
         _choose_kernels(config, method, device)
         if config.target_precision == "fp8":
             check_fp8(config, device, resolve_precision(config, device))
@@ -66,5 +66,5 @@ def build_engine(
         engine: Engine = TorchEngine(model, method, config, sizes, device)
     else:
         engine = DeepSpeedEngine(model, method, config, sizes, device, ds_config)
-    distributed.be_patient(config.hang_timeout)  # DeepSpeed made groups of its own
+    distributed.extend_timeouts(config.hang_timeout)  # DeepSpeed made groups of its own
     return engine

@@ -1,1 +1,1 @@
-"""How the processes of a run were started and find one another."""
+"""Starting a run: the launcher's environment, the rendezvous of the ranks, and what must be equal on all of them."""

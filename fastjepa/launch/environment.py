@@ -1,7 +1,7 @@
-"""How this process was started: by deepspeed or torchrun, by srun, or alone.
+"""The launcher's environment variables: how this process was started, by deepspeed or torchrun, by srun, or alone.
 
-deepspeed and torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. For a task of srun they are made here
-of SLURM's variables, and set, because DeepSpeed and others read them too.
+deepspeed and torchrun set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. For a task of srun, `read_launch`
+derives these variables from SLURM's and sets them, because DeepSpeed and other libraries read them too.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from fastjepa.errors import ConfigError
 
 @dataclass(frozen=True)
 class Launch:
+    """What the launcher told this process."""
+
     rank: int
     world_size: int
     local_rank: int
@@ -28,21 +30,21 @@ class Launch:
 
 
 def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch | None:
-    """None: a single process without a launcher.
+    """Read the launcher's variables; return None for a single process without a launcher.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, no numbers, or contradict one another.
+        ConfigError: a variable is missing, is not a number, or contradicts another one.
     """
     if "RANK" not in environment:
-        # Only srun sets the number of a step's tasks: not salloc, nor the shell of an sbatch script, where one process
-        # is one process. SLURM_NTASKS and SLURM_PROCID are set there too.
+        # Only srun sets SLURM_STEP_NUM_TASKS. SLURM_NTASKS and SLURM_PROCID say nothing: salloc and the shell of an
+        # sbatch script, which start a single process, set them too.
         if "SLURM_PROCID" not in environment or _number(environment, "SLURM_STEP_NUM_TASKS", default=1) <= 1:
             return None
         _set_from_slurm(environment)
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environment.get(name)]:
         raise ConfigError(
-            f"RANK is set but {', '.join(missing)} not: start with deepspeed, torchrun or srun, or unset RANK for a single "
+            f"RANK is set without {', '.join(missing)}: start with deepspeed, torchrun or srun, or unset RANK for a single "
             "process"
         )
     world_size = _number(environment, "WORLD_SIZE")
@@ -65,16 +67,16 @@ def read_launch(environment: MutableMapping[str, str] = os.environ) -> Launch | 
 def _set_from_slurm(environment: MutableMapping[str, str]) -> None:
     needed = ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
     if missing := [name for name in needed if not environment.get(name)]:
-        raise ConfigError(f"SLURM_STEP_NUM_TASKS is set but {', '.join(missing)} not: start with srun")
+        raise ConfigError(f"SLURM_STEP_NUM_TASKS is set without {', '.join(missing)}: start with srun")
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     node = _number(environment, "SLURM_NODEID")
     if node >= len(tasks):
         raise ConfigError(
-            f"SLURM_NODEID = {node}: SLURM_STEP_TASKS_PER_NODE = {environment['SLURM_STEP_TASKS_PER_NODE']} has "
-            f"{len(tasks)} nodes"
+            f"SLURM_NODEID = {node}: expected less than {len(tasks)}, the number of nodes in SLURM_STEP_TASKS_PER_NODE = "
+            f"{environment['SLURM_STEP_TASKS_PER_NODE']}"
         )
-    # The same for all tasks of a step, and seldom that of another job on the same node; below the ports that systems
-    # give out by themselves.
+    # The port must be the same for all tasks of a step, should differ from that of another job on the same node, and must
+    # stay below the ports that operating systems hand out by themselves.
     number = _number(environment, "SLURM_JOB_ID", default=0) + _number(environment, "SLURM_STEP_ID", default=0)
     environment.update(
         RANK=environment["SLURM_PROCID"],
@@ -87,7 +89,7 @@ def _set_from_slurm(environment: MutableMapping[str, str]) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of a list of hosts as SLURM writes it: "node[003-005,7],login1" -> "node003"."""
+    """Return the first host of a list as SLURM writes it: "node[003-005,7],login1" -> "node003"."""
     first = re.match(r"(?:[^,\[\]]|\[[^\]]+\])+", nodes)
     if not first:
         raise ConfigError(f"SLURM_STEP_NODELIST = {nodes}: expected hosts, such as node[003-005,7]")
@@ -95,7 +97,7 @@ def first_host(nodes: str) -> str:
 
 
 def tasks_per_node(counts: str) -> list[int]:
-    """ "8(x2),4" -> [8, 8, 4]."""
+    """Expand SLURM's numbers of tasks per node: "8(x2),4" -> [8, 8, 4]."""
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in counts.split(",")]
     if not all(parts):
         raise ConfigError(f"SLURM_STEP_TASKS_PER_NODE = {counts}: expected numbers of tasks, such as 8(x2),4")

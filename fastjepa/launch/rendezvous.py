@@ -1,7 +1,7 @@
-"""All ranks meet, and find out whether they were started alike, before any collective could hang or fail obscurely.
+"""The rendezvous: all ranks meet and compare how they were started, before a collective could hang or fail obscurely.
 
-Each rank lays a card into the store of rank 0 (or of torchrun): who it is, how it was started, its versions and settings.
-Rank 0 reads the cards and answers all: go on, or why not.
+Each rank puts a card into the store of rank 0 (or of torchrun): its rank and host, how it was started, its versions and
+settings. Rank 0 reads the cards and writes one answer for all ranks: go on, or the reason why not.
 """
 
 from __future__ import annotations
@@ -25,41 +25,52 @@ from fastjepa.launch.environment import Launch
 logger = logging.getLogger(__name__)
 
 WAIT_VARIABLE = "FASTJEPA_RENDEZVOUS_SECONDS"
-# What is wrong is often wrong on several ranks: their cards are awaited this long after the first that is.
+# A mistake is often made on several ranks: after the first wrong card, rank 0 waits this long for the others.
 GRACE_SECONDS = 3.0
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Card:
+    """What a rank tells rank 0 of itself."""
+
     rank: int
     world_size: int
     host: str
     facts: dict[str, str]
-    """Versions, settings: must be the same on all ranks."""
+    """Versions and settings, which must be the same on all ranks."""
     gpu: str = "none"
-    """Model. Another one is slow, not wrong."""
+    """Model of the GPU. Different models are allowed: the slowest sets the pace."""
     gpu_id: str = ""
-    """A GPU serves one rank. Empty: none is used."""
+    """Identity of the GPU, which no other rank may use; empty on a CPU."""
 
     @staticmethod
     def read(text: bytes) -> Card:
-        """Another version of fastjepa may have laid it, with other fields: which the facts then tell."""
+        """Parse a card. Unknown fields are dropped: a rank of another version is refused for its facts, not for its card."""
         return Card(**{name: value for name, value in json.loads(text).items() if name in Card.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What rank 0 tells all ranks."""
+
     problem: str | None
     cards: int
-    """How many were read: later ones are not of this run."""
+    """Number of cards that were read. A rank with a later one does not belong to this run."""
 
 
 def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str = "none", gpu_id: str = "") -> Store:
-    """The store, once all ranks are there and agree.
+    """Wait until all ranks are there and agree, and return the store that they share.
+
+    Args:
+        launch: how this process was started.
+        facts: values that must be the same on all ranks.
+        seconds: how long rank 0 waits for the others.
+        gpu: model of this rank's GPU.
+        gpu_id: identity of this rank's GPU; empty on a CPU.
 
     Raises:
-        ConfigError: they did not arrive in time, or were not started alike. Every rank that can be told is told.
+        ConfigError: ranks did not arrive in time, or were not started alike. Every rank that can be reached gets it.
     """
     end = time.monotonic() + seconds
     try:
@@ -69,7 +80,7 @@ def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str =
         store.set(f"card {ticket}", json.dumps(card.__dict__))
         if launch.rank == 0:
             answer = _answer_all(store, launch, end)
-            # Its store ends with it: not before the others have read the answer.
+            # The store ends with this process: keep it until the others have read the answer.
             _wait_until(lambda: store.add("heard", 0) >= answer.cards - 1, 2 * GRACE_SECONDS)
         else:
             answer = _await_answer(store, launch, seconds)
@@ -83,8 +94,8 @@ def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str =
     if not problem and ticket > answer.cards:
         problem = (
             f"rank {launch.rank} of {launch.world_size} on {card.host} came to a run of {answer.cards} ranks at "
-            f"{_place(launch)} that is complete: two runs with the same port (--master_port chooses another), or a rank "
-            "started with another WORLD_SIZE"
+            f"{_place(launch)} that is complete: either two runs use the same port (--master_port chooses another), or a "
+            "rank was started with another WORLD_SIZE"
         )
     if problem:
         raise ConfigError(problem)
@@ -92,14 +103,14 @@ def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str =
 
 
 def seconds_to_wait() -> float:
-    """How long the ranks may take to meet."""
+    """Seconds that the ranks may take to meet: the value of FASTJEPA_RENDEZVOUS_SECONDS, 300 by default."""
     value = os.environ.get(WAIT_VARIABLE) or "300"
     try:
         seconds = float(value)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise ConfigError(f"{WAIT_VARIABLE} = {value}: expected seconds, more than 0")
+        raise ConfigError(f"{WAIT_VARIABLE} = {value}: expected a number of seconds, more than 0 and less than 1e6")
     return seconds
 
 
@@ -108,7 +119,7 @@ def _place(launch: Launch) -> str:
 
 
 def _open_store(launch: Launch, seconds: float) -> Store:
-    # torchrun keeps a store for the ranks; else rank 0 does.
+    # Rank 0 hosts the store, except under torchrun, whose agent does.
     hosts = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listener = _listen(launch) if hosts else None
     try:
@@ -124,7 +135,7 @@ def _open_store(launch: Launch, seconds: float) -> Store:
     finally:
         if listener:
             listener.close()
-    # torchrun starts all ranks anew if one fails, with the same store.
+    # After a failure torchrun restarts all ranks with the same store: the prefix hides the cards of earlier attempts.
     return PrefixStore(f"fastjepa {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -136,13 +147,13 @@ def _listen(launch: Launch) -> socket.socket:
     except OSError as error:
         raise ConfigError(
             f"rank 0 on {socket.gethostname()} cannot listen on MASTER_PORT = {launch.master_port} "
-            f"({os.strerror(error.errno or 0)}): another job, or another rank 0, uses it; choose another one, with "
+            f"({os.strerror(error.errno or 0)}): another job, or another rank 0, uses it. Choose another port with "
             "--master_port (deepspeed, torchrun) or MASTER_PORT (srun)"
         ) from error
 
 
 def _wait_for_connection(launch: Launch, seconds: float, hosts: bool) -> None:
-    """Until MASTER_ADDR answers. The store would wait too, but with a page of warnings and no reason."""
+    """Wait until MASTER_ADDR answers. TCPStore would wait too, but it prints a page of warnings and gives no reason."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -176,7 +187,7 @@ def _wait_until(done: Callable[[], bool], seconds: float) -> bool:
 
 
 def _await_answer(store: Store, launch: Launch, seconds: float) -> Answer:
-    # Rank 0 may have begun to wait later than this rank.
+    # Rank 0 may have started later than this rank: wait longer than it does.
     if not _wait_until(lambda: store.check(["answer"]), 2 * seconds + 2 * GRACE_SECONDS):
         raise ConfigError(
             f"rank {launch.rank} on {socket.gethostname()} reached {_place(launch)}, but no rank 0 of this run came "
@@ -186,13 +197,13 @@ def _await_answer(store: Store, launch: Launch, seconds: float) -> Answer:
 
 
 def _answer_all(store: Store, launch: Launch, end: float) -> Answer:
-    """Rank 0: reads the cards as they come, and writes the answer."""
+    """Read the cards on rank 0 as they come, and write the answer."""
     cards: list[Card] = []
     while True:
         for ticket in range(len(cards) + 1, store.add("cards", 0) + 1):
             cards.append(Card.read(store.get(f"card {ticket}")))
         cards.sort(key=lambda card: card.rank)
-        problem = _contradiction(cards)
+        problem = contradiction(cards)
         if problem:
             end = min(end, time.monotonic() + GRACE_SECONDS)
         if len(cards) >= max(card.world_size for card in cards):
@@ -204,24 +215,28 @@ def _answer_all(store: Store, launch: Launch, end: float) -> Answer:
     answer = Answer(problem, len(cards))
     store.set("answer", json.dumps(answer.__dict__))
     if not problem and len({card.gpu for card in cards}) > 1:
-        logger.warning("the GPUs differ, and the slowest sets the pace: %s", _who([(c, c.gpu) for c in cards]))
+        logger.warning(
+            "the GPUs differ, and the slowest sets the pace: %s", _ranks_by_value([(c, c.gpu) for c in cards])
+        )
     return answer
 
 
 def _absence(cards: list[Card], launch: Launch) -> str:
+    """Say which ranks did not come."""
     there = {card.rank for card in cards}
     missing = [rank for rank in range(launch.world_size) if rank not in there]
     hosts = Counter(card.host for card in cards)
     return (
-        f"{_ranks(missing)} of {launch.world_size} did not come to {_place(launch)} in time ({WAIT_VARIABLE} sets "
-        f"the seconds); there were {', '.join(f'{n} from {host}' for host, n in hosts.items())}: see the logs of the missing"
+        f"{format_ranks(missing)} of {launch.world_size} did not come to {_place(launch)} in time ({WAIT_VARIABLE} sets "
+        f"the seconds); {', '.join(f'{n} came from {host}' for host, n in hosts.items())}: see the logs of the missing ranks"
     )
 
 
-def _contradiction(cards: list[Card]) -> str | None:
-    """What differs among the ranks that must not."""
+def contradiction(cards: list[Card]) -> str | None:
+    """Say in what the cards of one run contradict one another; None if they do not."""
     if len({card.world_size for card in cards}) > 1:
-        return f"the ranks were started with different WORLD_SIZE: {_who([(c, str(c.world_size)) for c in cards])}"
+        sizes = _ranks_by_value([(card, str(card.world_size)) for card in cards])
+        return f"the ranks were started with different WORLD_SIZE: {sizes}"
     claims = Counter(card.rank for card in cards)
     if twice := sorted(rank for rank, n in claims.items() if n > 1):
         hosts = ", ".join(card.host for card in cards if card.rank == twice[0])
@@ -233,7 +248,7 @@ def _contradiction(cards: list[Card]) -> str | None:
     for name in sorted({name for card in cards for name in card.facts}):
         values = [(card, card.facts.get(name, "not there")) for card in cards]
         if len({value for _, value in values}) > 1:
-            different.append(f"{name}: {_who(values)}")
+            different.append(f"{name}: {_ranks_by_value(values)}")
     if different:
         return f"the ranks are not alike: {'; '.join(different)}. Expected the same everywhere"
     for host, ranks in Counter(card.host for card in cards if card.gpu_id).items():
@@ -246,19 +261,19 @@ def _contradiction(cards: list[Card]) -> str | None:
     return None
 
 
-def _who(values: list[tuple[Card, str]]) -> str:
-    """Which ranks have which value: "2.13.0 on ranks 0-7 (host-a), 2.12.0 on ranks 8-15 (host-b)"."""
+def _ranks_by_value(values: list[tuple[Card, str]]) -> str:
+    """List the ranks that have each value: "2.13.0 on ranks 0-7 (host-a), 2.12.0 on ranks 8-15 (host-b)"."""
     groups: dict[str, list[Card]] = defaultdict(list)
     for card, value in values:
         groups[value].append(card)
     return ", ".join(
-        f"{value} on {_ranks([c.rank for c in cards])} ({', '.join(sorted({c.host for c in cards}))})"
+        f"{value} on {format_ranks([c.rank for c in cards])} ({', '.join(sorted({c.host for c in cards}))})"
         for value, cards in groups.items()
     )
 
 
-def _ranks(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] -> "ranks 0-2, 5"."""
+def format_ranks(ranks: list[int]) -> str:
+    """Write ranks as spans: [0, 1, 2, 5] -> "ranks 0-2, 5"."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and rank <= spans[-1][1] + 1:

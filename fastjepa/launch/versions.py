@@ -1,4 +1,4 @@
-"""What must be the same on all ranks of a run: versions, sources and settings."""
+"""Versions, sources and settings, which must be the same on all ranks of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastjepa.config import Config
 
 
 def versions_and_settings(config: Config, ds_config: str | Path | None) -> dict[str, str]:
-    """Names and values, to be compared among the ranks. Imports nothing heavy."""
+    """Collect the names and values that the ranks compare, without importing anything heavy."""
     python = ".".join(platform.python_version_tuple()[:2])
     facts = {
         "Python": python,
@@ -56,7 +56,7 @@ def _hash_of_sources(package: str) -> str:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"model": {"depth": 2}} -> {"model.depth": "2"}."""
+    """Flatten nested settings: {"model": {"depth": 2}} -> {"model.depth": "2"}."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": str(value)}

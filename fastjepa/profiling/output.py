@@ -13,7 +13,7 @@ import torch
 
 from fastjepa.profiling.page import page
 from fastjepa.profiling.report import Report, figures
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -30,7 +30,7 @@ def write_report(report: Report, folder: Path) -> None:
         "knee": knee.micro_batch_size if knee else None,
         "measurements": [{"of": of} | profile.as_dict(operators=of == "run") for of, profile in measured],
     }
-    with writing(str(folder), "Choose another folder"):
+    with explain_write_errors(str(folder), "Choose another folder"):
         (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _write_csv(folder / "report.csv", [{"of": of} | figures(profile) for of, profile in measured])
         _write_csv(folder / "operators.csv", [asdict(row) for row in report.profile.split.operators])

@@ -29,7 +29,7 @@ from fastjepa.objectives.base import Lengths, Method, Moment, Prepared, Tokens
 from fastjepa.profiling.memory import Memory, measure_memory
 from fastjepa.profiling.time_split import DATA_WAIT, STEP, TimeSplit, split_time
 from fastjepa.profiling.timing import Ceilings, Timing, datasheet_teraflops, device_name, measure_ceilings, summary
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 from fastjepa.run.meter import peak_memory
 
 
@@ -192,7 +192,7 @@ class StepProfiler:
                     yield
                     if not left:
                         clock.synchronize()
-        with writing(
+        with explain_write_errors(
             str(self._trace), "Choose another folder"
         ):  # the profiler says nothing: it is the reading that fails
             profiler.export_chrome_trace(str(self._trace))

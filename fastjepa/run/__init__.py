@@ -1,1 +1,1 @@
-"""What a run leaves behind and how it is watched: its folder, metrics, progress, watchdog, requests to stop."""
+"""Around the training loop: the run folder, metrics, progress on the terminal, the watchdog, requests to stop."""

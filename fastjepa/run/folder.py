@@ -1,4 +1,4 @@
-"""The folder of a run: its resolved configuration, metrics and checkpoints."""
+"""The run folder: the paths of its files, the lock on it, and the check that all machines share it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def writing(what: str, advice: str) -> Iterator[None]:
-    """Turns a failed write into a RunFolderError that says what could not be written, why, and what to do."""
+def explain_write_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn an OSError of the block into a RunFolderError: `what` cannot be written, the reason, and the `advice`."""
     try:
         yield
     except OSError as error:
@@ -28,8 +28,7 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 
 class RunFolder:
-    """config.yaml, metrics.jsonl, bad_samples.jsonl, skipped_steps.jsonl, evaluation.json, checkpoints/, profile/ below one
-    path."""
+    """The files and folders of a run below one path, its `output_dir`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -43,25 +42,25 @@ class RunFolder:
         self.profile = self.path / "profile"
 
     def create(self) -> None:
-        """Make the folder.
+        """Make the folder, if it is not there.
 
         Raises:
-            RunFolderError: it cannot be made.
+            RunFolderError: the folder cannot be made.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder: the first rank calls it. The lock ends with the process, however that ends.
+        """Hold the folder for this run. The first rank calls it; the lock ends with the process, however that ends.
 
         Raises:
-            RunFolderError: another run, here or on another machine, holds it.
+            RunFolderError: another run, on this machine or another one, holds the folder; or it cannot be written to.
         """
         path = self.path / ".lock"
-        # lockf, not flock: it works across the machines that share a folder by NFS, and no child process inherits it.
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
-            file = path.open("a+b", buffering=0)  # closing it writes nothing: a full disk is one error
+        # lockf, not flock: it works between machines that share the folder by NFS, and child processes do not inherit it.
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
+            file = path.open("a+b", buffering=0)  # unbuffered: closing writes nothing, so a full disk is reported once
         with file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,34 +72,38 @@ class RunFolder:
                     "Stop it, or choose another output_dir"
                 ) from error
             except OSError as error:
-                logger.warning("%s: no lock on this file system (%s): start one run at a time there", path, error)
-            with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+                logger.warning(
+                    "%s: this file system has no locks (%s): make sure that only one run uses the folder", path, error
+                )
+            with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
     def write_skipped_steps(self, lines: list[dict[str, object]]) -> None:
-        """Add lines to skipped_steps.jsonl.
+        """Append lines to skipped_steps.jsonl.
 
         Raises:
             RunFolderError: the folder cannot be written to.
         """
         with (
-            writing(str(self.skipped_steps), "Choose another output_dir"),
+            explain_write_errors(str(self.skipped_steps), "Choose another output_dir"),
             self.skipped_steps.open("a", encoding="utf-8") as file,
         ):
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def check_shared(self) -> None:
-        """All ranks call it: on machines that do not share the folder, each would keep a part of every checkpoint.
+        """Check that all ranks see the same folder; all ranks call it.
+
+        On machines that do not share the folder, each would keep a part of every checkpoint.
 
         Raises:
             RunFolderError: the ranks see different folders.
         """
-        # A file of a name never asked for before, so that no machine remembers that it is not there.
+        # The name is new in every run, because a network file system may remember that a file was not there.
         mark = self.path / f".shared_{distributed.gather_objects(secrets.token_hex(8))[0]}"
         first = distributed.rank() == 0
-        with distributed.together(), writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             if first:
                 mark.touch()
         seen = distributed.gather_objects(mark.exists())
@@ -109,23 +112,23 @@ class RunFolder:
         if not all(seen):
             raise RunFolderError(
                 f"output_dir = {self.path}: expected one folder that all machines of the run share, but rank "
-                f"{seen.index(False)} does not see there what rank 0 wrote"
+                f"{seen.index(False)} does not see there what rank 0 wrote. Choose a folder on a shared file system"
             )
 
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration, once it is known to fit the run that the folder holds.
+        """Write the resolved configuration. Call it once the settings are known to fit the run in the folder.
 
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.config.write_text(text, encoding="utf-8")
 
     def write_evaluation(self, text: str) -> None:
-        """Write the figures of the evaluation.
+        """Write evaluation.json.
 
         Raises:
             RunFolderError: the folder cannot be written to.
         """
-        with writing(f"output_dir = {self.path}", "Choose another output_dir"):
+        with explain_write_errors(f"output_dir = {self.path}", "Choose another output_dir"):
             self.evaluation.write_text(text, encoding="utf-8")

@@ -1,84 +1,122 @@
-"""What a run reports: sums since the last line of metrics, kept on the device until the line is due."""
+"""The figures of a line of metrics: sums since the last line, kept on the device until a line is due."""
 
 from __future__ import annotations
 
-import logging
 import resource
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from fastjepa import distributed
-from fastjepa.data import Seconds
-
-logger = logging.getLogger(__name__)
+from fastjepa.host import GIB
 
 
 class Meter:
-    """Sums since the last line. The loss stays on the device: nothing is read back until a line is due."""
+    """Sums since the last line. Loss and signals stay on the device: nothing is read back until a line is due.
+
+    The names of signals, counts and seconds must be the same on all ranks and for all micro batches of a line.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._reset(time.perf_counter())
+        self._reset(time.perf_counter(), signals=())
 
-    def _reset(self, now: float) -> None:
+    def _reset(self, now: float, signals: tuple[str, ...]) -> None:
         self._started = now
-        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._finite = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._micro_batches = self._images = self._context_tokens = self._target_tokens = 0
+        self._signals = signals
+        # Of the loss and then of each signal: the sum of the finite values, and their number.
+        self._sums = torch.zeros(1 + len(signals), dtype=torch.float64, device=self._device)
+        self._finite = torch.zeros_like(self._sums)
+        self._micro_batches = self._images = 0
+        self._counts: defaultdict[str, int] = defaultdict(int)
         self._data_wait = 0.0
-        self._data_seconds = [0.0] * len(Seconds._fields)
+        self._data_seconds: defaultdict[str, float] = defaultdict(float)
 
     def restart_clock(self) -> None:
-        """Leave the time since the last summary out: it went into a checkpoint."""
+        """Leave the time since the last summary out of the rates: it went into a checkpoint."""
         self._started = time.perf_counter()
 
-    def update_data(self, waited: float, seconds: Seconds) -> None:
-        """A micro batch arrived: how long the step waited for it, and what preparing it took, beside the step."""
-        self._data_wait += waited
-        self._data_seconds = [total + new for total, new in zip(self._data_seconds, seconds, strict=True)]
+    def update_data(self, waited: float, seconds: Mapping[str, float]) -> None:
+        """Add what loading a micro batch took.
 
-    def update(self, loss: Tensor, *, images: int, context_tokens: int, target_tokens: int) -> None:
-        finite = loss.isfinite()
-        self._loss += torch.where(finite, loss, 0)  # the mean of those that trained something
+        Args:
+            waited: seconds that the step waited for the micro batch.
+            seconds: name of a stage of its preparation -> seconds, most of which passed beside earlier steps.
+        """
+        self._data_wait += waited
+        for name, value in seconds.items():
+            self._data_seconds[name] += value
+
+    def update(self, loss: Tensor, signals: Mapping[str, Tensor], *, images: int, counts: Mapping[str, int]) -> None:
+        """Add a micro batch.
+
+        Args:
+            loss: a detached scalar on the device.
+            signals: name -> detached scalar on the device.
+            images: number of images.
+            counts: name -> number of tokens of that kind.
+        """
+        if tuple(signals) != self._signals:
+            assert not self._micro_batches, (
+                f"signals {tuple(signals)}: expected {self._signals} up to the end of the line"
+            )
+            self._signals = tuple(signals)
+            self._sums = self._sums.new_zeros(1 + len(signals))
+            self._finite = torch.zeros_like(self._sums)
+        values = torch.stack([loss, *signals.values()])
+        finite = values.isfinite()
+        self._sums += torch.where(finite, values, 0)  # a loss that is not finite trained nothing
         self._finite += finite
         self._micro_batches += 1
         self._images += images
-        self._context_tokens += context_tokens
-        self._target_tokens += target_tokens
+        for name, count in counts.items():
+            self._counts[name] += count
 
     def summary(self) -> dict[str, float | None]:
-        """Means and rates over all ranks since the last call (memory: of this rank). All ranks call it; it starts anew.
+        """Return means and rates since the last call, and start anew. All ranks call it.
 
-        The loss is that of the micro batches whose loss was finite; None if there was none.
+        The figures are those of all ranks, but for memory_gib, which is this rank's. Loss and signals are means over the
+        micro batches in which they were finite; None if there were none. Each count is a mean per image.
         """
-        tokens = (self._context_tokens, self._target_tokens)
-        counts = (self._micro_batches, self._images, *tokens, 1, self._data_wait, *self._data_seconds)
-        counted = torch.tensor(counts, dtype=torch.float64, device=self._device)
-        sums = torch.cat([self._loss[None], self._finite[None], counted])
-        loss, finite, micro_batches, images, context, targets, ranks, waited, *prepared = distributed.sum_over_ranks(
-            sums
-        )
-        # Only now: reading the sums back is what waits for a GPU to finish the steps that are being timed.
+        counts, data = self._counts, self._data_seconds
+        host = [self._micro_batches, self._images, *counts.values(), 1, self._data_wait, *data.values()]
+        host_sums = torch.tensor(host, dtype=torch.float64, device=self._device)
+        sums = iter(distributed.sum_over_ranks(torch.cat([self._sums, self._finite, host_sums])))
+
+        def take(number: int) -> list[float]:
+            return list(islice(sums, number))
+
+        # Read the clock only now: reading the sums back waits until the GPU has finished the steps that are being timed.
         now = time.perf_counter()
-        seconds = now - self._started
-        self._reset(now)
-        return {
-            "loss": loss / finite if finite else None,
-            "images_per_second": images / seconds,
-            "tokens_per_second": (context + targets) / seconds,
-            "data_wait": waited / ranks / seconds,
-            **{f"{name}_ms": 1e3 * each / micro_batches for name, each in zip(Seconds._fields, prepared, strict=True)},
-            "context_tokens": context / images,
-            "target_tokens": targets / images,
-            "memory_gib": peak_memory(self._device) / 2**30,
+        elapsed = now - self._started
+        values = 1 + len(self._signals)
+        loss, *means = (total / n if n else None for total, n in zip(take(values), take(values), strict=True))
+        signals = dict(zip(self._signals, means, strict=True))
+        micro_batches, images = take(2)
+        tokens = dict(zip(counts, take(len(counts)), strict=True))
+        ranks, waited = take(2)
+        seconds = dict(zip(data, take(len(data)), strict=True))
+        line: dict[str, float | None] = {
+            "loss": loss,
+            "images_per_second": images / elapsed,
+            "tokens_per_second": sum(tokens.values()) / elapsed,
+            "data_wait": waited / ranks / elapsed,
+            **{f"{name}_ms": 1e3 * total / micro_batches for name, total in seconds.items()},
+            **{name: total / images for name, total in tokens.items()},
+            "memory_gib": peak_memory(self._device) / GIB,
         }
+        assert line.keys().isdisjoint(signals), f"signals {tuple(signals)} have names of other figures: {tuple(line)}"
+        self._reset(now, self._signals)
+        return line | signals
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on the GPU, or resident in this process on a CPU."""
+    """Largest number of bytes that was allocated on the GPU or, on a CPU, that was resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal."""
+"""The progress of a run on the terminal: a bar, or plain lines where the output goes to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar with the time left on a terminal, plain lines elsewhere; silent on all ranks but the first."""
+    """A bar on a terminal, plain lines elsewhere, both with the time left.
+
+    Args:
+        start: number of steps that were done before this process.
+        total: number of steps of the run.
+        enabled: print at all; the trainer enables the first rank alone.
+    """
 
     def __init__(self, start: int, total: int, *, enabled: bool) -> None:
         self._enabled, self._start, self._total = enabled, start, total
@@ -23,11 +29,12 @@ class Progress:
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
 
     def advance(self) -> None:
+        """Move on by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def report(self, values: dict[str, Any]) -> None:
-        """Show the line of metrics that was just written."""
+        """Show the figures of a line of metrics."""
         if not self._enabled:
             return
         loss = math.nan if values["loss"] is None else values["loss"]
@@ -48,6 +55,7 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
+    """Write seconds as hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

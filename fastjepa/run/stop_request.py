@@ -1,4 +1,4 @@
-"""Preemption: a signal asks the run to stop, and all ranks agree on the step after which they do."""
+"""Preemption: a signal asks the run to stop, and all ranks agree on the step after which they stop."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGUSR1 (which clusters send before they take a machine away) raise Preempted, or, within
-    `during_training`, are noted for all ranks to stop together.
+    """A context in which SIGTERM and SIGUSR1, which clusters send before they take a machine away, stop the run.
 
-    Ranks get a signal at different moments, or only one gets it, but all must stop after the same step, or the others would
-    wait for it for ever. So the ranks sum up their notes, once a step, over a group of their own on the host: begun in one
-    step and looked at in the next, so that nothing waits for it, the GPU least of all.
+    A signal raises Preempted at once, except within `during_training`, where it is noted for `agreed`.
+
+    Ranks get a signal at different moments, or only one rank gets it, but all must stop after the same step: otherwise the
+    others would wait for ever for the one that stopped. So the ranks take the maximum of their notes once a step, over a
+    gloo group of their own. The exchange begins in one step and is read in the next, so that neither host nor GPU waits.
     """
 
     def __init__(self) -> None:
@@ -47,14 +48,14 @@ class StopRequest:
 
     @contextmanager
     def during_training(self) -> Iterator[None]:
-        """All ranks enter it together. Without a note it changes nothing."""
+        """Note signals instead of raising Preempted. All ranks enter it; leaving it with a note raises Preempted."""
         self._group = distributed.control_group("stop request")
         self._training = True
         try:
             yield
         finally:
             self._training = False
-        if self._signal:  # too late for the ranks to agree on a step
+        if self._signal:  # the signal came too late for the ranks to agree on a step
             self._stop()
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -63,10 +64,14 @@ class StopRequest:
             self._stop()
 
     def _stop(self) -> None:
-        raise Preempted(f"{signal.Signals(self._signal).name}: stopped outside of training. Start again to go on")
+        name = signal.Signals(self._signal).name
+        raise Preempted(f"{name}: stopped outside of training. Start the same command again to go on")
 
     def agreed(self) -> str | None:
-        """Once a step, by all ranks, at the same place: the name of the signal to stop for, the same on all, or None."""
+        """Return the name of the signal to stop for, the same on all ranks, or None.
+
+        All ranks call it once a step, at the same place. With several ranks, a signal is reported one step later.
+        """
         if self._group is None:
             number = self._signal
         else:

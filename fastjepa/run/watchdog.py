@@ -1,4 +1,4 @@
-"""A run that hangs ends itself, and says which rank is behind and where it is."""
+"""The watchdog: it ends a run that makes no progress, and says which rank is behind and where that rank is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa import distributed
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +24,19 @@ EXIT_STATUS = 70  # EX_SOFTWARE
 
 
 class Watchdog:
-    """A thread of each rank that looks whether its training thread gets on, by the monotonic clock.
+    """A thread beside the training thread of each rank, which ends the process when training makes no progress.
 
-    Every rank writes how far it is into a folder that all share. Where one hangs all do, since they wait for it: the one
-    that has got least far, or has written nothing, is to blame.
+    Every rank writes heartbeats, files that tell how far it is, into a folder that all ranks share. If one rank hangs, all
+    do, because they wait for it: the culprit is the rank that has got least far, or has written no heartbeat.
 
     Args:
-        folder: for the heartbeats; the first rank empties it.
-        seconds: without progress, after which the process ends with status 70 and the stacks of its threads.
+        folder: folder of the heartbeats; the first rank empties it.
+        seconds: time without progress, by the monotonic clock, after which the process prints the stacks of its threads and
+            ends with status 70.
+        end: ends the process with a status.
+
+    Raises:
+        RunFolderError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, seconds: float, *, end: Callable[[int], Any] = os._exit) -> None:
@@ -39,7 +44,7 @@ class Watchdog:
         self._rank, self._world = distributed.rank(), distributed.world_size()
         self._progress, self._where = 0, "starting"
         self._closed = threading.Event()
-        with distributed.together(), writing(str(folder), "Choose another output_dir"):
+        with distributed.share_errors(), explain_write_errors(str(folder), "Choose another output_dir"):
             if self._rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +60,7 @@ class Watchdog:
         self._file(self._rank).unlink(missing_ok=True)
 
     def at(self, where: str) -> None:
-        """The training thread is about to do this."""
+        """Tell the watchdog what the training thread is about to do. Each call counts as progress."""
         self._where = where
         self._progress += 1
 
@@ -70,7 +75,7 @@ class Watchdog:
             if self._progress != seen:
                 seen, since = self._progress, time.monotonic()
             elif time.monotonic() - since > self._seconds:
-                self._bark()
+                self._end_run()
                 return
 
     def _write(self) -> None:
@@ -80,20 +85,21 @@ class Watchdog:
             temporary.write_text(json.dumps(beat), encoding="utf-8")
             temporary.replace(self._file(self._rank))
         except OSError as error:
-            logger.debug("heartbeat: %s", error)  # a full disk stops checkpoints, not this
+            logger.debug("heartbeat: %s", error)  # a full disk must not end training
 
-    def _bark(self) -> None:
+    def _end_run(self) -> None:
         beats = {rank: self._read(rank) for rank in range(self._world)}
         least = min(-1 if beat is None else beat["progress"] for beat in beats.values())
         behind = [
             f"rank {rank}"
-            + (": no sign of life" if beat is None else ": {where} (process {process} on {host})".format(**beat))
+            + (": no heartbeat" if beat is None else ": {where} (process {process} on {host})".format(**beat))
             for rank, beat in beats.items()
             if (-1 if beat is None else beat["progress"]) == least
         ]
         print(
             f"fastjepa: error (rank {self._rank}): no progress for {self._seconds:g} s (hang_timeout). This rank: "
-            f"{self._where}. Least far: {'; '.join(behind)}. Start again to go on from the last checkpoint. Stacks:",
+            f"{self._where}. Least far: {'; '.join(behind)}. Start the same command again to go on from the last "
+            "checkpoint. Stacks of this rank:",
             file=sys.stderr,
             flush=True,
         )

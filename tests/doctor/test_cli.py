@@ -189,7 +189,7 @@ def test_a_command_has_the_help_of_its_own(command: str, usage: str, capsys: pyt
 
 def test_commands_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["trian"]) == 2
-    assert "trian: expected one of the commands train, doctor, plan, check, evaluate" in capsys.readouterr().err
+    assert "unknown command trian: expected one of train, doctor, plan, check, evaluate" in capsys.readouterr().err
     assert command_line.main([]) == 2
     assert "usage: fastjepa COMMAND" in capsys.readouterr().err
     assert command_line.main(["--help"]) == 0

@@ -1,100 +1,49 @@
-"""What a run reports: lines of metrics.jsonl through kills and resumes, the sums behind them, progress on a terminal."""
+"""The meter: means and rates of a line of metrics, with whatever signals and counts an objective names."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import sys
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 
-from fastjepa.data import Seconds
-from fastjepa.errors import RunFolderError
-from fastjepa.run.meter import Meter
-from fastjepa.run.metrics_file import MetricsFile
-from fastjepa.run.progress import Progress
+from fastjepa import distributed
+from fastjepa.run.meter import Meter, peak_memory
+from tests.support.read_backs import ReadBacks
 
-LINE = {"step": 3, "loss": 0.51234, "lr": 1e-3, "images_per_second": 12345.6, "data_wait": 0.126}
-FIGURES = re.escape("loss 0.5123  lr 1.00e-03  12,346 images/s  data wait 13%")
+
+class Clock:
+    seconds = 90.0
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("fastjepa.run.meter.time.perf_counter", lambda: clock.seconds)
+    return clock
 
 
-def steps(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+def update(meter: Meter, loss: float, signals: Mapping[str, float] | None = None) -> None:
+    """Add a micro batch of four images with 30 tokens."""
+    tensors = {name: torch.tensor(value) for name, value in (signals or {}).items()}
+    meter.update(torch.tensor(loss), tensors, images=4, counts={"tokens": 30})
 
 
-def write(path: Path, first_step: int, *lines: dict[str, Any]) -> None:
-    metrics = MetricsFile(path, first_step)
-    for line in lines:
-        metrics.write(line)
-    metrics.close()
-
-
-def test_a_line_can_be_read_as_soon_as_it_is_written(path: Path) -> None:
-    metrics = MetricsFile(path, 0)
-    metrics.write(LINE)
-    assert json.loads(path.read_text()) == LINE
-    metrics.close()
-
-
-def test_a_resumed_run_drops_the_lines_that_it_writes_again(path: Path) -> None:
-    write(path, 0, *({"step": step, "run": 1} for step in (2, 4, 6, 8)))
-    write(path, 4, {"step": 6, "run": 2})
-    assert steps(path) == [2, 4, 6]
-    assert [json.loads(line)["run"] for line in path.read_text().splitlines()] == [1, 1, 2]
-
-
-@pytest.mark.parametrize("half", ['{"step": 4, "lo', '{"step": 4, "nested": {}', '{"step": 4}', "\n"])
-def test_a_half_written_last_line_is_dropped(path: Path, half: str) -> None:
-    """Also one that lacks nothing but its newline: the next line would be written behind it."""
-    path.write_text('{"step": 2}\n' + half)
-    write(path, 4, {"step": 6})
-    assert steps(path) == [2, 6]
-
-
-@pytest.mark.parametrize(
-    "damaged", [b'{"step": 3, "lo\0\0', b'{"step": 3, "name": "\xff"}', b'{"loss": 3}', b"3", b'{"step": null}', b""]
-)
-def test_a_damaged_line_is_named_and_costs_no_other(
-    path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    path.write_bytes(b'{"step": 2}\n' + damaged + b'\n{"step": 4}\n')
-    write(path, 4, {"step": 6})
-    assert steps(path) == [2, 4, 6]
-    assert f"{path}: line 2 is damaged and left out (" in caplog.text
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file that cannot be written")
-def test_a_full_disk_is_reported_with_the_file_name(path: Path) -> None:
-    metrics = MetricsFile(path, 0)
-    metrics._file = Path("/dev/full").open("w")  # noqa: SIM115 (cannot be closed: that would write, too)
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
-        metrics.write(LINE)
-
-
-def test_a_meter_averages_since_its_last_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = 90.0
-    monkeypatch.setattr("fastjepa.run.meter.time.perf_counter", lambda: clock)
+def test_a_line_has_means_and_rates_since_the_one_before(clock: Clock) -> None:
     meter = Meter(torch.device("cpu"))
-    meter.update(torch.tensor(9.0), images=1000, context_tokens=1000, target_tokens=1000)
-    clock = 100.0
+    counts = {"context_tokens": 1000, "target_tokens": 1000}
+    meter.update(torch.tensor(9.0), {}, images=1000, counts=counts)
+    clock.seconds = 100.0
     meter.summary()
-    meter.update(torch.tensor(0.5), images=4, context_tokens=30, target_tokens=50)
-    meter.update(torch.tensor(0.25), images=4, context_tokens=50, target_tokens=30)
-    meter.update_data(0.25, Seconds(read=0.1, decode=0.2, to_device=0.0, masks=0.01))
-    meter.update_data(0.75, Seconds(read=0.3, decode=0.4, to_device=0.02, masks=0.03))
-    clock = 104.0
+    meter.update(torch.tensor(0.5), {}, images=4, counts={"context_tokens": 30, "target_tokens": 50})
+    meter.update(torch.tensor(0.25), {}, images=4, counts={"context_tokens": 50, "target_tokens": 30})
+    meter.update_data(0.25, {"read": 0.1, "decode": 0.2, "to_device": 0.0, "masks": 0.01})
+    meter.update_data(0.75, {"read": 0.3, "decode": 0.4, "to_device": 0.02, "masks": 0.03})
+    clock.seconds = 104.0
     summary = {key: round(value, 9) for key, value in meter.summary().items() if value is not None}
     assert 0 < summary.pop("memory_gib") < 1024
-    assert summary == {
+    expected = {
         "loss": 0.375,
         "images_per_second": 2.0,
         "tokens_per_second": 40.0,
@@ -106,42 +55,106 @@ def test_a_meter_averages_since_its_last_summary(monkeypatch: pytest.MonkeyPatch
         "context_tokens": 10.0,
         "target_tokens": 10.0,
     }
+    assert list(summary.items()) == list(expected.items())
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(2, 10, enabled=True)
-    progress.advance()
-    progress.report(LINE)
-    progress.close()
-    assert re.fullmatch(rf"step 3/10  {FIGURES}  \d+:\d\d:\d\d left\n", capsys.readouterr().err)
+def test_time_that_went_into_a_checkpoint_is_in_no_rate(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    clock.seconds = 100.0
+    meter.restart_clock()
+    update(meter, 1.0)
+    clock.seconds = 102.0
+    assert meter.summary()["images_per_second"] == 2.0
 
 
-def test_the_time_left_counts_the_steps_of_this_process_alone(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Resumed at step 900, 10 steps in 400 s: the other 90 take an hour."""
-    clock = 100.0
-    monkeypatch.setattr("fastjepa.run.progress.time.perf_counter", lambda: clock)
-    progress = Progress(900, 1000, enabled=True)
-    clock = 500.0
-    progress.report({**LINE, "step": 910})
-    assert capsys.readouterr().err.endswith("  1:00:00 left\n")
+def test_signals_are_means_under_their_names(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    update(meter, 1.0, {"spread": 2.0, "rank": 10.0})
+    update(meter, 3.0, {"spread": 3.0, "rank": 20.0})
+    clock.seconds = 100.0
+    line = meter.summary()
+    assert (line["loss"], line["spread"], line["rank"]) == (2.0, 2.5, 15.0)
+    update(meter, 5.0, {"spread": 7.0, "rank": 30.0})
+    clock.seconds = 110.0
+    line = meter.summary()
+    assert (line["loss"], line["spread"], line["rank"]) == (5.0, 7.0, 30.0)
 
 
-def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(2, 10, enabled=True)
-    progress.advance()
-    progress.report(LINE)
-    progress.close()
-    assert re.search(rf"3/10 \[.*{FIGURES}", terminal.getvalue())
+def test_a_value_that_is_not_finite_is_left_out_of_its_own_mean_alone(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    update(meter, math.nan, {"spread": 2.0, "rank": math.inf})
+    update(meter, 3.0, {"spread": 4.0, "rank": -math.inf})
+    clock.seconds = 100.0
+    line = meter.summary()
+    assert (line["loss"], line["spread"], line["rank"]) == (3.0, 3.0, None)  # JSON has no infinity
 
 
-def test_all_ranks_but_the_first_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(0, 10, enabled=False)
-    progress.advance()
-    progress.report(LINE)
-    progress.close()
-    assert capsys.readouterr() == ("", "")
+def test_signals_keep_their_precision_beside_a_loss_in_bf16(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    signals = {"exact": torch.tensor(1 + 2**-20)}
+    meter.update(torch.tensor(1.5, dtype=torch.bfloat16), signals, images=1, counts={})
+    clock.seconds = 100.0
+    line = meter.summary()
+    assert (line["loss"], line["exact"]) == (1.5, 1 + 2**-20)
+
+
+def test_figures_are_those_of_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 is another meter, whose sums are added to those of this one."""
+    meter, other = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+    update(meter, 1.0, {"spread": 2.0})
+    meter.update_data(1.0, {"read": 0.5})
+    update(other, 2.0, {"spread": 4.0})
+    update(other, 6.0, {"spread": math.nan})
+    other.update_data(3.0, {"read": 0.25})
+    clock.seconds = 98.0
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: sums.append(values) or values.tolist())
+    other.summary()
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: (values + sums[0]).tolist())
+    line = meter.summary()
+    line.pop("memory_gib")
+    assert line == {
+        "loss": 3.0,
+        "images_per_second": 1.5,
+        "tokens_per_second": 11.25,
+        "data_wait": 0.25,
+        "read_ms": 250.0,
+        "tokens": 7.5,
+        "spread": 3.0,
+    }
+
+
+def test_signals_must_be_the_same_up_to_the_end_of_a_line(clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    update(meter, 1.0, {"spread": 2.0})
+    with pytest.raises(AssertionError, match=r"signals \('rank',\): expected \('spread',\) up to the end of the line"):
+        update(meter, 1.0, {"rank": 2.0})
+    clock.seconds = 100.0
+    meter.summary()
+    update(meter, 1.0, {"rank": 2.0})
+    clock.seconds = 110.0
+    assert meter.summary()["rank"] == 2.0
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens", "memory_gib"])
+def test_a_signal_cannot_take_the_name_of_another_figure(name: str, clock: Clock) -> None:
+    meter = Meter(torch.device("cpu"))
+    update(meter, 1.0, {name: 2.0})
+    clock.seconds = 100.0
+    with pytest.raises(AssertionError, match="have names of other figures"):
+        meter.summary()
+
+
+def test_nothing_is_read_back_before_a_line_is_due() -> None:
+    meter = Meter(torch.device("cpu"))
+    loss, signals = torch.tensor(1.0), {"spread": torch.tensor(2.0)}
+    with ReadBacks() as read_backs:
+        for _ in range(3):
+            meter.update(loss, signals, images=4, counts={"tokens": 30})
+        assert not read_backs.by_file
+        meter.summary()
+        assert read_backs.by_file
+
+
+def test_the_peak_memory_of_a_process_is_in_bytes() -> None:
+    assert 2**24 < peak_memory(torch.device("cpu")) < 2**40

@@ -18,7 +18,9 @@ from fastjepa import distributed, train
 
 
 def main(recipe: str, folder: Path) -> None:
-    distributed.finish = distributed.let_go  # DeepSpeed remembers groups of ranks: they end with the process only
+    distributed.finish = (
+        distributed.wait_for_gloo
+    )  # DeepSpeed remembers groups of ranks: they end with the process only
     held: dict[str, list[int]] = {}
     for engine in ("torch", "zero1", "zero2", "zero3"):
         before = storages()

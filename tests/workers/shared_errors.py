@@ -1,6 +1,7 @@
-"""One rank of test_together: what both ranks raise where one of them fails. The first writes it.
+"""One of two ranks of tests/test_distributed.py: collects what both raise where one of them fails.
 
-usage: worker_together FOLDER
+usage: python -m tests.workers.shared_errors FOLDER
+Rank 0 writes results.json there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.support.small import finish_with, small_config
 
 
 def fails(rank: int, error: Exception) -> Callable[..., None]:
-    """A function that raises the error on one rank, and does nothing on others."""
+    """Make a function that raises the error on one rank and does nothing on the others."""
 
     def function(*_: object, **__: object) -> None:
         if distributed.rank() == rank:
@@ -37,17 +38,17 @@ def fails(rank: int, error: Exception) -> Callable[..., None]:
 
 
 def raised(action: Callable[[], object]) -> list[str]:
-    """Per rank, what the action raises."""
+    """Run the action, and return what each rank raised."""
     mine = "nothing"
     try:
         action()
-    except Exception as error:  # noqa: BLE001  # whatever it is
+    except Exception as error:  # noqa: BLE001
         mine = f"{type(error).__name__}: {error}"
     return distributed.gather_objects(mine)
 
 
 def main(folder: Path) -> None:
-    distributed.PATIENCE = 30.0  # for who waits after all
+    distributed.COLLECTIVE_TIMEOUT = 30.0  # seconds: if a rank waits in spite of all, the test fails soon
     distributed.init()
     rank = distributed.rank()
     config = small_config(output_dir=str(folder))
@@ -56,13 +57,14 @@ def main(folder: Path) -> None:
     saved = writer.save(checkpoints, engine, RunState(1, {}, {}))
     results = {}
 
-    def together(*errors: Exception | None) -> None:
-        with distributed.together():
+    def fail_with(*errors: Exception | None) -> None:
+        """Raise, within `share_errors`, the error that stands at this rank's place."""
+        with distributed.share_errors():
             if error := errors[rank]:
                 raise error
 
-    results["another type"] = raised(lambda: together(None, KeyError("x")))
-    results["two"] = raised(lambda: together(OSError("disk"), KeyError("x")))
+    results["another type"] = raised(lambda: fail_with(None, KeyError("x")))
+    results["two"] = raised(lambda: fail_with(OSError("disk"), KeyError("x")))
     results["heartbeats"] = raised(lambda: Watchdog((saved / "index.json" if rank == 0 else folder) / "beats", 60))
     with mock.patch.object(Tensor, "copy_", fails(1, MemoryError("none left"))):
         results["load"] = raised(lambda: restore.load(saved, engine))
