@@ -54,8 +54,8 @@ def resume(config: Config, folder: RunFolder, sharded: ShardedState, dataset: Ma
         The number of steps done.
 
     Raises:
-        CheckpointError: none of the checkpoints can be loaded, `resume: never` forbids it, or the folder holds a complete run
-            of other settings.
+        CheckpointError: none of the checkpoints can be loaded, `resume: never` forbids it, or the folder holds a complete
+            run of other settings.
     """
     # The first rank chooses for all: a rank that saw another folder, or an older one, would train another model.
     first = distributed.rank() == 0

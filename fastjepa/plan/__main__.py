@@ -1,8 +1,8 @@
 """Which stage, how many GPUs, what micro batch: python -m fastjepa.plan --model vit_huge --gpus 64 --memory 80
 
-Reckons state, activations, bytes sent and arithmetic of a run (the method's costs, and fastjepa.plan.zero), and from them the largest micro batch that
-fits and the images/s that a roofline allows, for plain PyTorch and every ZeRO stage. Nothing is measured here: the figures
-are bounds under the assumptions that are printed with them.
+The plan comes from formulas for state, activations, bytes sent and arithmetic of a run: the largest micro batch that fits,
+and the images/s that a roofline allows, for plain PyTorch and every ZeRO stage. Nothing is measured here: the figures are
+bounds under the assumptions that are printed with them.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
         f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
         f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
         *sending * (cluster.gpus > 1),
-        f"AdamW moves {BYTES_WITH_AVERAGE} B per parameter with an average, {BYTES_WITHOUT} B per parameter without; usable memory "
-        f"{cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
+        f"AdamW moves {BYTES_WITH_AVERAGE} B per parameter with an average, {BYTES_WITHOUT} B per parameter without; usable "
+        f"memory {cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
         "data loading is never waited for",
     ]

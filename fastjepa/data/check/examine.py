@@ -26,7 +26,7 @@ from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.check.tally import Inspector, Tally, same_bytes
 from fastjepa.data.dataset import Ints, printable
 from fastjepa.data.decode.cpu import TurboDecoder
-from fastjepa.data.reader import Reader
+from fastjepa.data.reader import Reader, ViewDecoder
 from fastjepa.data.sources import open_dataset
 from fastjepa.errors import DataError
 
@@ -134,7 +134,8 @@ def _training_seconds(
         return None
     sample = usable[np.linspace(0, len(usable) - 1, min(_TIMED, len(usable))).astype(np.int64)]
     bad = BadSamples(tally.dataset, max_share=1.0, path=None)  # one may have gone bad by now
-    reader = Reader(tally.dataset, config, 0, TurboDecoder(config, pool), pool, bad)
+    view = ViewDecoder(config, TurboDecoder(config, pool))
+    reader = Reader(tally.dataset, [view], 0, pool, bad)
     try:
         reader.read(sample[:8], epoch=0)  # the first call of anything takes longer
         started = time.process_time()

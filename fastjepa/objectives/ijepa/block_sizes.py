@@ -88,8 +88,8 @@ def check_grid(config: MaskConfig, grid_h: int, grid_w: int) -> None:
     if best_context < needed:
         key = "context_budget" if needed > config.min_keep + 1 else "min_keep"
         raise ConfigError(
-            f"objective.masks.{key} = {getattr(config, key)}: {where} a context needs {needed} tokens or more, but {worst_case}"
-            f" leaves {best_context} at best: lower objective.masks.{key}, or {remedy}"
+            f"objective.masks.{key} = {getattr(config, key)}: {where} a context needs {needed} tokens or more, but "
+            f"{worst_case} leaves {best_context} at best: lower objective.masks.{key}, or {remedy}"
         )
 
 

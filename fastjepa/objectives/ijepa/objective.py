@@ -1,4 +1,4 @@
-"""The networks of I-JEPA and its loss: predict the target encoder's representations of the target blocks (section 3, Eq. 1)."""
+"""The networks of I-JEPA, and its loss: predict what the target encoder makes of the target blocks (section 3, Eq. 1)."""
 
 from __future__ import annotations
 
