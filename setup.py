@@ -1,8 +1,13 @@
 """Package metadata. No hardware probing and no work at import: `pip install` must behave the same on every machine."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# The version is written down in fastjepa/__init__.py alone, which cannot be imported here: torch is not installed yet.
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fastjepa/__init__.py").read_text(encoding="utf-8"), re.M)
 
 DALI = 'nvidia-dali-cuda120>=2.4; sys_platform == "linux"'
 TABLES = ["pyarrow>=16"]
@@ -11,17 +16,21 @@ EXPORT = ["timm>=1.0", "transformers>=4.56"]
 
 setup(
     name="fastjepa",
-    version="0.1.0",
+    version=VERSION,
     description="A performance-focused, kernel-optimised trainer for I-JEPA",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ is a folder, not a package: an import package named "kernels" would shadow the one that transformers uses.
-    packages=find_packages(include=["fastjepa", "fastjepa.*"]) + find_packages("kernels"),
-    package_dir={"fastjepa_kernels": "kernels/fastjepa_kernels"},
+    # src/ holds nothing but links to the two packages. As their only parent it makes setuptools write its path, and no
+    # finder, into the environment of `pip install -e`. A finder comes last, after Python has taken a folder that is named
+    # fastjepa, such as the clone itself, for a namespace package. The path of the repository or of kernels/ instead would
+    # make `tests`, `benchmarks` and `kernels`, the name of a package that transformers looks for, importable everywhere.
+    packages=find_packages("src"),
+    package_dir={"": "src"},
     package_data={
-        "fastjepa": ["py.typed", "data/embedded/*", "profiling/report.html"],
+        # fastjepa/configs is a link to configs/.
+        "fastjepa": ["py.typed", "configs/**/*.yaml", "configs/**/*.json", "data/embedded/*", "profiling/report.html"],
         "fastjepa_kernels": ["py.typed"],
     },
     install_requires=[
@@ -45,6 +54,7 @@ setup(
             DALI,
             *TABLES,
             *EVAL,
+            "codespell>=2.4",
             "hypothesis>=6",
             "import-linter>=2",
             "matplotlib>=3.9",
@@ -55,6 +65,7 @@ setup(
             "pytest-xdist>=3",
             "ruff>=0.9",
             "scipy>=1.13",
+            "setuptools>=77",
             "types-PyYAML",
         ],
     },
