@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 # The version stands in fastjepa/__init__.py alone, and is read as text: a build imports nothing of what it builds.
-(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "src/fastjepa/__init__.py").read_text(encoding="utf-8"), re.M)
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (ROOT / "src/fastjepa/__init__.py").read_text(encoding="utf-8"), re.M
+)
 
 DALI = 'nvidia-dali-cuda120>=2.4; sys_platform == "linux"'
 TABLES = ["pyarrow>=16"]

@@ -9,7 +9,7 @@ printed; FOLDER has them as JSON, CSV, a Chrome trace and one page, report.html.
 
 from __future__ import annotations
 
-from fastjepa.train import DEFAULT_CONFIG  # before torch, which reads the environment that it sets as it is loaded
+import fastjepa.train  # noqa: F401  # before torch, which reads the environment that it sets as it is loaded
 
 # isort: split
 import argparse
@@ -41,6 +41,7 @@ from fastjepa.profiling import (
     profile_steps,
     synthetic_batches,
 )
+from fastjepa.shipped_configs import DEFAULT_CONFIG, find_config
 from fastjepa.profiling.report import Report, figures, format_profile
 from fastjepa.run_folder import writing
 
@@ -144,7 +145,7 @@ def print_row(of: str, profile: StepProfile) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
+    config = load_config(find_config(args.config or DEFAULT_CONFIG), args.overrides)
     steps = Steps(args.warmup, args.steps, args.traced)
     device = distributed.init()
     BatchSizes.share(config, 1)  # a mistake in it is found before anything is measured
@@ -187,7 +188,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of a run (default: configs/default.yaml)")
+    parser.add_argument("--config", help="YAML file of a run, or a shipped one by name (default: default)")
     parser.add_argument("--output", type=Path, default=Path("runs/throughput"), help="folder (default: %(default)s)")
     parser.add_argument(
         "--warmup", type=int, default=5, help="steps before those that are timed (default: %(default)s)"

@@ -20,6 +20,7 @@ import yaml
 
 from fastjepa.config import Config
 from fastjepa.errors import ConfigError
+from fastjepa.shipped_configs import shipped_names
 
 _Section = TypeVar("_Section")
 _Pairs = list[tuple[yaml.Node, yaml.Node]]
@@ -252,6 +253,6 @@ def _read_text(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
-        found = f"{folder} holds {', '.join(names) or 'no .yaml file'}"
+        found = f"{folder} holds {', '.join(names) or 'no .yaml file'}; fastjepa ships {', '.join(shipped_names())}"
         hint = f"did you mean {folder / near[0]}?" if near else found
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from error

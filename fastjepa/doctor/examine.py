@@ -23,7 +23,7 @@ from fastjepa.ds_config import read_ds_config
 from fastjepa.errors import CheckpointError, ConfigError
 from fastjepa.plan import count, usable_memory
 from fastjepa.run_folder import RunFolder
-from fastjepa.train import DEFAULT_CONFIG
+from fastjepa.shipped_configs import DEFAULT_CONFIG, find_config
 from fastjepa_kernels import no_wishes
 
 _LOADER_SECONDS, _STEP_SECONDS = 1.2, 6.0  # of measuring: for each number of threads, for each micro batch
@@ -50,7 +50,7 @@ def examine_run(
 def _examine_run(
     config: Config, args: argparse.Namespace, host: Host, outcomes: dict[str, Outcome], found: list[Finding]
 ) -> Report:
-    settings: Settings = (args.config or str(DEFAULT_CONFIG), args.overrides)
+    settings: Settings = (str(find_config(args.config or DEFAULT_CONFIG)), args.overrides)
     torch = outcomes["pytorch"].result
     run = _reckoned(config, args.ranks, host, torch)
     unshared = shares(run)
@@ -141,7 +141,7 @@ def _reckoned(config: Config, ranks: int | None, host: Host, torch: dict[str, An
 def _stage(ds_config: str | None, run: Run) -> Stage:
     if ds_config is None:
         return "torch"
-    settings = read_ds_config(ds_config, run.config, run.sizes, run.ranks, bf16=run.bf16)
+    settings = read_ds_config(find_config(ds_config), run.config, run.sizes, run.ranks, bf16=run.bf16)
     stage: Stage = settings["zero_optimization"]["stage"]
     return stage
 
