@@ -41,9 +41,9 @@ from fastjepa.profiling import (
     profile_steps,
     synthetic_batches,
 )
-from fastjepa.shipped_configs import DEFAULT_CONFIG, find_config
 from fastjepa.profiling.report import Report, figures, format_profile
 from fastjepa.run_folder import writing
+from fastjepa.shipped_configs import DEFAULT_CONFIG, find_config
 
 GAIN = 1.05
 """By which a larger micro batch has to be faster than all before it to be worth going on."""
@@ -145,7 +145,7 @@ def print_row(of: str, profile: StepProfile) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(find_config(args.config or DEFAULT_CONFIG), args.overrides)
+    config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
     steps = Steps(args.warmup, args.steps, args.traced)
     device = distributed.init()
     BatchSizes.share(config, 1)  # a mistake in it is found before anything is measured

@@ -366,7 +366,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     short = {"model.name": args.model, "model.patch_size": args.patch_size}
     overrides = [*(f"{key}={value}" for key, value in short.items() if value is not None), *args.overrides]
-    config = load_config(args.config and find_config(args.config), overrides)
+    config = load_config(None if args.config is None else find_config(args.config), overrides)
     cluster = Cluster(
         device=DEVICES[args.device], gpus=args.gpus, memory=args.memory, gpus_per_node=args.gpus_per_node,
         network=args.network, utilisation=args.utilisation,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SHIPPED = (Path(__file__).parent / "configs").resolve()
+import fastjepa
+
+SHIPPED = (Path(fastjepa.__path__[0]) / "configs").resolve()
 DEFAULT_CONFIG = SHIPPED / "default.yaml"
 
 

@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def resolve_config(args: argparse.Namespace) -> Config:
-    config = load_config(find_config(args.config or DEFAULT_CONFIG), args.overrides)
+    config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
@@ -165,7 +165,7 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             print(dump_config(config), end="")
             return 0
         with contextlib.ExitStack() as held:
-            ds_config = find_config(args.ds_config) if args.ds_config else None
+            ds_config = None if args.ds_config is None else find_config(args.ds_config)
             train(config, ds_config, stop_request, held, profile=args.profile)
         return 0
     except FastjepaError as error:

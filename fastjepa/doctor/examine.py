@@ -50,7 +50,7 @@ def examine_run(
 def _examine_run(
     config: Config, args: argparse.Namespace, host: Host, outcomes: dict[str, Outcome], found: list[Finding]
 ) -> Report:
-    settings: Settings = (str(find_config(args.config or DEFAULT_CONFIG)), args.overrides)
+    settings: Settings = (str(DEFAULT_CONFIG if args.config is None else find_config(args.config)), args.overrides)
     torch = outcomes["pytorch"].result
     run = _reckoned(config, args.ranks, host, torch)
     unshared = shares(run)
