@@ -62,6 +62,7 @@ setup(
             "matplotlib>=3.9",
             "ml_dtypes>=0.5",
             "mypy>=1.13",
+            "pre-commit>=4",
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3",
