@@ -9,7 +9,7 @@ printed; FOLDER has them as JSON, CSV, a Chrome trace and one page, report.html.
 
 from __future__ import annotations
 
-from fastjepa.train import DEFAULT_CONFIG  # before torch, which reads the environment that it sets as it is loaded
+import fastjepa.train  # noqa: F401  # before torch, which reads the environment that it sets as it is loaded
 
 # isort: split
 import argparse
@@ -27,9 +27,9 @@ from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.config.file import load_config
+from fastjepa.config.shipped import DEFAULT_CONFIG, find_config
 from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
-from fastjepa.engine.base import resolve_precision
-from fastjepa.engine.build import build_engine
+from fastjepa.engine import build_engine, resolve_precision
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.host import free_memory
 from fastjepa.objectives.ijepa.objective import build_model
@@ -43,7 +43,7 @@ from fastjepa.profiling import (
     synthetic_batches,
 )
 from fastjepa.profiling.report import Report, figures, format_profile
-from fastjepa.run.folder import explain_write_errors
+from fastjepa.run.folder import writing
 
 GAIN = 1.05
 """By which a larger micro batch has to be faster than all before it to be worth going on."""
@@ -145,13 +145,13 @@ def print_row(of: str, profile: StepProfile) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
+    config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
     steps = Steps(args.warmup, args.steps, args.traced)
     device = distributed.init()
     BatchSizes.share(config, 1)  # a mistake in it is found before anything is measured
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
-    with explain_write_errors(f"--output {args.output}", "Choose another folder"):
+    with writing(f"--output {args.output}", "Choose another folder"):
         args.output.mkdir(parents=True, exist_ok=True)
     ceilings = measure_ceilings(device, resolve_precision(config, device))
     with tempfile.TemporaryDirectory() as scratch:
@@ -188,7 +188,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of a run (default: configs/default.yaml)")
+    parser.add_argument("--config", help="YAML file of a run, or a shipped one by name (default: default)")
     parser.add_argument("--output", type=Path, default=Path("runs/throughput"), help="folder (default: %(default)s)")
     parser.add_argument(
         "--warmup", type=int, default=5, help="steps before those that are timed (default: %(default)s)"

@@ -28,13 +28,12 @@ from collections.abc import Sequence
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.file import dump_config
-from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
+from fastjepa.config.shipped import DEFAULT_CONFIG, find_config
+from fastjepa.errors import DataError, FastjepaError, Preempted
 from fastjepa.objectives.registry import load_config
 from fastjepa.run.stop_request import StopRequest
 
 logger = logging.getLogger("fastjepa.train")
-
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default.yaml"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,8 +41,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's"
     )
-    parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
-    parser.add_argument("--ds_config", help="DeepSpeed JSON, such as configs/zero2.json; without it: plain PyTorch")
+    parser.add_argument("--config", help="YAML file of the run, or a shipped one by name (default: default)")
+    parser.add_argument(
+        "--ds_config", help="DeepSpeed JSON, or zero0, zero1, zero2 or zero3; without it: plain PyTorch"
+    )
     parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
     parser.add_argument(
         "--profile",
@@ -59,18 +60,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def resolve_config(args: argparse.Namespace) -> Config:
-    path = args.config
-    if path is None:
-        if not DEFAULT_CONFIG.is_file():
-            raise ConfigError("no --config given, and configs/default.yaml is not there (it comes with the repository)")
-        path = DEFAULT_CONFIG
-    config = load_config(path, args.overrides)
+    config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
 def train(
     config: Config,
-    ds_config: str | None,
+    ds_config: Path | None,
     stop_request: StopRequest,
     held: contextlib.ExitStack,
     *,
@@ -171,7 +167,8 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             print(dump_config(config), end="")
             return 0
         with contextlib.ExitStack() as held:
-            train(config, args.ds_config, stop_request, held, profile=args.profile)
+            ds_config = None if args.ds_config is None else find_config(args.ds_config)
+            train(config, ds_config, stop_request, held, profile=args.profile)
         return 0
     except FastjepaError as error:
         return _say("stopped" if isinstance(error, Preempted) else "error", str(error), error.exit_status)

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_t
 import yaml
 
 from fastjepa.config.settings import Config, ObjectiveConfig
+from fastjepa.config.shipped import shipped_names
 from fastjepa.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -332,6 +333,8 @@ def _read_text(path: Path) -> str:
         folder = path if path.is_dir() else path.parent
         names = sorted(file.name for file in folder.glob("*.yaml")) if folder.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
-        found = f"{folder} holds {', '.join(names) or 'no .yaml file'}"
-        hint = f"did you mean {folder / near[0]}?" if near else found
+        shipped = difflib.get_close_matches(path.stem, shipped_names(), n=1)
+        hint = f"{folder} holds {', '.join(names) or 'no .yaml file'}"
+        if near or shipped:
+            hint = f"did you mean {folder / near[0] if near else shipped[0]}?"
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); {hint}") from error

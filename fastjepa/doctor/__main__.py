@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="What limits a run, and what stands in its way. Nothing of the run is written.",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
+    parser.add_argument("--config", help="YAML file of the run, or a shipped one by name (default: default)")
     parser.add_argument("--ds_config", help="DeepSpeed JSON that the run is started with; without it: plain PyTorch")
     parser.add_argument("--ranks", type=int, help="of the run, on this machine (default: one for each GPU, or one)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the report there too")

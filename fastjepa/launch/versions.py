@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastjepa import __version__
 from fastjepa.config import Config
 
 
@@ -22,7 +23,7 @@ def versions_and_settings(config: Config, ds_config: str | Path | None) -> dict[
         "Python": python,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "fastjepa": _version("fastjepa"),
+        "fastjepa": __version__,
     }
     for package in ("fastjepa", "fastjepa_kernels"):
         facts[f"sources of {package}"] = _hash_of_sources(package)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.config import MODEL_SIZES
+from fastjepa.config.shipped import find_config
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.host import GIB
 from fastjepa.objectives.registry import load_config
@@ -31,7 +32,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m fastjepa.plan", description="Which ZeRO stage and micro batch for a model on a number of GPUs."
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of a run (default: the official settings)")
+    parser.add_argument(
+        "--config", help="YAML file of a run, or a shipped one by name (default: the official settings)"
+    )
     parser.add_argument("--model", choices=sorted(MODEL_SIZES), help="short for model.name=...")
     parser.add_argument("--patch_size", help="short for model.patch_size=...")
     parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
@@ -54,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     short = {"model.name": args.model, "model.patch_size": args.patch_size}
     overrides = [*(f"{key}={value}" for key, value in short.items() if value is not None), *args.overrides]
-    config = load_config(args.config, overrides)
+    config = load_config(None if args.config is None else find_config(args.config), overrides)
     cluster = Cluster(
         device=DEVICES[args.device], gpus=args.gpus, memory=args.memory, gpus_per_node=args.gpus_per_node,
         network=args.network, utilisation=args.utilisation,

@@ -217,7 +217,7 @@ def test_the_settings_offer_exactly_the_implementations_that_exist() -> None:
 
 def test_importing_the_kernels_does_not_import_the_compiler() -> None:
     """The import of the compiler takes a second, and most processes compile nothing."""
-    code = "import sys, fastjepa_kernels, fastjepa.objective; sys.exit('torch._dynamo' in sys.modules)"
+    code = "import sys, fastjepa_kernels, fastjepa.objectives.ijepa.objective; sys.exit('torch._dynamo' in sys.modules)"
     path = os.pathsep.join(str(Path(selection.__file__).parents[up]) for up in (1, 2))
     assert (
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=False).returncode == 0
