@@ -9,13 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: its threads otherwise spin for milliseconds while they wait, and where they share their cores
-# with the threads that decode images, or with another job, a step takes ten times as long. Some ten microseconds (GNU's
-# OpenMP) bridge the gap between two operations.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # A script's own folder comes first on sys.path; there, our modules would stand before others of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from fastjepa.launch.openmp import set_wait_policy
+
+set_wait_policy()  # before torch is imported
 
 import argparse
 import contextlib
@@ -26,23 +25,19 @@ import traceback
 from collections.abc import Sequence
 
 from fastjepa import distributed
-from fastjepa.config import Config
-from fastjepa.config.file import dump_config, load_config
-from fastjepa.errors import ConfigError, DataError, FastjepaError, Preempted
+from fastjepa.config import Config, command_line
+from fastjepa.config.file import dump_config
+from fastjepa.errors import DataError, FastjepaError, Preempted
 from fastjepa.run.stop_request import StopRequest
 
 logger = logging.getLogger("fastjepa.train")
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "default.yaml"
+DEFAULT_CONFIG = command_line.DEFAULT_CONFIG
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastjepa/train.py", description="Pretrain I-JEPA.")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's"
-    )
-    parser.add_argument("--config", help="YAML file of the run (default: configs/default.yaml)")
-    parser.add_argument("--ds_config", help="DeepSpeed JSON, such as configs/zero2.json; without it: plain PyTorch")
+    command_line.add_run_arguments(parser)
     parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
     parser.add_argument(
         "--profile",
@@ -58,12 +53,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def resolve_config(args: argparse.Namespace) -> Config:
-    path = args.config
-    if path is None:
-        if not DEFAULT_CONFIG.is_file():
-            raise ConfigError("no --config given, and configs/default.yaml is not there (it comes with the repository)")
-        path = DEFAULT_CONFIG
-    config = load_config(path, args.overrides)
+    config = command_line.resolve(args)
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
