@@ -13,7 +13,7 @@ from fastjepa.host import GIB
 INSTALL = "pip install -c constraints.txt -e '.[dali]'"
 # Some runs do without these requirements; without any other, no run starts.
 _OPTIONAL = ("deepspeed", "triton")
-# The mean difference of an image, in levels of 255. tests/data/decode/test_decoders.py holds the decoders to the same bounds.
+# The mean difference of an image, in levels of 255. tests/data/decode/test_decoders.py has the same bounds.
 _MAX_DALI_DIFFERENCE = {"cpu": 0.3, "cuda": 1.5}
 # Relative difference between the fp32 losses of two steps. TF32 matrix products stay below it, a wrong kernel does not.
 _MAX_LOSS_DIFFERENCE = 1e-2
@@ -108,7 +108,7 @@ def judge_dali(outcome: Outcome, *, loader: str, gpu: bool) -> Iterator[Finding]
     """
     used = loader == "dali" or (loader == "auto" and gpu)
     level: Level = "problem" if loader == "dali" else "warning" if used else "ok"
-    unused = "" if used else f"; data.loader={loader} does not use it"
+    unused = "" if used else f"; data.loader={loader} does not use it" + (" on a CPU" if loader == "auto" else "")
     facts = outcome.result
     if outcome.failure or facts["problem"]:
         found = facts.get("problem") or f"decoding with it {outcome.failure}"
@@ -202,7 +202,9 @@ def judge_cpu(host: HostFacts, threads: int, ranks: int, *, gpu: bool) -> Iterat
         why = (
             f"OMP_NUM_THREADS={given} is too high" if given else "torch does not see the limit of this container or job"
         )
-        advice = f"{why}, and more threads than cores make a step many times slower: export OMP_NUM_THREADS={max(1, fitting)}"
+        advice = (
+            f"{why}; more threads than cores make a step many times slower: export OMP_NUM_THREADS={max(1, fitting)}"
+        )
         yield Finding("CPU", "warning", found, advice)
     elif threads < fitting and given and not gpu:
         yield Finding("CPU", "ok", found, f"OMP_NUM_THREADS={given} leaves the other cores to the loader")

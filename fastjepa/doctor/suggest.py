@@ -132,7 +132,7 @@ def what_to_do(run: Run, verdict: Verdict, suggestions: Sequence[Suggestion]) ->
         gain = after.images_per_second / before - 1
         return f"The settings below make it about {format_rate(after.images_per_second)} images/s ({gain:+.0%})"
     return {
-        "loader": "None of the thread counts that were tried delivers more: smaller files, a faster disk or more cores would",
+        "loader": "No number of threads that was tried delivers more: smaller files, a faster disk or more cores would",
         "step": "This is as it should be; fastjepa/train.py --profile shows where the time of a step goes",
         "cores": "More cores or a GPU would make it faster",
         "communication": "A faster link, or more images per rank and step (global_batch_size), would make it faster",
