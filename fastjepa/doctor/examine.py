@@ -162,7 +162,7 @@ def _measure_loader(run: Run, settings: Settings) -> Outcome:
     """Measure the loader with the run's number of threads, with one, and with all, half and a quarter of the cores."""
     most = max(1, int(run.cores))
     threads = sorted({run.config.data.num_threads, 1, most, most // 2, most // 4} - {0})
-    print_progress(f"measuring the loader with {_listed(threads)} threads")
+    print_progress(f"measuring the loader with data.num_threads = {_listed(threads)}")
     arguments = {"settings": settings, "threads": threads, "micro": run.sizes.micro, "seconds": _LOADER_SECONDS}
     return run_probe("loader", arguments)
 

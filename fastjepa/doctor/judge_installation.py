@@ -193,7 +193,7 @@ def judge_cpu(host: HostFacts, threads: int, ranks: int, *, gpu: bool) -> Iterat
     if given is None:
         threads = max(1, threads // ranks)
     each = f" in each of {ranks} ranks" if ranks > 1 else ""
-    found = f"{host.cores:g} cores may be used, torch computes with {threads}{each}"
+    found = f"{host.cores:g} cores may be used, torch computes with {threads} thread{'s' * (threads != 1)}{each}"
     fitting = int(host.cores) // ranks
     if ranks > max(1.0, host.cores):
         advice = f"expected a core for each rank: start at most {max(1, int(host.cores))}"

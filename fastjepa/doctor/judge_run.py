@@ -74,7 +74,7 @@ def judge_data(run: Run, loader: Outcome) -> Iterator[Finding]:
             for threads, rate in sorted(run.loader.items())
         ]
         mine = f"this run: data.num_threads = {run.config.data.num_threads}"
-        yield Finding("loader", "ok", f"{', '.join(rates)}, measured alone ({mine})")
+        yield Finding("loader", "ok", f"{', '.join(rates)}, {_measured_alone(run)} ({mine})")
 
 
 def judge_step(run: Run, step: Outcome, verdict: Verdict) -> Iterator[Finding]:
@@ -84,9 +84,7 @@ def judge_step(run: Run, step: Outcome, verdict: Verdict) -> Iterator[Finding]:
         )
     for micro, rate in step.result.get("rates", {}).items():
         engine = " in plain PyTorch" if run.stage != "torch" else ""
-        found = (
-            f"{format_rate(rate['images_per_second'])} images/s with micro batches of {micro}, measured alone{engine}"
-        )
+        found = f"{format_rate(rate['images_per_second'])} images/s with micro batches of {micro}, {_measured_alone(run)}{engine}"
         ceiling = f"{step.result['ceiling_teraflops']:.3g} TFLOP/s that matrix products reach here"
         yield Finding("step", "ok", f"{found}: {rate['mfu']:.0%} of the {ceiling}")
     if (micro := step.result.get("out_of_memory")) and micro <= run.sizes.micro:
@@ -95,7 +93,8 @@ def judge_step(run: Run, step: Outcome, verdict: Verdict) -> Iterator[Finding]:
         advice = f"use micro_batch_size={fewer}, or model.activation_checkpointing=true"
         yield Finding("memory", "problem", found, advice)
     if both := step.result.get("with_loader"):
-        found = f"{format_rate(both['images_per_second'])} images/s together"
+        on_one_rank = " on one rank" if run.ranks > 1 else ""
+        found = f"{format_rate(both['images_per_second'])} images/s together{on_one_rank}"
         found += f"; {both['data_wait']:.0%} of the time the step waits for images"
         expected = (verdict.images_per_second or 0.0) / run.ranks
         slow = both["images_per_second"] < 0.7 * expected
@@ -110,6 +109,10 @@ def judge_step(run: Run, step: Outcome, verdict: Verdict) -> Iterator[Finding]:
         yield Finding("step", "warning", found, "train on a GPU, or use a smaller model")
 
 
+def _measured_alone(run: Run) -> str:
+    return "measured alone" if run.ranks == 1 else "measured on one rank alone"
+
+
 def judge_link(run: Run, link: Outcome) -> Iterator[Finding]:
     if link.failure:
         found = f"the test of {run.ranks} ranks that send to one another {link.failure}"
@@ -118,7 +121,7 @@ def judge_link(run: Run, link: Outcome) -> Iterator[Finding]:
     elif run.link:
         plan = run.plan_at(run.stage)
         measured = f"{run.link.bytes_per_second / 1e9:.2f} GB/s, latency {1e6 * run.link.latency:.0f} us, measured"
-        step = f"sends {plan.sent / 1e9:.3g} GB and waits {1e3 * plan.exposed_seconds:.0f} ms for it"
+        step = f"sends {format_bytes(plan.sent)} per rank and waits {1e3 * plan.exposed_seconds:.0f} ms for it"
         yield Finding("communication", "ok", f"{measured}; by the formulas of fastjepa.plan a step {step}")
 
 

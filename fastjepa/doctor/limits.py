@@ -153,7 +153,7 @@ class Verdict:
 
 
 def find_limit(run: Run) -> Verdict:
-    """What limits the run, in one sentence."""
+    """What limits the run, in one sentence. Its images/s are summed over the ranks."""
     needed = run.memory_needed()
     if needed > run.memory:
         return Verdict(
@@ -170,10 +170,11 @@ def find_limit(run: Run) -> Verdict:
     estimated = "" if run.step else " (estimated from its FLOPs)"
     trains = f"the step trains {format_rate(step)}{estimated}"
     threads = run.config.data.num_threads
+    summed = f" ({run.ranks} ranks together)" if run.ranks > 1 else ""
     if loader < with_link:
         return Verdict(
             "loader",
-            f"limited by the loader: it delivers {format_rate(loader)} images/s with data.num_threads = {threads}, {trains}",
+            f"limited by the loader: it delivers {format_rate(loader)} images/s with data.num_threads = {threads}, {trains}{summed}",
             loader,
         )
     with_cores = min(run.cores_rate or with_link, with_link)
@@ -182,7 +183,7 @@ def find_limit(run: Run) -> Verdict:
         return Verdict(
             "cores",
             f"limited by the CPU cores, which loader and step share: alone {delivers} images/s and {trains}, together they "
-            f"reach about {format_rate(with_cores)}",
+            f"reach about {format_rate(with_cores)}{summed}",
             with_cores,
         )
     if plan.exposed_seconds > 0.25 * plan.step_seconds:
@@ -190,10 +191,10 @@ def find_limit(run: Run) -> Verdict:
         return Verdict(
             "communication",
             f"limited by communication: a step spends {share:.0%} of its time waiting for it; {format_rate(with_link)} "
-            f"images/s with it, {format_rate(step)} without, {delivers}",
+            f"images/s with it, {format_rate(step)} without, {delivers}{summed}",
             with_cores,
         )
-    sentence = f"limited by the step: it trains {format_rate(with_link)} images/s{estimated}, {delivers}"
+    sentence = f"limited by the step: it trains {format_rate(with_link)} images/s{estimated}, {delivers}{summed}"
     return Verdict("step", sentence, with_cores)
 
 

@@ -121,18 +121,21 @@ def test_the_duration_is_unknown_without_images() -> None:
     assert judge_run.estimate_duration(run, find_limit(run), [], 0, None) is None
 
 
-def test_a_run_that_never_resumes_must_not_find_a_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    (folder / "checkpoints" / "step-00000004").mkdir(parents=True)
-    (folder / "checkpoints" / "latest").write_text("step-00000004")
-    config = replace(Config(), output_dir=str(folder))
+def test_a_checkpoint_is_continued_from_unless_the_run_never_resumes(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    named = tmp_path / "checkpoints" / "latest"
+    named.write_text("step_00000004")
 
     def checkpoint(resume: str) -> Finding:
-        *_, finding = judge_run.judge_run_folder(replace(config, resume=resume), 8000)
+        config = replace(Config(), output_dir=str(tmp_path), resume=resume)
+        *_, finding = judge_run.judge_run_folder(config, 8000)
         return finding
 
-    assert checkpoint("never").name == "checkpoint"
+    assert checkpoint("auto") == Finding("checkpoint", "ok", "the run continues from step_00000004")
     assert checkpoint("never").level == "problem"
+    assert checkpoint("never").found.endswith("holds step_00000004, and resume = never")
+    named.write_text("nothing of the kind")
+    assert checkpoint("auto").level == "problem"
 
 
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_reported(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""The probes of the run, each in its process: loader, step and link."""
+"""The probes of the run: loader, step and link."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from fastjepa.doctor import probe_run
 from fastjepa.doctor.probe_process import run_probe
 from tests.support.tiny_run import write_recipe
 
@@ -36,13 +37,11 @@ def test_the_link_between_two_ranks_is_measured() -> None:
 
 
 def test_the_step_is_measured_alone_and_with_the_loader(tmp_path: Path) -> None:
-    arguments = {"settings": (write_recipe(tmp_path), []), "threads": 1, "seconds": 0.5, "with_loader": True}
-    outcome = run_probe("step", {**arguments, "sizes": [8, 4]})
-    assert outcome.failure is None
-    assert set(outcome.result["rates"]) == {"8", "4"}
-    for rate in outcome.result["rates"].values():
-        assert all(rate[name] > 0 for name in ("images_per_second", "cpu_seconds", "mfu", "peak_bytes"))
-    together = outcome.result["with_loader"]
-    assert 0 < together["images_per_second"] <= outcome.result["rates"]["8"]["images_per_second"]
+    settings = (write_recipe(tmp_path), [])
+    result = probe_run.step(settings, sizes=[8], threads=1, seconds=0.05, with_loader=True)
+    rate = result["rates"]["8"]
+    assert all(rate[name] > 0 for name in ("images_per_second", "cpu_seconds", "mfu", "peak_bytes"))
+    together = result["with_loader"]
+    assert 0 < together["images_per_second"] <= rate["images_per_second"]
     assert 0 <= together["data_wait"] < 1
-    assert outcome.result["estimated_images_per_second"] > 0
+    assert result["estimated_images_per_second"] > 0
