@@ -174,7 +174,8 @@ def find_limit(run: Run) -> Verdict:
     if loader < with_link:
         return Verdict(
             "loader",
-            f"limited by the loader: it delivers {format_rate(loader)} images/s with data.num_threads = {threads}, {trains}{summed}",
+            f"limited by the loader: it delivers {format_rate(loader)} images/s with data.num_threads = {threads}, "
+            f"{trains}{summed}",
             loader,
         )
     with_cores = min(run.cores_rate or with_link, with_link)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from fastjepa.doctor import probe_process
 from fastjepa.doctor.probe_process import PROBES, ProbeProcess, run_probe
 
 
@@ -43,7 +43,7 @@ def test_an_error_of_a_probe_is_reported_as_its_last_line() -> None:
 def test_threads_of_a_probe_wait_as_those_of_training_do(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(probe_process.subprocess, "Popen", lambda *_, **options: started.append(options["env"]))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **options: started.append(options["env"]))
     ProbeProcess("pytorch")
     assert started[0]["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "OMP_WAIT_POLICY" not in os.environ

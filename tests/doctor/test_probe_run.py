@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastjepa.doctor import probe_run
+from fastjepa.doctor.probe_installation import Settings
 from fastjepa.doctor.probe_process import run_probe
 from tests.support.tiny_run import write_recipe
 
@@ -37,7 +38,7 @@ def test_the_link_between_two_ranks_is_measured() -> None:
 
 
 def test_the_step_is_measured_alone_and_with_the_loader(tmp_path: Path) -> None:
-    settings = (write_recipe(tmp_path), [])
+    settings: Settings = (write_recipe(tmp_path), [])
     result = probe_run.step(settings, sizes=[8], threads=1, seconds=0.05, with_loader=True)
     rate = result["rates"]["8"]
     assert all(rate[name] > 0 for name in ("images_per_second", "cpu_seconds", "mfu", "peak_bytes"))
