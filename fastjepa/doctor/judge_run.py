@@ -84,7 +84,8 @@ def judge_step(run: Run, step: Outcome, verdict: Verdict) -> Iterator[Finding]:
         )
     for micro, rate in step.result.get("rates", {}).items():
         engine = " in plain PyTorch" if run.stage != "torch" else ""
-        found = f"{format_rate(rate['images_per_second'])} images/s with micro batches of {micro}, {_measured_alone(run)}{engine}"
+        speed = f"{format_rate(rate['images_per_second'])} images/s with micro batches of {micro}"
+        found = f"{speed}, {_measured_alone(run)}{engine}"
         ceiling = f"{step.result['ceiling_teraflops']:.3g} TFLOP/s that matrix products reach here"
         yield Finding("step", "ok", f"{found}: {rate['mfu']:.0%} of the {ceiling}")
     if (micro := step.result.get("out_of_memory")) and micro <= run.sizes.micro:

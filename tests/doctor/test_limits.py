@@ -27,6 +27,7 @@ def test_the_loaders_of_all_ranks_share_the_cores_of_the_machine() -> None:
     run = example_run(ranks=8, cores=2.0, loader={4: Rate(600.0, 0.01)}, link=Link(300e9, 1e-6))
     assert run.loader_rate == 8 * 2.0 / 0.01
     assert find_limit(run).limit == "loader"
+    assert find_limit(run).sentence.endswith("(8 ranks together)")
 
 
 def test_on_a_cpu_loader_and_step_share_the_cores() -> None:
