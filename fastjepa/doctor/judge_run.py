@@ -30,7 +30,8 @@ def judge_batches(run: Run, batch_changes: list[Suggestion]) -> Iterator[Finding
     for change in batch_changes:
         yield Finding("batch sizes", "problem", change.reason, f"use, for example, {change.argument}")
     sizes, stage = run.sizes, "plain PyTorch" if run.stage == "torch" else f"ZeRO {run.stage}"
-    batches = f"{count(run.ranks, 'rank')} x {sizes.accum} micro x {count(sizes.micro, 'image')} per step"
+    micro_batches = f"{sizes.accum} micro batch{'es' * (sizes.accum != 1)}"
+    batches = f"{count(run.ranks, 'rank')} x {micro_batches} x {count(sizes.micro, 'image')} per step"
     precision = "bf16" if run.bf16 else "fp32"
     model = run.config.model
     yield Finding("batches", "ok", f"{model.name}/{model.patch_size} trains {batches}, with {stage} in {precision}")

@@ -26,7 +26,9 @@ STEP: dict[str, Any] = {
 
 def test_batches_say_how_a_step_is_divided() -> None:
     finding = only(judge_run.judge_batches(example_run(), []))
-    assert finding.found == ("vit_small/16 trains 1 rank x 4 micro x 64 images per step, with plain PyTorch in bf16")
+    assert finding.found == (
+        "vit_small/16 trains 1 rank x 4 micro batches x 64 images per step, with plain PyTorch in bf16"
+    )
 
 
 def test_memory_is_that_of_the_formula_and_the_measured_peak() -> None:
