@@ -43,7 +43,7 @@ from fastjepa.profiling import (
     synthetic_batches,
 )
 from fastjepa.profiling.report import Report, figures, format_profile
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 GAIN = 1.05
 """By which a larger micro batch has to be faster than all before it to be worth going on."""
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     BatchSizes.share(config, 1)  # a mistake in it is found before anything is measured
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
-    with writing(f"--output {args.output}", "Choose another folder"):
+    with explain_write_errors(f"--output {args.output}", "Choose another folder"):
         args.output.mkdir(parents=True, exist_ok=True)
     ceilings = measure_ceilings(device, resolve_precision(config, device))
     with tempfile.TemporaryDirectory() as scratch:

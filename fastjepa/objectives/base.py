@@ -149,7 +149,8 @@ class _EqualLengths(NamedTuple):
     of_each: Any
 
     def tokens(self) -> Tokens:
-        return self.of_each  # type: ignore[no-any-return]
+        found: Tokens = self.of_each
+        return found
 
 
 class Part(NamedTuple):
@@ -214,6 +215,8 @@ class Method(ABC):
 
     stages: tuple[str, ...] = ()
     """Names of the stretches of the forward pass, as `torch.profiler.record_function` marks them, in their order."""
+    savings: tuple[str, ...] = ()
+    """Boolean settings, as `objective.key`, that leave out work without changing any number."""
     evaluated: str
     """The name of the part that represents an image: a module from images [B, C, H, W] to features [B, N, D]."""
 
