@@ -197,21 +197,6 @@ def waited_collectives(config: Config, stage: Stage) -> int:
     return len(sizes) + 2
 
 
-def bytes_sent_theory(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True) -> Traffic:
-    """What the stage could do with: stages 1 and 2 reduce-scatter, each weight is gathered once per use (forward and
-    backward of context encoder and predictor, forward of the target encoder), nothing is padded."""
-    encoder, predictor = count_parameters(config)
-    trained, everything = encoder + predictor, 2 * encoder + predictor
-    ring, low = (gpus - 1) / gpus, BF16 if bf16 else FP32
-    if stage in ("torch", 0):
-        return Traffic(2 * ring * FP32 * trained, 0.0)
-    if stage == 1:
-        return Traffic(ring * low * trained, ring * low * everything)
-    if stage == 2:
-        return Traffic(ring * low * trained * accum, ring * low * everything)
-    return Traffic(ring * low * trained * accum, ring * low * accum * (2 * trained + encoder))
-
-
 def largest_micro_batch(per_image: float, free: float, share: int) -> int:
     """The largest divisor of a rank's share of the global batch whose activations fit; 0: not even one image."""
     fitting = [d for d in range(1, share + 1) if share % d == 0 and d * per_image <= free]

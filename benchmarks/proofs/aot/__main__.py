@@ -22,11 +22,11 @@ _CHECKED_CONFIGS = ("sm_90",)
 def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET is set: it replaces the compiler, unset it")
-    from benchmarks.proofs.aot import output, report
+    from benchmarks.proofs.aot import output, variants
 
     assert __doc__
     parser = argparse.ArgumentParser("python -m benchmarks.proofs.aot", description=__doc__.partition(": ")[2])
-    parser.add_argument("--targets", nargs="+", choices=report.TARGETS, help="default: all")
+    parser.add_argument("--targets", nargs="+", choices=variants.TARGETS, help="default: all")
     parser.add_argument("--ops", nargs="+", choices=TRITON_OPERATIONS, default=TRITON_OPERATIONS)
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
@@ -36,10 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     started = time.perf_counter()
-    targets = options.targets or (_CHECKED_TARGETS if options.check else report.TARGETS)
+    targets = options.targets or (_CHECKED_TARGETS if options.check else variants.TARGETS)
     all_configs = _CHECKED_CONFIGS if options.check else targets
-    cases = [case for case in report.select(options.ops) if not options.check or case.model in _CHECKED_MODELS]
-    result = report.compile_all(cases, targets, all_configs=all_configs, jobs=options.jobs)
+    cases = [case for case in variants.select(options.ops) if not options.check or case.model in _CHECKED_MODELS]
+    result = variants.compile_all(cases, targets, all_configs=all_configs, jobs=options.jobs)
     if not options.check:
         output.write(result, options.output)
     kernels = {variant.kernel for variant in result.variants}

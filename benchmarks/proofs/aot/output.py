@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.kernel_cases import Work
 from benchmarks.proofs.aot.cases import BATCH_SIZE, Case
-from benchmarks.proofs.aot.report import TARGETS, Report, Variant
+from benchmarks.proofs.aot.variants import TARGETS, Report, Variant
 from benchmarks.proofs.aot.roofline import PEAKS, bound
 
 _LEGEND = f"""# What is known of the Triton kernels without a GPU

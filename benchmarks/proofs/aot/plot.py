@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from benchmarks.proofs.aot.cases import BATCH_SIZE
 from benchmarks.proofs.aot.compiled import resident_fraction
 from benchmarks.proofs.aot.output import passes
-from benchmarks.proofs.aot.report import TARGETS, Report
+from benchmarks.proofs.aot.variants import TARGETS, Report
 from benchmarks.proofs.aot.roofline import bound
 
 _COLOURS = {"sm_80": "#4477aa", "sm_90": "#228833", "sm_100": "#ccbb44", "gfx942": "#aa3377"}

@@ -33,7 +33,7 @@ def test_a_step_does_what_is_recorded(case: Case, counted_alone: dict[str, Count
     if problem := problem_with(RECORDED):
         pytest.skip(problem)
     told = changes({case.name: RECORDED["cases"][case.name]}, {case.name: counted_alone[case.name]})
-    assert not told, "\n".join([*told, f"If that is meant: {ACCEPT}"])
+    assert not told, "\n".join([*told, f"If this is intended: {ACCEPT}"])
 
 
 def test_every_case_is_recorded() -> None:
@@ -111,7 +111,7 @@ def test_a_check_fails_with_the_change_and_how_to_accept_it(one_case: Path, caps
     printed = capsys.readouterr().out
     assert f"{CASE.name}: backward: operators {operators - 1:,} -> {operators:,} (+" in printed
     assert "another: gone" in printed
-    assert f"2 figures changed. If that is meant: {ACCEPT}" in printed
+    assert f"2 figures changed. If this is intended: {ACCEPT}" in printed
 
 
 def test_other_versions_are_not_compared(one_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +121,6 @@ def test_other_versions_are_not_compared(one_case: Path, capsys: pytest.CaptureF
     assert main(["--check"]) == 0
     here = torch.__version__.partition("+")[0]
     assert (
-        f"not compared: counts.json was made with other versions: here is torch {here}, not 1.0.0"
+        f"not compared: counts.json was made with other versions; this installation has torch {here}, not 1.0.0"
         in capsys.readouterr().out
     )

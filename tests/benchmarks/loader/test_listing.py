@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.index import make_folder, make_list, measure
+from benchmarks.loader.listing import make_folder, make_list, measure
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
