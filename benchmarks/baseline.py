@@ -138,7 +138,9 @@ class Predictor(nn.Module):
         self.predictor_embed = nn.Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
-        self.predictor_blocks = nn.ModuleList(Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(size.predictor_depth))
+        self.predictor_blocks = nn.ModuleList(
+            Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(size.predictor_depth)
+        )
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(dim, size.embed_dim)
 

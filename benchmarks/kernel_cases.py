@@ -1,8 +1,8 @@
 """The shapes that training gives the kernels, and the least work that each operation can do.
 
-`benchmarks.kernels` (times) and `benchmarks.proofs.aot` (compiler's report) share them. Bytes are those that must cross the
-memory bus: each input is read once, each output written once. FLOPs are the multiplications and additions of matrix products.
-Both follow from the shapes alone, whatever a kernel does.
+`benchmarks.kernels` (times) and `benchmarks.proofs.aot` (compiler's report) share them. Bytes are those that must
+cross the memory bus: each input is read once, each output written once. FLOPs are the multiplications and additions
+of matrix products. Both follow from the shapes alone, whatever a kernel does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor
 from fastjepa.config import MODEL_SIZES, DataConfig, MaskConfig, ModelSize
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels import MaskRules, Ragged
-
 
 MEAN, STD = DataConfig().mean, DataConfig().std
 """Mean and standard deviation per channel of the images, for the operations that normalise."""

@@ -56,7 +56,9 @@ def disk(folder: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000, help="1000 or more (default: %(default)s)")
-    parser.add_argument("--ds_config", help="a DeepSpeed configuration, such as configs/zero2.json (default: plain PyTorch)")
+    parser.add_argument(
+        "--ds_config", help="a DeepSpeed configuration, such as configs/zero2.json (default: plain PyTorch)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     if options.steps < 1000:

@@ -4,8 +4,8 @@ Two ranks on the CPU train with DeepSpeed's own gather of the weights, which the
 runs under the next step. Blocks of steps take turns, and the ratio of the median times is printed. Two steps with fastjepa's
 gather are traced: overlap.png shows rank 0, overlap.trace.json is for chrome://tracing or https://ui.perfetto.dev.
 
-On one machine the ranks communicate through memory, which takes computing time from them. `--gbit 10` puts them into a network
-namespace of their own (Linux, as root) whose traffic passes at 10 Gbit/s, as over a cable.
+On one machine the ranks communicate through memory, which takes computing time from them. `--gbit 10` puts them into
+a network namespace of their own (Linux, as root) whose traffic passes at 10 Gbit/s, as over a cable.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def spans(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def shares(found: list[tuple[str, float, float]]) -> dict[str, float]:
-    """For the weights that the traced first step sent: ms under way, ms that the second step waited, and the hidden share."""
+    """Transfer of the first traced step's weights: ms under way, ms that the second step waits, the hidden share."""
     first_sent, second_sent = sorted(start for name, start, _ in found if name == "optimizer")
     gathers = [(start, end) for name, start, end in found if name == "gloo:all_gather" and start < second_sent]
     waits = [(start, end) for name, start, end in found if name == "waiting for weights" and start > first_sent]
@@ -163,9 +163,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for overlap.json and overlap.png")
     parser.add_argument("--model", default="vit_small", help="model.name (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=4, help="images per step of each of the two ranks (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=4, help="images per step of each of the two ranks (default: %(default)s)"
+    )
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="of ZeRO (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help=f"blocks of {TIMED} steps of each kind, 2 or more (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"blocks of {TIMED} steps of each kind, 2 or more (default: %(default)s)"
+    )
     parser.add_argument("--gbit", type=float, help="limit of what the ranks send together, in Gbit/s (default: none)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)

@@ -1,13 +1,13 @@
 """Growth of a step's time and memory: python -m benchmarks.scaling --output FOLDER [section.key=value ...] [--axes ...]
 
-The axes are batch, resolution, model, number of target blocks, and ranks. Each starts from 4 images at 224 x 224, vit_tiny, one
-thread per rank. Every point is measured in processes of its own, and stands beside the formulas of fastjepa: time is the
-arithmetic of the tokens that were processed, at the rate of a matrix product (the median of those measured along the axis);
-memory is state and activations.
+The axes are batch, resolution, model, number of target blocks, and ranks. Each starts from 4 images at 224 x 224,
+vit_tiny, one thread per rank. Every point is measured in processes of its own, and stands beside the formulas of
+fastjepa: time is the arithmetic of the tokens that were processed, at the rate of a matrix product (the median of
+those measured along the axis); memory is state and activations.
 
-The exponent of growth is the slope of a line through the logarithms: 1 where doubling x doubles the cost. Attention grows with
-the square of the tokens of a sequence, so the exponent of resolution is above 1 by the formula too. FOLDER gets scaling.csv and
-scaling.png.
+The exponent of growth is the slope of a line through the logarithms: 1 where doubling x doubles the cost. Attention
+grows with the square of the tokens of a sequence, so the exponent of resolution is above 1 by the formula too. FOLDER
+gets scaling.csv and scaling.png.
 """
 
 from __future__ import annotations
@@ -196,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the base")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the base"
+    )
     parser.add_argument("--output", type=Path, help="folder for scaling.csv and scaling.png")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="(default: all)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a point, 2 or more (default: %(default)s)")

@@ -129,8 +129,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["vit_tiny", "vit_small", "vit_base"], choices=MODEL_SIZES, help="(default: %(default)s)")
-    parser.add_argument("--modes", nargs="+", default=["official", "ragged"], choices=["official", "ragged", "budget"], help="of the masks (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["vit_tiny", "vit_small", "vit_base"],
+        choices=MODEL_SIZES,
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["official", "ragged"],
+        choices=["official", "ragged", "budget"],
+        help="of the masks (default: %(default)s)",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="images (default: %(default)s)")
     parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="(default: %(default)s)")

@@ -198,12 +198,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for fastjepa/train.py")
     parser.add_argument("--config", help="YAML file of a run (default: configs/default.yaml)")
     parser.add_argument("--output", type=Path, default=Path("runs/throughput"), help="folder (default: %(default)s)")
-    parser.add_argument(
-        "--warmup", type=int, default=5, help="untimed steps at the beginning (default: %(default)s)"
-    )
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps at the beginning (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps, 2 or more (default: %(default)s)")
     parser.add_argument("--traced", type=int, default=3, help="steps under the profiler (default: %(default)s)")
-    parser.add_argument("--no_sweep", dest="sweep", action="store_false", help="measure only the micro batch of the configuration")
+    parser.add_argument(
+        "--no_sweep", dest="sweep", action="store_false", help="measure only the micro batch of the configuration"
+    )
     args = parser.parse_intermixed_args(argv)
     args.arguments = list(argv)
     for name, least in (("warmup", 0), ("steps", 2), ("traced", 1)):

@@ -1,8 +1,8 @@
 """Check and time every provider of an operation, taking turns: python -m benchmarks.kernels [--ops ...] [--shapes ...]
 
-Prints a table. --output FOLDER also writes kernels.csv and two pictures: times (kernels.png), and rates under the best that
-this machine reaches (kernels_roofline.png). Rates count the least work that the operation needs (benchmarks.kernel_cases), so
-a provider that pads or copies shows a lower rate.
+Prints a table. --output FOLDER also writes kernels.csv and two pictures: times (kernels.png), and rates under the
+best that this machine reaches (kernels_roofline.png). Rates count the least work that the operation needs
+(benchmarks.kernel_cases), so a provider that pads or copies shows a lower rate.
 
 --compare REV instead times fastjepa's kernels of git revision REV against those of the working tree, taking turns.
 """

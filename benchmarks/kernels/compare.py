@@ -1,9 +1,9 @@
 """Compare the kernels of another git revision with those of the working tree, in the same contests.
 
-Two processes (benchmarks.kernels.serve) that differ only in their kernels take turns: in each round one runs its providers
-once while the other waits, so that other load on the machine falls on both. Every process gets its memory at other addresses,
-which changes the time of small operations by tens of percent. So several pairs of processes are compared, and a verdict needs
-all pairs to agree.
+Two processes (benchmarks.kernels.serve) that differ only in their kernels take turns: in each round one runs its
+providers once while the other waits, so that other load on the machine falls on both. Every process gets its memory
+at other addresses, which changes the time of small operations by tens of percent. So several pairs of processes are
+compared, and a verdict needs all pairs to agree.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class _Side:
             self._process.wait()
             self._errors.seek(0)
             written = self._errors.read().strip()
-            raise ConfigError(f"the contests cannot be run with the kernels of {self.name}; the process wrote:\n{written}")
+            raise ConfigError(
+                f"the contests cannot be run with the kernels of {self.name}; the process wrote:\n{written}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

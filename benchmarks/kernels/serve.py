@@ -1,8 +1,8 @@
 """One process of benchmarks.kernels --compare: runs the contests of the kernels in a given folder, a round when asked.
 
-benchmarks.kernels.compare starts it as `python -m benchmarks.kernels.serve KERNELS CHOICE`. Only the contests import the
-kernels in that folder. The code that measures and that samples the masks keeps those of the working tree, so that kernels can
-be older than the rest of the repository.
+benchmarks.kernels.compare starts it as `python -m benchmarks.kernels.serve KERNELS CHOICE`. Only the contests import
+the kernels in that folder. The code that measures and that samples the masks keeps those of the working tree, so that
+kernels can be older than the rest of the repository.
 """
 
 from __future__ import annotations

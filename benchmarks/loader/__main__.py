@@ -55,7 +55,9 @@ class Entry:
 def cpu_seconds() -> float:
     """CPU time so far of all threads of this process and of its living workers (getrusage counts only ended ones)."""
     workers = [process.pid for process in multiprocessing.active_children() if process.pid]
-    return time.process_time() + sum(time.clock_gettime(~pid << 3 | 2) for pid in workers)  # a process's clock: clock_getcpuclockid(3)
+    return time.process_time() + sum(
+        time.clock_gettime(~pid << 3 | 2) for pid in workers
+    )  # a process's clock: clock_getcpuclockid(3)
 
 
 def enter(
@@ -123,7 +125,9 @@ def print_table(records: Sequence[dict[str, Any]], missing: dict[str, str]) -> N
                 f"  {r['provider']:<31}{r['cpu_ms_per_image']:>13.2f}{cpu:>13}{r['dataloader_over_this']:>17.2f}"
                 f"{r['images_per_s']:>10.0f}{rate:>12}{100 * r['masks_share']:>6.1f} %"
             )
-    print("\nDataLoader/this: ratio of CPU time per image. masks: share of a batch's preparation that samples its masks.")
+    print(
+        "\nDataLoader/this: ratio of CPU time per image. masks: share of a batch's preparation that samples its masks."
+    )
     for name, reason in missing.items():
         print(f"not timed: {name}: {reason}")
 
@@ -172,12 +176,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images", nargs="+", type=int, default=[256, 64], help="files of each size; a turn reads them all"
     )
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="numbers of data.num_threads, and of the DataLoader's workers")
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        help="numbers of data.num_threads, and of the DataLoader's workers",
+    )
     parser.add_argument("--batch_size", type=int, help="images (default: 32, with --step 8)")
     parser.add_argument("--rounds", type=int, default=9, help="timed turns of each, 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write loader.csv and loader.png into this folder")
     parser.add_argument("--soak", type=int, metavar="N", help="instead print the memory over N batches of small images")
-    parser.add_argument("--step", metavar="MODEL", help="instead time training steps of MODEL on real and on synthetic images")
+    parser.add_argument(
+        "--step", metavar="MODEL", help="instead time training steps of MODEL on real and on synthetic images"
+    )
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (8 if args.step else 32)
     if args.rounds < 2:

@@ -98,7 +98,9 @@ class Ours:
             images = 255 * (images * _column(self._data.std) + _column(self._data.mean))
         difference = (images - expected).abs()
         found, bounds = (difference.max().item(), difference.mean().item()), self._bounds
-        if all(value < bound + 0.01 for value, bound in zip(found, bounds, strict=True)):  # 0.01: rounding of fp32 batches
+        if all(
+            value < bound + 0.01 for value, bound in zip(found, bounds, strict=True)
+        ):  # 0.01: rounding of fp32 batches
             return None
         return f"differs from Pillow by {found[0]:.0f} levels at most, {found[1]:.2f} on average; bounds: {bounds}"
 

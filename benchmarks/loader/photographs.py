@@ -17,7 +17,7 @@ _NOISE = 4.0
 
 
 def make_photographs(folder: Path, size: Size, count: int) -> list[Path]:
-    """Write `count` random crops of the photographs, resized to `size`, with noise, as baseline JPEG files with 4:2:0 colour.
+    """Write `count` baseline JPEG files (4:2:0): random crops of the photographs, resized to `size`, with noise.
 
     Returns:
         Their paths, sorted by name.

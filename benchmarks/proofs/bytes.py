@@ -2,10 +2,11 @@
 
 python -m benchmarks.proofs.bytes --output benchmarks/results
 
-A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. Bytes sent are counted at the operators
-of torch.distributed, which every collective passes, whether DeepSpeed or fastjepa calls it. Bytes held are the storages of all
-living floating-point tensors that were made with or after the engine. The settings are those of configs/zeroN.json, with
-buckets and thresholds as small as the model. A third column, theory, says what a stage needs to send at least (`theory`).
+A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. Bytes sent are counted at the
+operators of torch.distributed, which every collective passes, whether DeepSpeed or fastjepa calls it. Bytes held are
+the storages of all living floating-point tensors that were made with or after the engine. The settings are those of
+configs/zeroN.json, with buckets and thresholds as small as the model. A third column, theory, says what a stage needs
+to send at least (`theory`).
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
         "state: moments": max(distributed.gather_objects(moments)),
         "state: resident": max(distributed.gather_objects(resident)),
     }
-    if sizes.accum == 1:  # gradients exist only within a micro step, so there is nothing to compare
+    if sizes.accum == 1:  # without accumulation, no gradients are alive between micro steps
         del measured["state: resident"]
     by_formula, by_theory = formulas(stage, config, world), theory(stage, config, world)
     return [
@@ -246,7 +247,9 @@ def run(world: int, precisions: Sequence[str], accums: Sequence[int]) -> list[di
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proofs.bytes", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="(default: both)")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="(default: both)"
+    )
     parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2], help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for bytes.csv")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)

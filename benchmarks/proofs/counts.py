@@ -1,7 +1,7 @@
 """Count what one training step does, in figures that are the same on every machine: python -m benchmarks.proofs.counts
 
-A small model takes a step with each mode of masks, precision, activation checkpointing and engine. The figures, for each part
-of the step:
+A small model takes a step with each mode of masks, precision, activation checkpointing and engine. The figures, for
+each part of the step:
 
     flops            matrix products and attention, by the formulas of torch.utils.flop_counter
     operators        calls that compute, write or read back, without views and empty memory; on a GPU each launches one

@@ -21,8 +21,8 @@ from benchmarks.proofs.aot.cases import Case
 from benchmarks.proofs.aot.compiled import PROCESSORS, Compilations, Compiled, analyse, blocks_per_sm
 from benchmarks.proofs.aot.launches import recorded
 from benchmarks.proofs.aot.limits import Limits, broken_limits
-from benchmarks.proofs.aot.variants import Failure, Report, Variant, launched_kernels
 from benchmarks.proofs.aot.roofline import bound
+from benchmarks.proofs.aot.variants import Failure, Report, Variant, launched_kernels
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The least that a ZeRO stage needs to send, beside what DeepSpeed sends. (test_costs.py holds measured bytes to formulas.)"""
+"""The least traffic of a ZeRO stage beside what DeepSpeed sends. (test_costs.py compares measured bytes with formulas.)"""
 
 from __future__ import annotations
 
