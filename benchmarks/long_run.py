@@ -33,7 +33,7 @@ def run(folder: Path, steps: int, ds_config: str | None) -> list[dict[str, Any]]
 
 
 def tenths(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """For each tenth of the run: the peak memory so far in MiB, and the median milliseconds of a step."""
+    """The peak memory so far in MiB and the median milliseconds of a step, for each tenth of the run."""
     size = len(lines) // 10
     parts = [lines[i * size : (i + 1) * size] for i in range(10)]
     return {

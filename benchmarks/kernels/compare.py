@@ -161,7 +161,7 @@ class _Pair:
     times: dict[tuple[str, str], tuple[list[float], list[float]]] = field(default_factory=dict)
     """Milliseconds of every round, before and after."""
     remarks: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Why a provider is not compared."""
+    """The reasons why providers are not compared."""
 
 
 def _turns(number: int) -> tuple[int, int]:

@@ -108,7 +108,7 @@ class Contest:
         return right, missing
 
     def _problem(self, timed: Timed) -> str | None:
-        """How the outputs differ from the expected ones, or None if they agree."""
+        """The difference between the outputs and the expected ones, or None if they agree."""
         timed.prepare()
         outputs = timed.run()
         assert isinstance(outputs, Tensor | tuple)

@@ -34,7 +34,7 @@ _MOST_PARAMS = {"cpu": 8_000_000, "cuda": 100_000_000}
 
 
 def _cuda_only(device: torch.device, *modules: str) -> str | None:
-    """Why a provider that needs these modules and a GPU cannot run, or None."""
+    """The reason why a provider that needs these modules and a GPU cannot run, or None."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"

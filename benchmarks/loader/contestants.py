@@ -45,7 +45,7 @@ OURS: dict[str, tuple[dict[str, object], float, float]] = {
 
 
 def problem_with(name: str) -> str | None:
-    """Why a contestant in OURS cannot take part on this machine, or None."""
+    """The reason why a contestant in OURS cannot take part on this machine, or None."""
     if name == DALI_ON_GPU and not torch.cuda.is_available():
         return "needs a CUDA device"
     return dali_problem() if "DALI" in name else None
@@ -80,7 +80,7 @@ class Ours:
         config = Config(data=self._data, global_batch_size=batch_size)
         self._loader = open_loader(config, CPU if name.endswith("CPU") else device)
         self.masks_shares: list[float] = []
-        """For each batch, the share of its preparation on its thread that sampled masks."""
+        """The share of each batch's preparation (on its thread) that sampled masks."""
 
     def turn(self) -> None:
         for _ in range(self._batches):
@@ -89,7 +89,7 @@ class Ours:
         wait(self._loader._pending)  # until the Loader is idle
 
     def problem(self, batch: Batch | None = None) -> str | None:
-        """How a batch (None: the next one) differs from Pillow's pixels of the same files and boxes, or None."""
+        """The difference of a batch (None: the next one) from Pillow's pixels of the same files and boxes, or None."""
         batch = batch or next(self._loader)
         pairs = zip(batch.sample_ids, batch.boxes.tolist(), strict=True)
         expected = torch.stack([crop_by_pillow(self._files[index], box) for index, box in pairs])

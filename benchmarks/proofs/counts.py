@@ -306,7 +306,7 @@ def changes(before: dict[str, Counts], after: dict[str, Counts]) -> list[str]:
 
 
 def problem_with(recorded: dict[str, Any]) -> str | None:
-    """Why the file's figures cannot be compared with this installation's, or None."""
+    """The reason why the file's figures cannot be compared with this installation's, or None."""
     here, there = versions(), recorded["versions"]
     others = [f"{name} {here[name]}, not {there[name]}" for name in here if here[name] != there[name]]
     return f"{RESULTS.name} was made with other versions; this installation has {'; '.join(others)}" if others else None

@@ -408,10 +408,12 @@ def run(cells: list[Cell], steps: int, folder: Path) -> list[Row]:
 def as_markdown(rows: list[Row], steps: int) -> str:
     """Summarise the rows in Markdown: the worst of each engine and precision, then the errors of planted mistakes."""
     lines = [
-        f"# Equality: {sum(row.holds for row in rows)} of {len(rows)} cells hold", "", f"Relative errors after {steps}
-        steps, by norm, of the worst parameter of the worst cell. `of bound`: the error as a", "share of what is
-        allowed. `own EMA`: the error of the EMA against a float64 average of the run's own weights, at the", "worst
-        step. `wrong weights`: parameters that differed from the rounded fp32 state, over all steps and ranks.", "",
+        f"# Equality: {sum(row.holds for row in rows)} of {len(rows)} cells hold",
+        "",
+        f"Relative errors after {steps} steps, by norm, of the worst parameter of the worst cell. `of bound`: the error as",
+        "a share of what is allowed. `own EMA`: the error of the EMA against a float64 average of the run's own weights, at",
+        "the worst step. `wrong weights`: parameters that differed from the rounded fp32 state, over all steps and ranks.",
+        "",
         "| engine | precision | cells | weights | EMA | of bound | own EMA | wrong weights |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -426,9 +428,12 @@ def as_markdown(rows: list[Row], steps: int) -> str:
                 f"{sum(r.wrong_weights for r in some)} |"
             )
     lines += [
-        "", "Mistakes planted in the plain trajectory, compared with it in the same way. One that stays below 1 of the
-        bf16 bound", "shows in `own EMA` if it concerns the EMA, and else at fp32 only:", "", f"| mistake | error
-        (allowed at fp32: {FP32_BOUND:g}) | of the bf16 bound |", "|---|---|---|",
+        "",
+        "Mistakes planted in the plain trajectory, compared with it in the same way. One that stays below 1 of the bf16",
+        "bound shows in `own EMA` if it concerns the EMA, and else at fp32 only:",
+        "",
+        f"| mistake | error (allowed at fp32: {FP32_BOUND:g}) | of the bf16 bound |",
+        "|---|---|---|",
     ]
     for fault in get_args(Fault):
         error, share = fault_error(fault, steps)

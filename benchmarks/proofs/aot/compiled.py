@@ -61,7 +61,7 @@ class Compiled:
     shared_bytes: int
     tensor_memory_columns: int
     fits: bool
-    """Whether the target can run it: shared and tensor memory suffice, and the code is not the stub of a failed ptxas."""
+    """True if the target can run it: shared and tensor memory suffice, and the code is not the stub of a failed ptxas."""
     blocks_per_sm: int
     limited_by: str
     instructions: int
@@ -99,7 +99,7 @@ def blocks_per_sm(
 
 @dataclass(frozen=True)
 class Facts:
-    """What is kept of a compilation: log and time would be lost, and disassembling takes half a second."""
+    """The facts that are kept of a compilation: log and time would be lost, and disassembling takes half a second."""
 
     log: str
     seconds: float

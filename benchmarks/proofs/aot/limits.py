@@ -25,7 +25,7 @@ class Limits:
     wide_fraction: float = 0.0
     """The least share of global accesses that move at least 16 bytes per thread."""
     tensor_cores: bool = False
-    """Whether it must use tensor cores if an input is bf16 or fp16."""
+    """True if it must use tensor cores when an input is bf16 or fp16."""
     blocks_per_sm: int = 1
     """The fewest blocks that a multiprocessor must hold."""
 

@@ -108,7 +108,7 @@ _ENDS = {"tt.load", "tt.mulhiui", "tt.atomic_rmw", "tt.atomic_cas", "tt.get_prog
 
 
 def _ends_flow(operation: Operation) -> bool:
-    """Whether the result counts as a new number, so that a wrapped operand is not followed further."""
+    """True if the result counts as a new number, so that a wrapped operand is not followed further."""
     if operation.name == "arith.extui":
         return operation.bits_from > 1
     return operation.name in _ENDS or (operation.name == "arith.xori" and operation.bits > 1)
@@ -336,9 +336,8 @@ class _Analysis:
             return bound if name == "tt.get_program_id" else Interval(1, bound.high + 1)
         if name == "tt.load":
             stated = self._stated(f"*{self._pointees.get(operation.operands[0], '')}")
-            return (
-                stated | values[2] if stated and len(values) > 2 else stated
-            )  # or the value given for masked elements
+            # A masked load has a third operand: the value of masked elements.
+            return stated | values[2] if stated and len(values) > 2 else stated
         if name == "arith.extsi" and operation.bits_from == 1:
             return Interval(-1, 0)
         if name in _SAME:

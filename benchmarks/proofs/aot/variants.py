@@ -33,7 +33,7 @@ class Variant:
     specialisation: str
     config: str
     half: bool
-    """Whether it reads or writes bf16 or fp16."""
+    """True if it reads or writes bf16 or fp16."""
     cases: set[str] = field(default_factory=set)
     """The cases that launch it, as "case, forward" or "case, backward"."""
     overflows: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ class Groups:
         self.committed += 1 if mask is None else mask
 
     def complete(self, lanes: Index, group: Index, mask: Array | None, pending: int) -> Array:
-        """Whether operations are done after a wait.
+        """Tell which operations are done after a wait.
 
         Args:
             lanes: the lanes that issued the operations.

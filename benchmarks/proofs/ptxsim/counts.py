@@ -28,7 +28,7 @@ class Counts:
     def __init__(self, program: Program) -> None:
         self._instructions = program.instructions
         self.executed = np.zeros(len(program.instructions), np.int64)
-        """How many warps executed each instruction."""
+        """Number of warps that executed each instruction."""
         self.sectors: dict[Kind, int] = {"load": 0, "store": 0}
         self.requests: dict[Kind, int] = {"load": 0, "store": 0}
         """Warp instructions that access global memory with any lane."""

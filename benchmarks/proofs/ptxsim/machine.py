@@ -59,7 +59,7 @@ def instruction(opcodes: str, modifiers: str) -> Callable[[_Builder], _Builder]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What all CTAs of a launch share."""
+    """Everything that the CTAs of a launch share."""
 
     memory: GlobalMemory
     arguments: Mapping[str, Array]
@@ -366,7 +366,7 @@ class Machine:
 
 
 def _is_control(instruction: Instruction) -> bool:
-    """Whether the scheduler executes the instruction."""
+    """True if the scheduler executes the instruction."""
     opcode, modifiers = instruction.opcode, instruction.modifiers
     if opcode == "bar" and modifiers == ("sync",) and instruction.operands == ("0",):
         return True

@@ -168,7 +168,7 @@ class GlobalMemory:
 
 
 def _differ(there: Array, wanted: Array) -> npt.NDArray[np.bool_]:
-    """Whether each access finds other data than wanted."""
+    """True for each access that finds other data than `wanted`."""
     different: npt.NDArray[np.bool_] = (there != wanted).any(axis=1)
     return different
 

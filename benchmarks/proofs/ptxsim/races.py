@@ -33,7 +33,7 @@ def by_all_warps(stamps: Stamps) -> Stamps:
 
 
 def _unordered(before: Stamps, now: Stamps) -> Flags:
-    """Whether accesses are unordered: of different warps in one CTA and epoch, or of different CTAs."""
+    """True for unordered accesses: those of different warps in one CTA and epoch, or of different CTAs."""
     differ = before ^ now  # negative where there was no access before
     return (differ > 0) & ((differ < 1 << _EPOCH) | (differ >= 1 << _CTA))
 
@@ -105,5 +105,5 @@ class AccessLog:
             raise RaceFault("two warps write different values to one place in one instruction", first(conflict))
 
     def visible(self, granules: Granules, now: Stamps) -> Flags:
-        """Whether granules were written by the stamp's own warp, or before the last barrier."""
+        """True for granules that were written by the stamp's own warp, or before the last barrier."""
         return ~_unordered(self.writes.take(granules), now)
