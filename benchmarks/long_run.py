@@ -54,7 +54,9 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.long_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20_000, help="1000 or more (default: %(default)s)")
     parser.add_argument(
         "--ds_config", help="a DeepSpeed configuration, such as configs/zero2.json (default: plain PyTorch)"

@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--batch_size", type=int, default=4, help="images per step of each of the two ranks (default: %(default)s)"
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="of ZeRO (default: %(default)s)")
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="ZeRO stage (default: %(default)s)")
     parser.add_argument(
         "--rounds", type=int, default=5, help=f"blocks of {TIMED} steps of each kind, 2 or more (default: %(default)s)"
     )

@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the base"
     )
     parser.add_argument("--output", type=Path, help="folder for scaling.csv and scaling.png")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="(default: all)")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="axes to measure (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a point, 2 or more (default: %(default)s)")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

@@ -134,19 +134,19 @@ def main() -> None:
         nargs="+",
         default=["vit_tiny", "vit_small", "vit_base"],
         choices=MODEL_SIZES,
-        help="(default: %(default)s)",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--modes",
         nargs="+",
         default=["official", "ragged"],
         choices=["official", "ragged", "budget"],
-        help="of the masks (default: %(default)s)",
+        help="modes of the masks (default: %(default)s)",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images (default: %(default)s)")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="of each process (default: %(default)s)")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels of a side (default: %(default)s)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=7, help="timed steps, 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write step_cpu.json or step_cuda.json into this folder")

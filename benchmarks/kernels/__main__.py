@@ -168,7 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=128 if cuda else 16, help="images (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bf16" if cuda else "fp32", help="of activations (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="bf16" if cuda else "fp32",
+        help="dtype of activations (default: %(default)s)",
     )
     parser.add_argument(
         "--repeats", type=int, default=50 if cuda else 9, help="timed rounds, 2 or more (default: %(default)s)"

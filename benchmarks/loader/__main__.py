@@ -171,7 +171,9 @@ def _size(text: str) -> Size:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", type=_size, default=[(500, 375), (2000, 1500)], help="WIDTHxHEIGHT")
     parser.add_argument(
         "--images", nargs="+", type=int, default=[256, 64], help="files of each size; a turn reads them all"

@@ -69,7 +69,11 @@ def _status(key: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader.listing", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader.listing",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--files", type=int, default=1_000_000, help="images of each data set (default: %(default)s)")
     parser.add_argument("--folder", help="folder in which the temporary folder is made (default: the system's)")
     parser.add_argument("--child", help=argparse.SUPPRESS)

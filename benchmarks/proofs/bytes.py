@@ -245,12 +245,18 @@ def run(world: int, precisions: Sequence[str], accums: Sequence[int]) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.proofs.bytes", description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="(default: %(default)s)")
-    parser.add_argument(
-        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="(default: both)"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.proofs.bytes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2], help="(default: %(default)s)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="default: both"
+    )
+    parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2], help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder for bytes.csv")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

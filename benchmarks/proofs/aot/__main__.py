@@ -25,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.proofs.aot import output, variants
 
     assert __doc__
-    parser = argparse.ArgumentParser("python -m benchmarks.proofs.aot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.proofs.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", choices=variants.TARGETS, help="GPUs to compile for (default: all)")
     parser.add_argument(
         "--ops", nargs="+", choices=TRITON_OPERATIONS, default=TRITON_OPERATIONS, help="operations (default: all)"

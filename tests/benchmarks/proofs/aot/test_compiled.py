@@ -1,4 +1,4 @@
-"""What is read from compiled kernels: widths of accesses, matrix instructions, registers, occupancy."""
+"""Figures read from compiled kernels: widths of accesses, matrix instructions, registers, occupancy."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from tests.support.handwritten_ptx import Array, by_lane, floats
 
 
 def assert_nearest(results: Array, exact: list[Fraction]) -> None:
-    """Assert that f32 results are rounded to nearest even: no neighbour is nearer, and of two equally near the even is taken."""
+    """Assert that f32 results are nearest to the exact values, and even where a neighbour is equally near."""
     for result, value in zip(results, exact, strict=True):
         error = abs(Fraction(float(result)) - value)
         for towards in (-np.inf, np.inf):
