@@ -38,7 +38,8 @@ def matmul_kernel(p_a, p_b, p_c, K, M: tl.constexpr, N: tl.constexpr, BK: tl.con
     tl.store(p_c + o_m[:, None] * N + o_n[None, :], accumulator)
 
 
-def compiled(target: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> Launch:
+def recorded_launch(target: str, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> Launch:
+    """A launch, compiled for the target and not run."""
     with recorded(target) as launches:
         kernel[grid](*arguments, **constexprs)
     return launches[0]
@@ -77,7 +78,9 @@ class Product:
         )
         self.c = torch.empty(64, 32)
         block = 16 if dtype == torch.float32 else 32
-        self.launch = compiled(target, matmul_kernel, (1,), self.a, self.b, self.c, k, M=64, N=32, BK=block, STAGES=3)
+        self.launch = recorded_launch(
+            target, matmul_kernel, (1,), self.a, self.b, self.c, k, M=64, N=32, BK=block, STAGES=3
+        )
         self.ptx: str = self.launch.kernel.asm["ptx"]
 
     def error(self, ptx: str | None = None) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.compiled_kernels import needs_compiler
-from tests.support.edited_ptx import TARGETS, compiled, copy_kernel, simulate
+from tests.support.edited_ptx import TARGETS, copy_kernel, recorded_launch, simulate
 from tests.support.handwritten_ptx import run
 
 pytestmark = needs_compiler
@@ -47,7 +47,7 @@ def test_sectors_of_a_strided_access() -> None:
 def test_a_copy_moves_each_byte_once(target: str) -> None:
     n = 1024 + 512
     x, out = torch.randn(n), torch.full((n,), torch.nan)
-    counts = simulate(compiled(target, copy_kernel, (2,), x, out, n, BLOCK=1024))
+    counts = simulate(recorded_launch(target, copy_kernel, (2,), x, out, n, BLOCK=1024))
     assert torch.equal(out, x)
     assert counts["global_sectors"] == {"load": 4 * n // 32, "store": 4 * n // 32}
     assert counts["global_requests"] == {"load": 4 * n // 512, "store": 4 * n // 512}  # 16 bytes for each lane

@@ -10,8 +10,6 @@ from tests.support.compiled_kernels import needs_compiler
 from tests.support.edited_ptx import TARGETS, Product, edits
 from tests.support.handwritten_ptx import Array, run
 
-pytestmark = needs_compiler
-
 
 def fragment(matrix: Array) -> list[Array]:
     """Registers, as bits, of a row-major operand of mma.sync [16 or 8, 32 bytes], from the manual's figures.
@@ -54,6 +52,7 @@ def test_mma_is_a_matrix_product(k: int, type_: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(result.double(), a.double() @ b.double().T + c, rtol=1e-6, atol=1e-5)
 
 
+@needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_compiled_matrix_products_are_right(target: str, dtype: torch.dtype) -> None:
@@ -62,6 +61,7 @@ def test_compiled_matrix_products_are_right(target: str, dtype: torch.dtype) -> 
     assert product.error() < (0.05 if dtype == torch.float32 else 1e-4)  # f32: in tf32
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     ("pattern", "replacement"),
     [

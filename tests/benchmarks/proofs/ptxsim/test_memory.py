@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.proofs import ptxsim
 from tests.support.compiled_kernels import needs_compiler
-from tests.support.edited_ptx import TARGETS, Product, compiled, copy_kernel, edits, simulate
+from tests.support.edited_ptx import TARGETS, Product, copy_kernel, edits, recorded_launch, simulate
 from tests.support.handwritten_ptx import run
 
 pytestmark = needs_compiler
@@ -17,7 +17,7 @@ pytestmark = needs_compiler
 @pytest.mark.parametrize("access", [r"ld\.global", r"st\.global"])
 def test_a_mask_left_out_is_out_of_bounds(target: str, access: str) -> None:
     x, out = torch.randn(1000), torch.zeros(1000)
-    launch = compiled(target, copy_kernel, (2,), x, out, 1000, BLOCK=512)
+    launch = recorded_launch(target, copy_kernel, (2,), x, out, 1000, BLOCK=512)
     simulate(launch)
     assert torch.equal(out, x)
     for ptx in edits(launch.kernel.asm["ptx"], rf"@%p\d+ ({access})", r"\1"):
@@ -28,7 +28,7 @@ def test_a_mask_left_out_is_out_of_bounds(target: str, access: str) -> None:
 @pytest.mark.parametrize("access", ["ld", "st"])
 def test_an_address_off_by_one_element_is_out_of_bounds_or_misaligned(access: str) -> None:
     x, out = torch.randn(33)[1:], torch.zeros(33)[1:]  # not aligned to 16 bytes: accesses of one element
-    launch = compiled("sm_80", copy_kernel, (1,), x, out, 32, BLOCK=32)
+    launch = recorded_launch("sm_80", copy_kernel, (1,), x, out, 32, BLOCK=32)
     simulate(launch)
     pattern = rf"({access}\.global\.\S+ .*\[ %rd\d+ \+) 0 \]"
     for offset in (4, -4):
@@ -36,7 +36,7 @@ def test_an_address_off_by_one_element_is_out_of_bounds_or_misaligned(access: st
             with pytest.raises(ptxsim.OutOfBoundsFault):
                 simulate(launch, ptx)
     x, out = torch.randn(1024), torch.zeros(1024)
-    launch = compiled("sm_80", copy_kernel, (1,), x, out, 1024, BLOCK=1024)
+    launch = recorded_launch("sm_80", copy_kernel, (1,), x, out, 1024, BLOCK=1024)
     assert ".v4" in launch.kernel.asm["ptx"]
     for ptx in edits(launch.kernel.asm["ptx"], pattern, r"\1 4 ]"):
         with pytest.raises(ptxsim.MisalignedFault):

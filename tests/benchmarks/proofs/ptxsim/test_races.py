@@ -13,7 +13,7 @@ import triton.language as tl
 
 from benchmarks.proofs import ptxsim
 from tests.support.compiled_kernels import needs_compiler
-from tests.support.edited_ptx import BARRIER, TARGETS, Product, compiled, edits, race_of, simulate
+from tests.support.edited_ptx import BARRIER, TARGETS, Product, edits, race_of, recorded_launch, simulate
 from tests.support.handwritten_ptx import run
 
 pytestmark = needs_compiler
@@ -69,10 +69,10 @@ def shift_kernel(p_x, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("target", TARGETS)
 def test_ctas_that_write_one_row_race(target: str) -> None:
     out = torch.zeros(4, 128)
-    simulate(compiled(target, write_row_kernel, (4,), out, divide=1, BLOCK=128))
+    simulate(recorded_launch(target, write_row_kernel, (4,), out, divide=1, BLOCK=128))
     assert (out == 1).all()
     with pytest.raises(ptxsim.RaceFault):  # although both write the same values
-        simulate(compiled(target, write_row_kernel, (4,), out, divide=2, BLOCK=128))
+        simulate(recorded_launch(target, write_row_kernel, (4,), out, divide=2, BLOCK=128))
 
 
 def test_ctas_race_also_in_different_instructions() -> None:
@@ -96,11 +96,11 @@ def test_a_write_after_reads_of_two_ctas_races_with_either(reads: str, writer: s
 
 def test_reading_what_another_warp_or_cta_writes_is_a_race() -> None:
     with pytest.raises(ptxsim.RaceFault):
-        simulate(compiled("sm_80", shift_kernel, (1,), torch.zeros(257), BLOCK=256))
+        simulate(recorded_launch("sm_80", shift_kernel, (1,), torch.zeros(257), BLOCK=256))
     with pytest.raises(ptxsim.RaceFault):
-        simulate(compiled("sm_80", shift_kernel, (2,), torch.zeros(65), BLOCK=32, num_warps=1))
+        simulate(recorded_launch("sm_80", shift_kernel, (2,), torch.zeros(65), BLOCK=32, num_warps=1))
     simulate(
-        compiled("sm_80", shift_kernel, (1,), torch.zeros(33), BLOCK=32, num_warps=1)
+        recorded_launch("sm_80", shift_kernel, (1,), torch.zeros(33), BLOCK=32, num_warps=1)
     )  # one warp: reads, then writes
 
 
@@ -115,7 +115,7 @@ def reduce_kernel(p_x, p_out, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @pytest.mark.parametrize("target", TARGETS)
 def test_barriers_left_out_of_a_reduction_are_found(target: str) -> None:
     x, out = torch.randn(64, 64), torch.full((64,), torch.nan)
-    launch = compiled(target, reduce_kernel, (1,), x, out, ROWS=64, COLUMNS=64)
+    launch = recorded_launch(target, reduce_kernel, (1,), x, out, ROWS=64, COLUMNS=64)
     simulate(launch)
     torch.testing.assert_close(out, (x * x.sum(1, keepdim=True)).sum(0), rtol=1e-4, atol=1e-3)
     found = [race_of(partial(simulate, launch), ptx) for ptx in edits(launch.kernel.asm["ptx"], BARRIER, "")]
