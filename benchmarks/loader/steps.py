@@ -1,4 +1,4 @@
-"""--step: training on the Loader's batches against training on images that lie ready, in alternating blocks of steps."""
+"""python -m benchmarks.loader --step: training on the Loader's batches and on images that lie ready, in turns."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from fastjepa.profiling.timing import summary
 
 
 def compare_steps(folder: Path, model: str, batch_size: int, threads: int, rounds: int, device: torch.device) -> None:
-    """Print the milliseconds of a step, and what of them the data cost.
+    """Print the milliseconds of a step on real and on synthetic images, and those of waiting for data.
 
-    A block begins with as many steps as the Loader prefetches batches: in the others, which are timed, it prepares as many
-    as are taken. The two blocks of a round have the same masks, that is, the same work.
+    Each round is a block of steps on real images and one on synthetic images, with the same masks and so the same work. A
+    block begins with as many untimed steps as the Loader prefetches batches, so that in the timed ones it prepares as many
+    batches as are taken.
     """
     make_photographs(folder, (500, 375), 8 * batch_size)
     config = Config(
@@ -59,7 +60,7 @@ def compare_steps(folder: Path, model: str, batch_size: int, threads: int, round
                     started = now()
                 engine.micro_step(images, batch.masks)
             on_ready = 1e3 * (now() - started) / timed
-            if turn > 0:  # the first is the warm-up
+            if turn > 0:  # the first round is the warm-up
                 real_ms.append(on_real)
                 ready_ms.append(on_ready)
                 waits_ms += waits[untimed:]
@@ -67,7 +68,7 @@ def compare_steps(folder: Path, model: str, batch_size: int, threads: int, round
     real, synthetic = summary(real_ms), summary(ready_ms)
     wait, masks = statistics.mean(waits_ms), statistics.median(masks_ms)
     print(
-        f"{model}, batch {batch_size}, JPEG files of 500x375, {rounds} x {timed} steps of each kind in turns, ms a step:"
+        f"{model}, batch {batch_size}, JPEG files of 500x375, {rounds} x {timed} steps of each kind in turns, ms per step:"
     )
     print(f"  real images       {real.p50:>9.1f} ({real.p20:.1f}-{real.p80:.1f}), of which waiting for data {wait:.2f}")
     print(f"  synthetic images  {synthetic.p50:>9.1f} ({synthetic.p20:.1f}-{synthetic.p80:.1f})")

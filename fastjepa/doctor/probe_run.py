@@ -95,8 +95,8 @@ def _loader(config: Config, dataset: ImageDataset, size: int, start: float = 0.0
 
     steps = max(1, len(dataset) // size)
     return Loader(
-        dataset, config, method_of(config), rank=0, world_size=1, micro_batch_size=size, grad_accum_steps=1, steps_per_epoch=steps,
-        start_step=int(start * steps), total_steps=2**40, device=first_device(),
+        dataset, config, method_of(config), rank=0, world_size=1, micro_batch_size=size, grad_accum_steps=1,
+        steps_per_epoch=steps, start_step=int(start * steps), total_steps=2**40, device=first_device(),
     )  # fmt: skip
 
 

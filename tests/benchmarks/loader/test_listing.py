@@ -1,4 +1,4 @@
-"""The benchmark of opening data sets opens what it says it does."""
+"""benchmarks.loader.listing opens data sets of the size that it says, once by listing and once from the cache."""
 
 import logging
 import sys
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.index import make_folder, make_list, measure
+from benchmarks.loader.listing import make_folder, make_list, measure
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("make", [make_folder, make_list])
-def test_a_source_of_so_many_images_is_listed_once(
+def test_a_data_set_is_listed_once_and_then_opened_from_the_cache(
     tmp_path: Path,
     make: Callable[[Path, int], Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Compile what the cases launch, and hold it to the limits."""
+"""The variants of the kernels: compile every launch of the cases, and check each variant against the limits."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ class Variant:
     specialisation: str
     config: str
     half: bool
-    """It reads or writes bf16 or fp16."""
+    """True if it reads or writes bf16 or fp16."""
     cases: set[str] = field(default_factory=set)
-    """"case, forward" and "case, backward" for those that launch it."""
+    """The cases that launch it, as "case, forward" or "case, backward"."""
     overflows: tuple[str, ...] = ()
+    """Operations whose integers may overflow 32 bits."""
 
     @property
     def kernel(self) -> str:
-        """As limits.py names it: kernels of different operations may have one name."""
+        """The operation and the kernel: kernels of different operations may share a name."""
         return f"{self.op}.{self.compiled.kernel}"
 
     @property
@@ -48,7 +49,7 @@ class Variant:
         return f"{self.kernel}[{self.specialisation}] {self.config} {self.compiled.target}"
 
     def broken(self) -> list[str]:
-        """The limits that it does not keep."""
+        """The limits that it breaks."""
         try:
             limits = limits_of(f"{self.kernel} {self.specialisation}", self.compiled.target)
         except LookupError as error:
@@ -58,7 +59,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be compiled, and why."""
+    """A case that could not be compiled for a target, and why."""
 
     case: str
     target: str
@@ -67,12 +68,14 @@ class Failure:
 
 @dataclass
 class Report:
+    """All variants, with the cases that they come from."""
+
     variants: list[Variant]
     failures: list[Failure]
     cases: list[Case]
 
     def broken(self) -> list[str]:
-        """Limits not kept, overflows, what did not compile, and kernels that no case launches."""
+        """Broken limits, overflows, failures to compile, and kernels that no case launches."""
         found = [f"{variant.name}: {limit}" for variant in self.variants for limit in variant.broken()]
         found += sorted({f"{v.kernel} may overflow 32 bits: {x}" for v in self.variants for x in v.overflows})
         found += [f"{failure.case} for {failure.target}: {failure.error}" for failure in self.failures]
@@ -82,31 +85,31 @@ class Report:
 
 
 def launched_kernels(op: str) -> Iterator[str]:
-    """The kernels that an operation's launchers name, `kernel[grid](...)`, by its source."""
+    """The kernels that the source of an operation launches as `kernel[grid](...)`."""
     module = import_module(f"fastjepa_kernels.triton_kernels.{op}")
     assert module.__file__
     calls = (node.func for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.Call))
     names = {ast.unparse(function.value) for function in calls if isinstance(function, ast.Subscript)}
     for kernel in (getattr(module, name, None) for name in sorted(names)):
         if isinstance(kernel, KernelInterface):
-            while not isinstance(kernel, JITFunction):  # autotuned, perhaps one kernel in several ways
+            while not isinstance(kernel, JITFunction):  # unwrap autotuners; several may wrap one kernel
                 kernel = kernel.fn
             yield f"{op}.{kernel.fn.__name__}"
 
 
 def select(ops: Sequence[str] | None = None) -> list[Case]:
-    """The cases of these operations; of all, if none are named."""
+    """The cases of these operations (None: of all)."""
     return [case for case in all_cases() if ops is None or case.op in ops]
 
 
 def compile_all(cases: Iterable[Case], targets: Sequence[str], *, all_configs: Sequence[str], jobs: int) -> Report:
-    """Compile every launch of the cases for every target, identical ones once.
+    """Compile every launch of the cases for every target. Identical launches are compiled once.
 
     Args:
         cases: some of `all_cases()`.
-        targets: of `TARGETS`.
-        all_configs: the targets for which every configuration of the autotuned kernels counts; else the first.
-        jobs: processes. One: this process.
+        targets: some of `TARGETS`.
+        all_configs: targets for which every configuration of an autotuned kernel is compiled, not only the first.
+        jobs: number of processes; 1 uses this one.
     """
     cases = list(cases)
     tasks = [(case.label, target, target in all_configs) for case in cases for target in targets]
@@ -142,7 +145,7 @@ def _compile_case(task: tuple[str, str, bool]) -> _Found | Failure:
         with compilations.watched(), caught(target, lambda x: launches.append((phase, x)), all_configs=all_configs):
             result = case.run()
             if case.backward is not None:
-                assert result is not None, f"{label} has nothing to differentiate"
+                assert result is not None, f"{label} has a backward pass, but its result is None"
                 phase = "backward"
                 result.backward(torch.empty_like(result))
     except (TritonError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The check for 32-bit overflows in address arithmetic, on kernels with and without one."""
+"""Overflows of 32 bits in address arithmetic are found, and kernels without one pass."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -169,7 +169,7 @@ def found(kernel: Any, bounds: dict[str, Interval] | None = None) -> list[Overfl
     ],
     ids=lambda kernel: kernel.__name__,
 )
-def test_finds_overflow(kernel: Any) -> None:
+def test_an_overflow_is_found(kernel: Any) -> None:
     assert found(kernel)
 
 
@@ -188,11 +188,11 @@ def test_finds_overflow(kernel: Any) -> None:
     ],
     ids=lambda kernel: kernel.__name__,
 )
-def test_passes_what_cannot_overflow(kernel: Any) -> None:
+def test_a_kernel_that_cannot_overflow_passes(kernel: Any) -> None:
     assert found(kernel) == []
 
 
-def test_names_source_line_and_interval() -> None:
+def test_an_overflow_has_its_source_line_and_interval() -> None:
     (overflow,) = found(row_times_stride)
     assert overflow.kernel == "row_times_stride"
     assert overflow.line.endswith(f"{__file__.rpartition('/')[2]}:{row_times_stride.starting_line_number + 1 + 1}")
@@ -204,7 +204,7 @@ def test_an_integer_without_a_bound_may_be_anything(kernel: Any) -> None:
     assert found(kernel, {})
 
 
-def test_a_bound_for_the_grid_replaces_that_of_cuda() -> None:
+def test_a_stated_bound_of_the_grid_replaces_cudas() -> None:
     bounds = {"stride": Interval(0, 2**16), "program_id(x)": Interval(0, 2**10)}
     assert found(row_times_stride, bounds) == []
 
@@ -236,5 +236,5 @@ def test_intervals_hold_every_result(name: str, a: Interval, b: Interval) -> Non
     assert max(values) <= result.high
 
 
-def test_full_range() -> None:
+def test_full_is_the_range_of_a_signed_type() -> None:
     assert full(32) == Interval(-(2**31), 2**31 - 1)

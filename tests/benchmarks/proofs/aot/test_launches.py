@@ -1,10 +1,9 @@
-"""Launches are caught as a GPU would get them: specialised by their arguments, with their grid and configuration."""
+"""Launches are caught as a GPU would get them: specialised for their arguments, with grid and configuration."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,9 +18,10 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.proofs.aot.launches import Launch, caught, counted, parse_target, recorded, simulated
 from benchmarks.proofs.ptxsim import OutOfBoundsFault
-from fastjepa_kernels import implementations
+from fastjepa_kernels import _backend
+from tests.support.compiled_kernels import needs_compiler
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
+pytestmark = needs_compiler
 
 
 @triton.jit
@@ -29,10 +29,6 @@ def scale_kernel(p_in, p_out, n, factor, BLOCK: tl.constexpr):
     o_block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_block = o_block < n
     tl.store(p_out + o_block, tl.load(p_in + o_block, mask=m_block) * factor, mask=m_block)
-
-
-def up_to_n(configs: list[triton.Config], args: dict[str, Any], **kwargs: Any) -> list[triton.Config]:
-    return [config for config in configs if config.kwargs["BLOCK"] <= args["n"]]
 
 
 @triton.autotune(
@@ -67,7 +63,7 @@ def only(launches: list[Launch]) -> Launch:
     return launch
 
 
-def test_a_launch_is_recorded_with_its_grid_and_arguments_and_not_carried_out() -> None:
+def test_a_launch_is_recorded_with_its_grid_and_arguments_and_not_run() -> None:
     x = torch.ones(1000)
     with recorded("sm_80") as launches:
         out = scale(x)
@@ -80,7 +76,7 @@ def test_a_launch_is_recorded_with_its_grid_and_arguments_and_not_carried_out() 
     assert out.isnan().all()
 
 
-def test_launches_are_counted_by_kernel_and_not_carried_out() -> None:
+def test_launches_are_counted_by_kernel_and_not_run() -> None:
     x = torch.ones(1000)
     with counted() as launches:
         out = [scale(x), tuned(x), scale(x)]
@@ -120,12 +116,15 @@ def test_arguments_are_specialised_as_the_jit_does() -> None:
     divisible, arguments = loads(1024)
     assert "ld.global.v4.b32" in divisible
     assert arguments == ["p_in", "p_out", "n", "factor"]
-    for ptx, arguments in (loads(1023), loads(1024, offset=1)):  # the mask, or the address, allows single elements only
+    for ptx, arguments in (
+        loads(1023),
+        loads(1024, offset=1),
+    ):  # the mask, or the address, allows only accesses of one element
         assert "ld.global.b32" in ptx
         assert "ld.global.v4" not in ptx
         assert arguments == ["p_in", "p_out", "n", "factor"]
     _, arguments = loads(1)
-    assert arguments == ["p_in", "p_out", "factor"]  # an integer 1 is compiled in
+    assert arguments == ["p_in", "p_out", "factor"]  # the integer 1 becomes a constant
 
 
 def test_an_autotuned_kernel_is_recorded_with_one_or_all_of_its_configurations() -> None:
@@ -141,7 +140,7 @@ def test_an_autotuned_kernel_is_recorded_with_one_or_all_of_its_configurations()
     assert [launch.config and launch.config.kwargs["BLOCK"] for launch in launches] == [128, 256, 512]
     with recorded("sm_80", all_configs=True) as launches:
         tuned(torch.ones(300))
-    assert [launch.constexprs["BLOCK"] for launch in launches] == [128, 256]  # as pruned
+    assert [launch.constexprs["BLOCK"] for launch in launches] == [128, 256]  # those left after pruning
 
 
 @pytest.mark.parametrize("config", [0, 1, 2, 4])
@@ -153,11 +152,11 @@ def test_any_configuration_can_be_simulated(config: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_a_simulated_launch_computes_and_counts_each_launch(target: str) -> None:
+def test_simulated_launches_compute_and_are_counted_one_by_one(target: str) -> None:
     x = torch.randn(512)
     with simulated(target) as counts:
         assert torch.equal(scale(x), 2 * x)
-        assert torch.equal(scale(x, 1)[:1], 2 * x[:1])  # n is compiled in
+        assert torch.equal(scale(x, 1)[:1], 2 * x[:1])  # n = 1 becomes a constant
     assert [count["useful_bytes"] for count in counts] == [{"load": 2048, "store": 2048}, {"load": 4, "store": 4}]
 
 
