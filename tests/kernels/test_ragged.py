@@ -14,7 +14,7 @@ def test_worked_example_of_the_docstring() -> None:
     assert ragged.sequence_ids().tolist() == [0, 0, 2, 2, 2]
 
 
-def test_uniform_is_from_lengths_of_equal_numbers() -> None:
+def test_uniform_equals_from_lengths_of_equal_numbers() -> None:
     uniform, ragged = Ragged.uniform(3, 4), Ragged.from_lengths(torch.tensor([4, 4, 4]))
     assert torch.equal(uniform.cu_seqlens, ragged.cu_seqlens)
     assert (uniform.max_seqlen, uniform.total) == (ragged.max_seqlen, ragged.total)

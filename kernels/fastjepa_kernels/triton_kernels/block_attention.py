@@ -513,7 +513,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid(heads: int, lengths: Ragged, block: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    """A grid of (heads x blocks, sequences). There is at least one block, since `_zero_rest` needs one."""
+    """A grid of (heads x blocks, sequences), where programs that share keys follow one another. `_zero_rest` needs at least
+    one block."""
     return lambda meta: (heads * max(1, triton.cdiv(lengths.max_seqlen, meta[block])), lengths.num_seqs)
 
 
