@@ -55,6 +55,8 @@ def test_the_gradient_is_the_derivative(kind: dict[str, Any]) -> None:
 def test_half_precision_inputs_are_computed_in_fp32(
     predictions_dtype: torch.dtype, features_dtype: torch.dtype
 ) -> None:
+    # The bound is the error of the twin's one number. With one seed in twenty-five that is exact by chance, or nearly.
+    torch.manual_seed(1)
     predictions, features = torch.randn(40, 96).to(predictions_dtype), (5 + torch.randn(30, 96)).to(features_dtype)
     rows = torch.randint(30, (40,))
     plain, exact = (
