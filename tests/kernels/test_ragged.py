@@ -26,3 +26,13 @@ def test_uniform_equals_from_lengths_of_equal_numbers() -> None:
 def test_lengths_that_a_kernel_cannot_read_are_refused(cu_seqlens: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"expected int32 \[num_seqs \+ 1\], contiguous"):
         Ragged(cu_seqlens, 2, 2)
+
+
+@pytest.mark.parametrize(("first", "stop", "lengths"), [(0, 4, [2, 0, 3, 1]), (1, 3, [0, 3]), (2, 2, [])])
+def test_a_slice_has_the_lengths_and_rows_of_its_sequences(first: int, stop: int, lengths: list[int]) -> None:
+    whole = Ragged.from_lengths(torch.tensor([2, 0, 3, 1]))
+    part, rows = whole.slice(first, stop)
+    assert part.lengths().tolist() == lengths
+    assert part.total == sum(lengths)
+    ids = whole.sequence_ids()
+    assert ids[rows].tolist() == [s for s in ids.tolist() if first <= s < stop]

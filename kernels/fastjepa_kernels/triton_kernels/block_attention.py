@@ -69,8 +69,8 @@ class _Candidate(NamedTuple):
     num_warps: int
     num_stages: int
     fits: Callable[[_Shape], bool]
-    """Whether it compiles without spills on sm_90, with nearly none on sm_80, and with no wgmma serialized. These are the
-    findings of `python -m benchmarks.aot`."""
+    """True for shapes that compile without spills on sm_90, with nearly none on sm_80, and with no wgmma serialized. These
+    are findings of `python -m benchmarks.aot`."""
 
 
 def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
