@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.proofs.aot.launches import Launch, caught, counted, parse_target, recorded, simulated
 from benchmarks.proofs.ptxsim import OutOfBoundsFault
-from fastjepa_kernels import _backend
+from fastjepa_kernels import implementations
 from tests.support.compiled_kernels import needs_compiler
 
 pytestmark = needs_compiler
