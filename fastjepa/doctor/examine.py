@@ -11,7 +11,7 @@ from typing import Any
 from fastjepa.checkpoint.format import latest
 from fastjepa.config import Config
 from fastjepa.data import steps_per_epoch
-from fastjepa.data.sources.index import cache_folder
+from fastjepa.data.sources.cache import cache_folder
 from fastjepa.doctor import installation
 from fastjepa.doctor.diagnosis import Report
 from fastjepa.doctor.installation import GIB, Finding, Host

@@ -19,7 +19,7 @@ GIB = 2**30
 INSTALL = "pip install -c constraints.txt -e '.[dali]'"
 # Without these a run goes on, or need not be begun; all other requirements it needs.
 _NOT_ALWAYS_NEEDED = ("deepspeed", "triton")
-# Levels of 255, of an image's mean: tests/data/decode/test_decoders.py holds the same.
+# Levels of 255, of an image's mean: tests/data/decode/test_dali.py holds the same.
 _DALI_DIFFERENCE = {"cpu": 0.3, "cuda": 1.5}
 # Relative, of the loss of two steps in fp32. TF32 in matrix products stays below; a wrong kernel does not.
 _KERNELS_AGREE = 1e-2

@@ -24,7 +24,7 @@ from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
 from fastjepa.data.decode import choice
 from fastjepa.data.decode.choice import choose_decoder
-from fastjepa.data.decode.cpu import TurboDecoder
+from fastjepa.data.decode.cpu import CPUDecoder
 from fastjepa.data.decode.dali import dali_problem
 from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
@@ -385,7 +385,7 @@ def test_on_a_cpu_auto_is_turbo_and_says_so_once(make_config: MakeConfig, caplog
     choice._use_dali.cache_clear()
     with caplog.at_level(logging.INFO):
         for _ in range(2):
-            assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), TurboDecoder)
+            assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), CPUDecoder)
     (message,) = [message for message in caplog.messages if "decoded by" in message]
     assert message == "images are decoded by libjpeg-turbo and Pillow (data.loader = auto on a cpu device)"
 
