@@ -154,7 +154,7 @@ def _splits_by_name(files: list[str]) -> dict[str, _SplitFiles]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that a pattern stands for, sorted. {0000..0146} counts, whether a file exists or not; * ? [ ] match files."""
+    """The files that a pattern stands for, sorted. {0000..0146} counts, whether files exist or not; * ? [ ] match."""
     patterns = [pattern]
     while braces := _BRACES.search(patterns[0]):
         first, last = braces.groups()

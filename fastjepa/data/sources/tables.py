@@ -1,8 +1,8 @@
 """Hugging Face data sets on disk: Arrow files are read in place, Parquet files are unpacked once.
 
-`datasets` writes Arrow files with `save_to_disk` and into its cache: record batches without compression, in which an image is
-a span of the file. In Parquet files and in compressed Arrow files it is not; see `unpacked`. pyarrow is needed only to list
-the rows.
+`datasets` writes Arrow files with `save_to_disk` and into its cache: record batches without compression, in which an image
+is a span of the file. In Parquet files and in compressed Arrow files it is not; see `unpacked`. pyarrow is needed only to
+list the rows.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class TarReader:
         return True
 
     def members_by_index(self, path: str) -> list[Member] | None:
-        """The members that an index file names, as `members` would give them; None if the file does not fit or is incomplete.
+        """The members that an index file names, as `members` would give them; None if the file does not fit, or lacks some.
 
         The format is `v1.2 SAMPLES`, then a line a sample, which holds `extension offset size name` for each member. Version
         1.1 lacks the names, by which samples are known. wds2idx makes the file from the output of GNU tar, so unusual names
