@@ -62,7 +62,7 @@ def test_half_a_line_of_a_killed_process_costs_no_other_line(tmp_path: Path) -> 
     assert path.read_text().endswith('"reason": "why"}\n')
 
 
-def test_more_than_the_share_is_an_error_for_all_that_meet_one(tmp_path: Path) -> None:
+def test_more_bad_samples_than_the_share_are_an_error_on_every_rank_that_meets_one(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     first, second = (BadSamples(DATASET, 0.002, path) for _ in range(2))
     first.add(1, "a")
@@ -90,12 +90,12 @@ def test_a_single_bad_sample_stops_no_run_however_small() -> None:
         bad.add(0, "why")
 
 
-def test_without_a_share_the_first_bad_sample_is_an_error() -> None:
+def test_with_a_share_of_zero_the_first_bad_sample_is_an_error() -> None:
     with pytest.raises(DataError, match="1 of 1000"):
         BadSamples(DATASET, 0.0, None).add(1, "a")
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_the_count_goes_on(
+def test_a_file_that_cannot_be_written_is_logged_once_and_the_count_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "no folder").touch()

@@ -3,13 +3,10 @@
 import gc
 import itertools
 import json
-import logging
 import os
-import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +19,7 @@ from PIL import Image
 import fastjepa.data.loader as loader_module
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
-from fastjepa.data.decode import choice
 from fastjepa.data.decode.choice import choose_decoder
-from fastjepa.data.decode.cpu import CPUDecoder
-from fastjepa.data.decode.dali import dali_problem
 from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
 from fastjepa.data.reader import sizes_of
@@ -376,39 +370,6 @@ def test_memory_does_not_grow_with_the_steps(
     # A leak of the images alone would be 400 x 12 x 3 x 64 x 64 bytes = 59 MB.
     assert batch.images.nbytes * 400 > 58e6
     assert grown < 20e6
-
-
-# The choice of the decoder
-
-
-def test_on_a_cpu_auto_is_turbo_and_says_so_once(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), CPUDecoder)
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert message == "images are decoded by libjpeg-turbo and Pillow (data.loader = auto on a cpu device)"
-
-
-def test_without_dali_auto_is_turbo_on_a_gpu_too_and_says_why_once(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # On systems without a build, the package index holds an empty 0.0.0: an import is not enough of a check.
-    placeholder = types.ModuleType("nvidia.dali")
-    placeholder.__version__ = "0.0.0"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
-    monkeypatch.setitem(sys.modules, "nvidia.dali", placeholder)
-    assert "placeholder" in str(dali_problem())
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert not choice._use_dali("auto", "cuda")
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert "Pillow" in message
-    assert "placeholder" in message
-    with pytest.raises(ValueError, match=r"data\.loader = dali: .*placeholder.*fastjepa\[dali\].*turbo"):
-        choose_decoder(make_config(loader="dali").data, CPU, 4, ThreadPoolExecutor(1))
-    choice._use_dali.cache_clear()
 
 
 # With a GPU

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastjepa.config import DataConfig
-from fastjepa.data.check.scan import SPLITS, check
+from fastjepa.data.check.scan import SPLITS, scan_source
 from fastjepa.data.check.summary import format_report
 from fastjepa.errors import DataError, FastjepaError
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             _write(args.json, "", "a")  # an error comes now, and not after hours
         splits = (args.split,) if args.split else SPLITS
-        report = check(args.source, splits, config, headers_only=args.headers)
+        report = scan_source(args.source, splits, config, headers_only=args.headers)
         print(format_report(report), flush=True)
         if args.json:
             _write(args.json, json.dumps(report, indent=2) + "\n", "w")

@@ -31,7 +31,7 @@ SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 _TIMED_IMAGES = 256  # on which the time of training's decoding is measured
 
 
-def check(
+def scan_source(
     source: str,
     splits: Iterable[Literal["train", "val"]],
     config: DataConfig,
@@ -56,13 +56,15 @@ def check(
     opened = {split: open_dataset(config, split) for split in splits}
     tallies = {split: Tally(dataset) for split, dataset in opened.items() if dataset is not None}
     if missing := [split for split in list(opened)[:1] if split not in tallies]:
-        raise DataError(f"data.source = {source}: it has no split {missing[0]}")
+        raise DataError(
+            f"data.source = {source}: it has no split {missing[0]}; check it without --split, or name the files of the split"
+        )
     inspect = Inspector(config, headers_only=headers_only)
     started = time.perf_counter()
     with ThreadPoolExecutor(config.num_threads, thread_name_prefix="fastjepa-check") as pool, _until_ctrl_c() as stop:
         for split, tally in tallies.items():
             if not stop.is_set():
-                _scan(split, tally, inspect, pool, config.num_threads, stop)
+                _scan_split(split, tally, inspect, pool, config.num_threads, stop)
         seconds = time.perf_counter() - started
         first = next(iter(tallies.values()))
         cost = None if headers_only else _training_seconds(first, config, pool, stop)
@@ -103,7 +105,7 @@ def _until_ctrl_c() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _scan(
+def _scan_split(
     split: str, tally: Tally, inspect: Inspector, pool: ThreadPoolExecutor, num_threads: int, stop: threading.Event
 ) -> None:
     """Look at the images of one split, with a progress bar if there is a terminal."""

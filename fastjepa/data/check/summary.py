@@ -9,7 +9,7 @@ _NAMED_IMAGES, _NAMED_GROUPS = 10, 5
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Write the report that `scan.check` returns as text."""
+    """Write the report that `scan.scan_source` returns as text."""
     how = "headers only, no pixels decoded" if report["headers_only"] else "read and decoded"
     stopped = "" if report["complete"] else ", stopped before the end"
     num_bytes = sum(split["bytes"] for split in report["splits"].values())
