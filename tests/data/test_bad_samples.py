@@ -27,7 +27,7 @@ def test_several_ranks_name_a_sample_once_and_count_together(tmp_path: Path) -> 
         second.add(index, "why")
     assert names(path) == ["3.jpg", "5.jpg", "7.jpg"]
     assert len(first) == len(second) == 3
-    assert first.reason(7) is None  # it may be good by now: each process finds out for itself
+    assert first.reason(7) is None  # each process finds out for itself: the image may be good by now
     resumed = BadSamples(DATASET, 1.0, path)
     assert len(resumed) == 3
     resumed.add(7, "why")
@@ -69,7 +69,7 @@ def test_more_bad_samples_than_the_share_are_an_error_on_every_rank_that_meets_o
     first.add(2, "a")
     with pytest.raises(DataError, match=r"images: 3 of 1000 images are bad, more than data.max_bad_share = 0.002"):
         second.add(3, "a")
-    for index in (4, 1):  # also one that it knows
+    for index in (4, 1):  # a new one, and one that it knows
         with pytest.raises(DataError, match=r"the latest are 1\.jpg, 2\.jpg, 3\.jpg.*bad\.jsonl names them all"):
             first.add(index, "a")
 

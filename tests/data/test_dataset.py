@@ -34,7 +34,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path) -
 
 
 def test_reads_are_tried_again_after_errors_that_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network file system that fails twice, and then for good; and reads that give less than was asked for."""
+    """A network file system fails twice, and then for good; and its reads give less than was asked for."""
     (tmp_path / "x.jpg").write_bytes(b"0123456789")
     monkeypatch.setattr("fastjepa.data.dataset._PAUSE", 0)
     pread, failures = os.pread, [errno.EIO, errno.ESTALE]
@@ -91,7 +91,7 @@ def test_labels_by_the_classes_of_another_set_number_unknown_classes_last() -> N
     dataset = ImageDataset(".", names, np.array([0, 1, 2, 0]), ("ant", "bee", "cat"))
     labels = dataset.labels_by(("cat", "dog", "ant"))
     assert labels is not None
-    assert labels.tolist() == [2, 3, 0, 2]  # bee comes behind the three classes that are known
+    assert labels.tolist() == [2, 3, 0, 2]  # bee comes behind the three known classes
     assert ImageDataset(".", names, None, ()).labels_by(("cat",)) is None
 
 

@@ -75,7 +75,7 @@ def load(*args: Path | Config, **split: int) -> list[Batch]:
 
 
 def samples(batches: list[Batch]) -> list[tuple[int, bytes, tuple[list[int], bool], list[int], list[int]]]:
-    """Of each image, in order: identity, pixels, crop and flip, context and target patches."""
+    """Identity, pixels, crop and flip, context and target patches of each image, in order."""
     seen = []
     for batch in batches:
         masks = batch.masks
@@ -199,7 +199,7 @@ def spoil(folder: Path, index: int, content: bytes) -> None:
 
 
 def stand_in(index: int, epoch: int, bad: set[int], n: int, seed: int = 7) -> int:
-    """The documented rule, in a loop."""
+    """The image that belongs in the place of `index`: the documented rule as a loop."""
     candidates = (replacement(index, k, seed=seed, epoch=epoch, num_images=n) for k in itertools.count(1))
     return index if index not in bad else next(candidate for candidate in candidates if candidate not in bad)
 
@@ -287,7 +287,7 @@ def test_a_folder_of_bad_images_only_is_an_error_that_says_so(
         load(folder, make_config(loader=loader_name))
 
 
-# The thread
+# Threads
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -305,7 +305,7 @@ def test_an_error_in_the_thread_is_raised_with_its_traceback(
     with pytest.raises(ZeroDivisionError, match="at step 0") as caught:
         next(loader)
     assert "sampler_that_breaks" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-    assert list(loader) == []  # closed
+    assert list(loader) == []  # the loader is closed
 
 
 @pytest.mark.parametrize("how", ["close", "with", "garbage collection", "error"])
@@ -394,7 +394,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
 def test_a_batch_on_the_gpu_is_not_overwritten_while_a_slow_step_uses_it(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
-    """The step's work is queued behind a long wait, and the batch let go at once, as the trainer does."""
+    """The step's work is queued behind a long wait, and the batch is let go at once, as the trainer does it."""
     folder, config = image_folder(13), make_config(loader=loader_name, prefetch=2)
     expected = [batch.images.float().mean() for batch in load(folder, config, stop=20)]
     sums = []

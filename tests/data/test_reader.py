@@ -1,4 +1,4 @@
-"""The reader: images by index with their own crops, another one in the place of each bad one, and how long it all took."""
+"""The reader: images with their own crops, another one in the place of each bad one, and the seconds that it took."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def stand_in(index: int, bad: set[int]) -> int:
 
 
 def check(images: Images, config: DataConfig, expected: list[int]) -> None:
-    """The images at these indices, each with the crop and the flip of its own index and size."""
+    """Check that these are the images at the expected indices, each with the crop and the flip of its own index and size."""
     indices = np.array(expected)
     sizes = np.array([(i + 20, 30) for i in expected], np.int32)
     assert images.sample_ids.tolist() == expected

@@ -1,4 +1,4 @@
-"""Images for the tests of the check: of many kinds, damaged, or put into folders."""
+"""Images for the tests of `fastjepa check`: encoded in many formats, damaged, and written into folders."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def garbled(jpeg: bytes) -> bytes:
-    """Complete, with wrong data in its middle."""
+    """A complete JPEG file with wrong data in its middle."""
     middle = len(jpeg) // 2
     return jpeg[:middle] + bytes(40) + jpeg[middle + 40 :]
 
@@ -49,7 +49,7 @@ PHOTO = encoded(pattern(1, (300, 240)), "JPEG")
 
 
 def random_damage(folder: Path, count: int) -> Path:
-    """Files of many formats with some bytes changed, or cut."""
+    """Write files of many formats, with some bytes changed or the end cut off."""
     rng = np.random.default_rng(0)
     kinds = {
         "jpg": encoded(pattern(1, (90, 60)), "JPEG"),

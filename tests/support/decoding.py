@@ -1,4 +1,4 @@
-"""Decoders as a run would choose them, and calls to them on files."""
+"""Makes decoders in the way a run does, and decodes files with them."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

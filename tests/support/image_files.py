@@ -12,7 +12,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def png(width: int, height: int, bit_depth: int, colour_type: int, rows: bytes) -> bytes:
-    """A PNG file from its filtered rows (Pillow writes neither 16-bit RGB nor headers without pixels)."""
+    """Make a PNG file from its filtered rows: Pillow writes neither 16-bit RGB nor headers without pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -22,13 +22,13 @@ def png(width: int, height: int, bit_depth: int, colour_type: int, rows: bytes) 
 
 
 def png16(pixels: npt.NDArray[np.uint16]) -> bytes:
-    """uint16 [H, W, 1 | 3] as a 16-bit PNG file."""
+    """Make a 16-bit PNG file from uint16 [H, W, 1 | 3]."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     return png(pixels.shape[1], pixels.shape[0], 16, 0 if pixels.shape[2] == 1 else 2, rows)
 
 
 def write_formats(folder: Path, photograph: Pixels) -> dict[str, tuple[Path, Pixels]]:
-    """name -> (file, the RGB pixels that it stands for)."""
+    """Write a file of each kind. Returns name -> (file, the RGB pixels that it stands for)."""
     rgb = photograph[100:164, 200:296]
     image = Image.fromarray(rgb)
     grey = image.convert("L")

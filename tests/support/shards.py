@@ -1,4 +1,4 @@
-"""Tar shards, and the index files of DALI, written for tests."""
+"""Writes tar shards, and index files as DALI does, for tests."""
 
 import io
 import tarfile
@@ -21,7 +21,7 @@ def write_shard(path: Path, members: Members, tar_format: int = tarfile.PAX_FORM
 
 
 def write_index(shard: Path, version: str = "v1.2") -> Path:
-    """As DALI's wds2idx does, one member a line."""
+    """Write the index of a shard in the format of DALI's wds2idx, with one member a line."""
     with tarfile.open(shard) as tar:
         rows = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in tar if m.isreg()]
     lines = [" ".join(map(str, row if version == "v1.2" else row[:3])) for row in rows]

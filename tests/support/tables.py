@@ -1,4 +1,4 @@
-"""Arrow and Parquet files, written for tests."""
+"""Writes Arrow and Parquet files for tests."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ Write = Callable[[Path, Any], Path]
 
 
 def write_stream(path: Path, table: Any) -> Path:
-    """As `datasets` does, in several batches."""
+    """Write an Arrow stream in several batches, as `datasets` does."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=4)
     return path
@@ -61,7 +61,7 @@ ANY_FORMAT = pytest.mark.parametrize(("name", "write"), WRITERS.items())
 def table(
     columns: Mapping[str, Sequence[object]], types: Mapping[str, Any] | None = None, features: object = None
 ) -> Any:
-    """Columns named image become structs of bytes and path; `features` as `datasets` describes them."""
+    """Make a table. A column named image becomes a struct of bytes and path; `features` are metadata of `datasets`."""
     types = {"image": STRUCT, **(types or {})}
     made = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
     info = {"info": {"features": features}}

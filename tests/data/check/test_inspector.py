@@ -1,4 +1,4 @@
-"""The inspector: what it tells of each kind of image, and that it calls bad what training would replace."""
+"""The inspector knows every kind of image, and calls bad exactly what training would replace."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_bad_images_are_named_with_the_reason(tmp_path: Path, run: Callable[...,
     assert all(bad[image["name"]][1] in image["reason"] for image in split["bad"])
     assert [image["index"] for image in split["bad"]] == list(range(len(GOOD), len(GOOD) + len(bad)))
     assert split["usable"] == len(GOOD)
-    assert split["kinds"] == KINDS  # of usable ones
+    assert split["kinds"] == KINDS  # only usable images are counted
 
 
 def test_headers_only_counts_the_same_and_finds_what_headers_tell(

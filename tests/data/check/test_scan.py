@@ -1,4 +1,4 @@
-"""The scan: which splits, images that vanish meanwhile, and Ctrl-C."""
+"""The scan of a source: its splits, images that vanish meanwhile, and Ctrl-C."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_ctrl_c_reports_what_was_seen_so_far(
     status, report = run(folder, "--num_threads", "1")
     assert status == 130
     assert not report["complete"]
-    assert 100 < report["splits"]["train"]["seen"] <= 128  # to the end of this chunk, at most
+    assert 100 < report["splits"]["train"]["seen"] <= 128  # at most to the end of this chunk
     assert [image["name"] for image in report["splits"]["train"]["bad"]] == ["000.png"]
     assert report["splits"]["val"]["seen"] == 0
     assert signal.getsignal(signal.SIGINT) is before

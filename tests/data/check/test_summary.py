@@ -1,4 +1,4 @@
-"""The report for people: what training would do, and how many names are printed."""
+"""The report for people tells what training would do, and names only a few images."""
 
 from collections.abc import Callable
 from pathlib import Path

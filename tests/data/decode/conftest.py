@@ -10,7 +10,7 @@ from tests.support.image_files import Pixels
 
 @pytest.fixture
 def photos(tmp_path: Path, photograph: Pixels) -> dict[str, Path]:
-    """The photograph as PNG and JPEG."""
+    """The photograph as a PNG and a JPEG file, by suffix."""
     for suffix in ("png", "jpg"):
         Image.fromarray(photograph).save(tmp_path / f"photo.{suffix}")
     return {suffix: tmp_path / f"photo.{suffix}" for suffix in ("png", "jpg")}

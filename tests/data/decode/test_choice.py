@@ -1,4 +1,4 @@
-"""The choice of a decoder: what is chosen, and what the log says of it."""
+"""Choice of a decoder: which one, and what the log says about it."""
 
 import logging
 import sys
@@ -35,7 +35,7 @@ def test_auto_on_a_cpu_is_the_decoder_on_the_cpu_and_is_logged_once(
 def test_auto_without_dali_is_the_decoder_on_the_cpu_on_a_gpu_too_and_the_reason_is_logged_once(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # On systems without a build, the package index holds an empty 0.0.0: an import is not enough of a check.
+    # On systems without a build, the package index holds an empty 0.0.0, which can be imported.
     placeholder = types.ModuleType("nvidia.dali")
     placeholder.__version__ = "0.0.0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))

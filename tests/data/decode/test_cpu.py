@@ -35,7 +35,7 @@ def test_pixels_are_those_of_pillow_within_one_level(
 
 
 def test_crops_are_resized_bilinearly_with_antialiasing(photos: dict[str, Path], photograph: Pixels) -> None:
-    """Against torch's resampling in float: after either axis there is rounding to a level, so within 1.5 levels."""
+    """The reference is torch's resampling in float. 8 bits are rounded after each of two axes: hence 1.5 levels."""
     boxes = random_boxes(photograph.shape[0], photograph.shape[1], 8)
     images = decode(decoder_for("turbo", (96, 64)), [photos["png"]] * 8, boxes)
     for image, (top, left, height, width) in zip(images, boxes, strict=True):
@@ -49,8 +49,8 @@ def test_crops_are_resized_bilinearly_with_antialiasing(photos: dict[str, Path],
 def test_dct_scaling_keeps_the_pixels_within_a_level_on_average(
     tmp_path: Path, photograph: Pixels, enlarged: int, scale: int, in_channels: int
 ) -> None:
-    """Large JPEG files, of an enlarged photograph with noise, decoded at 1/2, 1/4 and 1/8: within
-    0.5 levels of 255 at 1/2, 0.65 below."""
+    """An enlarged photograph with noise, as a JPEG file, is decoded at 1/2, 1/4 or 1/8. The mean difference stays below 0.5
+    levels of 255 at 1/2, and below 0.65 at the others."""
     height, width = (enlarged * size // 2 for size in photograph.shape[:2])
     large = np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.BICUBIC)).astype(int)
     large += np.random.default_rng(0).normal(0, 4, large.shape).round().astype(int)

@@ -21,10 +21,10 @@ from tests.support.image_files import Pixels, write_formats
 def test_dali_agrees_with_the_decoder_on_the_cpu(
     photos: dict[str, Path], suffix: str, in_channels: int, mean_bound: float
 ) -> None:
-    """In levels of 255, over random crops: mean below 0.3 in colour, 0.7 in grey.
+    """The mean difference over random crops stays below 0.3 levels of 255 in colour, and below 0.7 in grey.
 
-    Two pixels inside the border no colour differs by more than two, of rounding; at the border DALI repeats it and Pillow
-    shortens the filter. A PNG file's grey differs by the rounding of its weights.
+    Two pixels or more inside the border, rounding makes at most two levels. At the border DALI repeats the outermost pixel
+    and Pillow shortens the filter. The grey of a PNG file differs because the weights of its colours are rounded.
     """
     pytest.importorskip("nvidia.dali", reason="needs DALI")
     boxes = random_boxes(427, 640, 16)
@@ -68,7 +68,7 @@ def test_dali_failing_on_a_good_batch_is_replaced_and_dali_failing_always_is_an_
 def test_decoding_on_the_gpu_gives_the_pixels_of_the_cpu(
     tmp_path: Path, photograph: Pixels, hw_decoder_load: float
 ) -> None:
-    """Every kind of file, and a full batch of JPEG files, ten times: the hardware decoder is reported to race."""
+    """Decode every kind of file and a full batch of JPEG files ten times: the hardware decoder is reported to race."""
     formats = write_formats(tmp_path, photograph)
     Image.fromarray(photograph).save(tmp_path / "photo.jpg")
     paths = [path for path, _ in formats.values()] + [tmp_path / "photo.jpg"] * 64

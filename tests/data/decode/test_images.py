@@ -27,7 +27,7 @@ def test_flips_mirror_the_crop(photos: dict[str, Path], loader_name: str) -> Non
 def test_every_kind_of_file_gives_its_pixels(
     tmp_path: Path, photograph: Pixels, loader_name: str, in_channels: int
 ) -> None:
-    """Lossless files within one level of 255; JPEG, AVIF on average within one. Nothing is rotated, blended or clipped."""
+    """Lossless files are within one level of 255; JPEG and AVIF are on average. Nothing is rotated, blended or clipped."""
     formats = write_formats(tmp_path, photograph)
     assert len(formats) == 22
     decoder = decoder_for(loader_name, (64, 96), in_channels)
@@ -100,7 +100,7 @@ def test_truncated_files_are_found_and_the_others_still_decode(
     whole = (tmp_path / f"good.{suffix}").read_bytes()
     decoder = decoder_for(loader_name, (32, 32))
     seen_by_header = {"jpg": "truncated", "webp": "damaged in its header"}
-    top = np.tile(np.array([[0, 0, 20, 300]], np.int32), (4, 1))  # the damage is below: it counts all the same
+    top = np.tile(np.array([[0, 0, 20, 300]], np.int32), (4, 1))  # the damage below counts all the same
     cut = whole[: len(whole) * 2 // 3]
     if suffix in seen_by_header:
         with pytest.raises(BadImage, match=seen_by_header[suffix]):
@@ -118,7 +118,7 @@ def test_truncated_files_are_found_and_the_others_still_decode(
 def test_damage_in_a_batch_of_many_formats_is_found_where_it_is(
     tmp_path: Path, photograph: Pixels, loader_name: str
 ) -> None:
-    """Though DALI leaves some of the formats to others."""
+    """DALI leaves some of the formats to the other decoder, and positions must not be confused by that."""
     formats = list(write_formats(tmp_path, photograph))
     at = {name: position for position, name in enumerate(formats)}
     contents = [(tmp_path / name).read_bytes() for name in formats]
@@ -135,7 +135,7 @@ def test_damage_in_a_batch_of_many_formats_is_found_where_it_is(
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_random_damage_raises_no_error_but_bad_image(photograph: Pixels, tmp_path: Path) -> None:
-    """The readers raise a zoo of errors on damaged files; all must arrive as BadImage."""
+    """Pillow and simplejpeg raise many kinds of errors on damaged files; all must arrive as BadImage."""
     rng = np.random.default_rng(0)
     decoder = decoder_for("turbo", (8, 8))
     found = 0

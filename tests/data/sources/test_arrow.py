@@ -1,4 +1,4 @@
-"""Columns of Arrow and Parquet files: which ones are chosen, and what is read from them."""
+"""Columns of Arrow and Parquet files: the choice of them, and what is read from them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The cache folder: where it is, and the temporary folders in it."""
+"""The cache folder: its place, and the temporary folders in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The embedded data set: all there, unpacked once, whatever happens around it."""
+"""The embedded data set is complete and is unpacked once, whatever happens to processes, disks and caches."""
 
 import lzma
 import os

@@ -1,4 +1,4 @@
-"""Folders of images: which files, which labels, which errors."""
+"""Folders of images: the files that count, their labels, and errors."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The index: a data set is listed once, again when something has changed, and a damaged index is never believed."""
+"""The index: a data set is listed once, and again when it has changed or its index is damaged."""
 
 import errno
 import json

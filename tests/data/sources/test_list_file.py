@@ -1,4 +1,4 @@
-"""Lists of images: which lines, which labels, which errors."""
+"""Text files that list images: the lines that count, their labels, and errors."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`data.source`: which of its kinds it is, which files belong to a split, and errors that name the setting."""
+"""`data.source` is recognised, its files are divided into splits, and errors name the setting."""
 
 import os
 import tarfile
@@ -91,7 +91,7 @@ def test_shards_and_tables_are_split_by_their_names(tmp_path: Path, suffix: str)
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet", "arrow"])
 def test_sub_folders_of_shards_and_tables_are_splits(tmp_path: Path, suffix: str) -> None:
-    """As `save_to_disk` of `datasets` writes a DatasetDict."""
+    """The `datasets` library writes a DatasetDict in this way (`save_to_disk`)."""
     write(
         tmp_path,
         f"train/data-0.{suffix}",
@@ -229,7 +229,7 @@ def test_compressed_shards_are_refused_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_folders_beside_train_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A class may be called train."""
+    """The user is told, because `train` may be meant as a class among others."""
     write(tmp_path, "train/1.jpg", "val/2.jpg", "bus/3.jpg", "car/4.jpg", "README.md")
     opened(tmp_path)
     assert any(message.endswith("not used: bus, car") for message in caplog.messages)

@@ -66,7 +66,7 @@ def test_labels_that_are_partly_missing_are_not_used(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_all_unknown_are_none(tmp_path: Path) -> None:
-    """A test split of Hugging Face's has -1 for all of them."""
+    """Test splits on the Hugging Face Hub often have the label -1 in every row."""
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
     made = table({"image": images(), "label": [-1] * 10}, features=features)
     listing = listed(write_stream(tmp_path / "a.arrow", made))
@@ -117,7 +117,7 @@ def scribble(path: Path) -> None:
 
 
 def spoil_page(path: Path) -> None:
-    """A page of images in the middle; the footer is whole."""
+    """Damage a page of images in the middle; the footer stays whole."""
     data = bytearray(path.read_bytes())
     data[20:200] = bytes(180)
     path.write_bytes(data)

@@ -33,7 +33,7 @@ def test_ustar_prefixes_belong_to_the_name(tmp_path: Path) -> None:
 
 
 def test_sizes_beyond_octal_digits_are_read(tmp_path: Path) -> None:
-    """GNU: 9 GB in base 256. Only the header is there, so the member is cut short, which takes the size to know."""
+    """GNU tar writes 9 GB in base 256. The content is a hole of a sparse file, so the test needs no space."""
     member = tarfile.TarInfo("1.jpg")
     member.size = 9 << 30
     whole = tarfile.TarInfo("0.jpg").tobuf()
@@ -63,7 +63,7 @@ def test_links_folders_and_sparse_members_are_no_images(tmp_path: Path) -> None:
 
 
 def test_headers_that_lead_nowhere_end_the_shard(tmp_path: Path) -> None:
-    """A negative size sends tarfile back to the same header, for ever; a NUL ends names elsewhere."""
+    """A negative size sends tarfile back to the same header for ever. A NUL in a name ends the name for other programs."""
     for name, header in {
         "negative": tarfile.TarInfo("2.jpg"),
         "nul": tarfile.TarInfo("2\0.jpg"),

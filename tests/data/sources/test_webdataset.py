@@ -1,4 +1,4 @@
-"""Tar shards as a source: which samples, which labels, and what is done about broken shards."""
+"""Tar shards as a source: their samples and labels, and what is used of broken shards."""
 
 import os
 import tarfile
@@ -166,14 +166,14 @@ def test_an_index_of_dali_takes_the_place_of_the_headers(tmp_path: Path) -> None
     assert with_index.fingerprint == without.fingerprint
     assert content(with_index) == content(without) == {"a.tar/1.jpg": b"one", "a.tar/a/2.jpg": b"two" * 300}
     assert with_index.class_names == without.class_names == ("1", "3")
-    # It is the index that was read: a sample that it leaves out is not there.
+    # A sample that the index leaves out is not there: so the index was read, and not the headers.
     lines = index.read_text().splitlines()
     index.write_text("\n".join(["v1.2 2", *lines[1:3]]))
     assert content(listed(shard).dataset) == {"a.tar/1.jpg": b"one"}
 
 
 def test_an_index_without_names_or_older_than_its_shard_is_not_used(shard_of_four: Path) -> None:
-    """Samples are known by their names."""
+    """Samples are known by their names, so an index without names is of no use."""
     write_index(shard_of_four, "v1.1")
     assert len(listed(shard_of_four).dataset) == 4
     index = write_index(shard_of_four)
