@@ -25,7 +25,11 @@ from fastjepa.data.order import crop_boxes, flips, replacement
 from fastjepa.data.reader import Images, Reader, fetch, read_image, sizes_of
 from fastjepa.errors import DataError
 
-SEED, EPOCH, NUM_IMAGES = 3, 5, 40
+SEED, EPOCH, NUM_IMAGES = (
+    3,
+    10,
+    40,
+)  # the replacements of images 7 and 22 are mirrored where these are not, or the reverse
 
 
 @pytest.fixture
@@ -119,12 +123,18 @@ def test_every_bad_image_of_a_batch_is_replaced_by_the_rule_with_the_crop_of_its
     first = {7, 22}
     second = {stand_in(22, first)}  # bad, too: its place goes to the next in line
     bad = first | second
+    in_place = [stand_in(i, bad) for i in WANTED.tolist()]
+    own, theirs = (
+        flips(make_config(flip=0.5).data, seed=SEED, epoch=EPOCH, indices=np.array(indices))
+        for indices in (WANTED, in_place)
+    )
+    assert (own != theirs)[[0, 3, 4]].all()  # so the test sees whose flips are taken
     in_files = {"file": bad, "header": bad, "decoder": set(), "both": first}[found_by]
     for i in in_files:
         (folder / f"{i}.png").write_bytes(b"" if found_by == "file" else b"no image")
     decoder = Decoder(sorted(bad - in_files))
     reader, counted = make_reader(decoder)
-    check(reader.read(WANTED, EPOCH), make_config(flip=0.5).data, [stand_in(i, bad) for i in WANTED.tolist()])
+    check(reader.read(WANTED, EPOCH), make_config(flip=0.5).data, in_place)
     assert len(counted) == 3
     expected = {"file": "empty file", "header": "not an image, or damaged in its header"}
     for i in bad:
