@@ -44,5 +44,9 @@ def test_an_error_that_is_no_bad_image_is_raised() -> None:
 def test_the_work_is_shared_by_all_threads() -> None:
     """Each of two threads waits for the other: with one thread alone this would never end."""
     both = threading.Barrier(2, timeout=60)
+
+    def wait(number: int) -> None:
+        both.wait()
+
     with ThreadPoolExecutor(2) as pool:
-        assert for_each(lambda number: bool(both.wait()) and None, 2, pool, 2) == {}
+        assert for_each(wait, 2, pool, 2) == {}

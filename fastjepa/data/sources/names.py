@@ -39,7 +39,6 @@ def _numbered(names: Strings, suspects: _Flags, ordered_hashes: Ints, changed: _
         changed: [n], set to True here where a name gets a number.
     """
     count: dict[bytes, int] = {}
-    taken: set[bytes] = set()
     for index, (name, suspect) in enumerate(zip(names, suspects.tolist(), strict=True)):
         if not suspect:
             yield name
@@ -49,10 +48,10 @@ def _numbered(names: Strings, suspects: _Flags, ordered_hashes: Ints, changed: _
         else:
             changed[index] = True
             made = name
-            while made in taken or _holds(ordered_hashes, hash(made)):
+            # No two names that are made here are equal: what stands before the last # and the number behind it differ.
+            while _holds(ordered_hashes, hash(made)):
                 count[name] += 1
                 made = b"%s#%d" % (name, count[name])
-            taken.add(made)
             yield made
 
 
