@@ -11,7 +11,7 @@ from fastjepa.checkpoint.format import latest
 from fastjepa.checkpoint.writer import SPACE_MARGIN
 from fastjepa.config import Config
 from fastjepa.data import steps_per_epoch
-from fastjepa.data.sources.index import cache_folder
+from fastjepa.data.sources.cache import cache_folder
 from fastjepa.doctor.diagnosis import Finding
 from fastjepa.doctor.limits import Run, Verdict, checkpoint_bytes, find_limit, format_bytes, format_rate
 from fastjepa.doctor.probe_process import Outcome

@@ -91,7 +91,7 @@ def dali(rounds: int = 10) -> dict[str, Any]:
     import simplejpeg
 
     from fastjepa.config import DataConfig
-    from fastjepa.data.decode.cpu import TurboDecoder
+    from fastjepa.data.decode.cpu import CPUDecoder
     from fastjepa.data.decode.dali import DaliDecoder, dali_problem
     from fastjepa.data.decode.images import read_header
 
@@ -109,7 +109,7 @@ def dali(rounds: int = 10) -> dict[str, Any]:
     flips = np.zeros(len(images), bool)
     config = DataConfig(image_size=(64, 96), loader="dali", dct_scaling=False)
     with ThreadPoolExecutor(config.num_threads) as pool:
-        turbo = TurboDecoder(config, pool)
+        turbo = CPUDecoder(config, pool)
         expected = turbo.decode(images, boxes, flips).float()
         decoder = DaliDecoder(config, device, len(images), turbo, num_threads=2)
         decoded = [decoder.decode(images, boxes, flips).cpu().float() for _ in range(rounds)]

@@ -1,4 +1,4 @@
-"""What was found in each of many files (shards, tables), and a data set made of it."""
+"""Samples of many files (shards, tables), joined into one data set."""
 
 from __future__ import annotations
 
@@ -10,35 +10,42 @@ import numpy as np
 
 from fastjepa.data.dataset import ImageDataset, Ints, Spans, Strings
 from fastjepa.data.sources.index import Listing
-from fastjepa.data.sources.labels import classes
+from fastjepa.data.sources.labels import sort_classes
 
 
 @dataclass(frozen=True)
-class Part:
-    """The n samples of one file."""
+class FileSamples:
+    """The n samples that one shard or table gives."""
 
     names: Strings
     files: Sequence[bytes]
-    """Where the samples lie: the file, or others that it points to."""
+    """The files in which the samples lie: the shard or table itself, or others that it points to."""
     file: Ints
     """int64 [n], indices into `files`."""
     start: Ints
     size: Ints
     """int64 [n]; see Spans."""
     labels: Ints
-    """int64 [n], indices into `values`; -1: none."""
+    """int64 [n], indices into `values`; -1: no label."""
     values: Sequence[str]
-    """Labels, each once."""
+    """The labels as the file has them, each once."""
     in_order: bool = False
-    """The values are class names in their order; otherwise they are sorted."""
+    """True: the values are class names in their final order. False: they are still to be sorted."""
 
 
 def common_folder(files: Sequence[str]) -> str:
+    """The deepest folder that holds all files."""
     return os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120 (as they are, unresolved)
 
 
-def join(root: str, parts: Sequence[Part], watched: list[bytes], warnings: list[str]) -> Listing:
-    """The samples of all parts, one part after the other; labels only if all have one. At least one part."""
+def join(root: str, parts: Sequence[FileSamples], watched: list[bytes], warnings: list[str]) -> Listing:
+    """Join the samples of one or more files, file by file. Labels are used only if all samples have one.
+
+    Args:
+        root: the folder that names and files are relative to.
+        parts: the samples of each file.
+        watched, warnings: see `Listing`.
+    """
     offsets = np.cumsum([0, *(len(part.files) for part in parts)])
     spans = Spans(
         Strings.of(file for part in parts for file in part.files),
@@ -57,5 +64,5 @@ def join(root: str, parts: Sequence[Part], watched: list[bytes], warnings: list[
             warnings = [*warnings, f"{root}: {missing} of {len(labels)} samples have no label: no labels are used"]
         return Listing(ImageDataset(root, names, None, (), spans), watched, warnings)
     if not all(part.in_order for part in parts):
-        labels, values = classes(labels, values)
+        labels, values = sort_classes(labels, values)
     return Listing(ImageDataset(root, names, labels, values, spans), watched, warnings)

@@ -1,4 +1,4 @@
-"""`data.source`: which of its kinds it is, which files belong to a split, and errors that name the setting."""
+"""`data.source` is recognised, its files are divided into splits, and errors name the setting."""
 
 import os
 import tarfile
@@ -91,7 +91,7 @@ def test_shards_and_tables_are_split_by_their_names(tmp_path: Path, suffix: str)
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet", "arrow"])
 def test_sub_folders_of_shards_and_tables_are_splits(tmp_path: Path, suffix: str) -> None:
-    """As `save_to_disk` of `datasets` writes a DatasetDict."""
+    """The `datasets` library writes a DatasetDict in this way (`save_to_disk`)."""
     write(
         tmp_path,
         f"train/data-0.{suffix}",
@@ -112,15 +112,15 @@ def test_names_that_tell_no_split_are_all_train(tmp_path: Path) -> None:
     assert opened(tmp_path / "a.tar") == {"train": ["a.tar"], "val": None}
 
 
-def test_one_split_only_is_train_whatever_its_name(tmp_path: Path) -> None:
+def test_a_single_split_is_train_whatever_its_name(tmp_path: Path) -> None:
     assert opened(write(tmp_path, "test-0.tar", "test-1.tar")) == {"train": ["test-0.tar", "test-1.tar"], "val": None}
 
 
-def test_held_out_splits_only_are_no_train(tmp_path: Path) -> None:
+def test_held_out_splits_alone_are_refused(tmp_path: Path) -> None:
     refused(write(tmp_path, "val-0.tar", "test-0.tar"), r"data\.source = .*: nothing in it is named train")
 
 
-def test_files_of_computations_by_datasets_are_no_data(tmp_path: Path) -> None:
+def test_results_that_datasets_caches_beside_the_data_are_passed_over(tmp_path: Path) -> None:
     assert opened(write(tmp_path, "data-0.arrow", "cache-1a2b.arrow", "tmpx1y2.arrow"))["train"] == ["data-0.arrow"]
 
 
@@ -141,7 +141,7 @@ def test_a_pattern_gives_a_file_once(tmp_path: Path) -> None:
     assert opened(tmp_path / "s{1..10}*.tar")["train"] == ["s1.tar", "s10.tar"]
 
 
-def test_a_file_is_what_its_name_says_else_a_list(tmp_path: Path) -> None:
+def test_a_file_is_known_by_its_suffix_and_is_else_a_list(tmp_path: Path) -> None:
     write(tmp_path, "a.parquet", "1.png", "2.png")
     (tmp_path / "files.csv").write_text("2.png\n1.png\n")
     assert opened(tmp_path / "a.parquet")["train"] == ["a.parquet"]
@@ -184,13 +184,13 @@ def test_val_source_is_held_out_as_a_whole_or_by_its_own_split(tmp_path: Path) -
         (("1.txt",), "", "no images in"),
     ],
 )
-def test_what_cannot_be_used_is_refused_with_the_setting(
+def test_an_unusable_source_is_refused_by_a_message_with_the_setting(
     tmp_path: Path, names: tuple[str, ...], source: str, match: str
 ) -> None:
     refused(write(tmp_path, *names) / source, match)
 
 
-def test_an_image_is_no_source(tmp_path: Path) -> None:
+def test_an_image_file_as_the_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(b"\xff\xd8\xff\0")
     refused(
         tmp_path / "1.jpg", r"data\.source = .*1\.jpg: holds NUL bytes.*expected a text file with one image path a line"
@@ -219,7 +219,7 @@ def test_names_with_pattern_characters_are_taken_literally_if_they_are_there(tmp
     assert opened(tmp_path / "x[0].tar")["train"] == ["x[0].tar"]
 
 
-def test_paths_that_cannot_be_looked_at_are_an_error_not_a_traceback(tmp_path: Path) -> None:
+def test_unusable_paths_raise_an_error_with_the_setting(tmp_path: Path) -> None:
     refused(tmp_path / ("x" * 300), r"data\.source = .*cannot be read \(File name too long\)")
     refused("", r"data\.source = : expected the path of images")
 
@@ -228,8 +228,8 @@ def test_compressed_shards_are_refused_with_what_to_do(tmp_path: Path) -> None:
     refused(write(tmp_path, "a.tar.gz") / "a.tar.gz", "compressed shards cannot be read in place: .*unpack it")
 
 
-def test_folders_beside_train_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A class may be called train."""
+def test_folders_beside_train_are_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The user is told, because `train` may be meant as a class among others."""
     write(tmp_path, "train/1.jpg", "val/2.jpg", "bus/3.jpg", "car/4.jpg", "README.md")
     opened(tmp_path)
     assert any(message.endswith("not used: bus, car") for message in caplog.messages)
