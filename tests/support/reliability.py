@@ -2,7 +2,7 @@
 
     python -m tests.support.reliability [--output docs/reliability.md] [--kills 50]
 
-A test adds a row with the fixture `record`, after its assertions held: it measures or asserts what happened and what was lost.
+A test adds a row with the fixture `record` after its assertions held; it measured or asserted what happened and was lost.
 """
 
 from __future__ import annotations
