@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastjepa.config import Config
 from fastjepa.models.layers import sincos_position_table
 from fastjepa.objectives.ijepa.masks import MaskBatch
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 from fastjepa_kernels import Ragged
 
 NORM_EPS = 1e-6
@@ -134,13 +135,12 @@ class Predictor(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        size, dim = config.model.size, config.model.predictor_embed_dim
+        size, settings = config.model.size, IJEPAConfig.of(config)
+        dim, depth = settings.predictor_embed_dim, settings.depth_of_predictor(config.model.name)
         self.predictor_embed = nn.Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
-        self.predictor_blocks = nn.ModuleList(
-            Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(size.predictor_depth)
-        )
+        self.predictor_blocks = nn.ModuleList(Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(dim, size.embed_dim)
 
@@ -171,8 +171,8 @@ class BaselineIJEPA(nn.Module):
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
         """The smooth-L1 loss of normalised images [B, C, height, width]."""
-        kept = Positions.of(masks.context_indices, masks.context, masks.num_patches)
-        wanted = Positions.of(masks.target_indices, masks.target, masks.num_patches)
+        kept = Positions.of(masks.context_indices, masks.context_lengths, masks.num_patches)
+        wanted = Positions.of(masks.target_indices, masks.target_lengths, masks.num_patches)
         with torch.no_grad():
             h = self.target_encoder(images)
             h = F.layer_norm(h, h.shape[-1:])

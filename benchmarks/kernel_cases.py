@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastjepa.config import MODEL_SIZES, DataConfig, MaskConfig, ModelSize
+from fastjepa.config import MODEL_SIZES, DataConfig, ModelSize
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa_kernels import MaskRules, Ragged
 

@@ -32,7 +32,8 @@ from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Loader, open_dataset
 from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 from fastjepa.profiling.timing import summary
 
 RANKS = 2
@@ -49,15 +50,17 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
     config = Config(
         data=DataConfig(source=str(folder / "images"), num_threads=1),
         model=ModelConfig(name=options.model),
+        objective=IJEPAConfig(),
         global_batch_size=RANKS * options.batch_size,
         precision="fp32",
     )
-    sizes = BatchSizes.share(config, RANKS)
+    sizes, method = BatchSizes.share(config, RANKS), method_of(config)
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
     loader = Loader(
         dataset,
         config,
+        method,
         rank=distributed.rank(),
         world_size=RANKS,
         micro_batch_size=sizes.micro,
@@ -68,7 +71,9 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
         device=device,
     )
     engines = {
-        name: DeepSpeedEngine(build_model(config), config, sizes, device, ROOT / f"configs/zero{options.stage}.json")
+        name: DeepSpeedEngine(
+            build_objective(method), method, config, sizes, device, ROOT / f"configs/zero{options.stage}.json"
+        )
         for name in (DEEPSPEEDS, OURS)
     }
     engines[DEEPSPEEDS]._gather = None
@@ -77,7 +82,7 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
     def steps(engine: DeepSpeedEngine, count: int) -> None:
         for _ in range(count):
             batch = next(loader)
-            engine.micro_step(batch.images, batch.masks)
+            engine.micro_step(batch.prepared)
 
     with closing(loader):
         for turn in range(options.rounds + 1):

@@ -31,13 +31,11 @@ from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.engine.base import resolve_precision
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.slices import slice_size
 from fastjepa.errors import FastjepaError
-from fastjepa.objectives.ijepa import costs
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.plan import zero
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
 from fastjepa.run.folder import explain_write_errors
@@ -78,7 +76,7 @@ def x_of(axis: str, value: str | int, config: Config) -> float:
     """The number that growth along the axis is measured against."""
     if axis == "resolution":
         return config.num_patches
-    return sum(costs.count_parameters(config)) if axis == "model" else float(value)
+    return zero.parameters_of(config).trained if axis == "model" else float(value)
 
 
 def config_of(axis: str, index: int, overrides: Sequence[str]) -> Config:
@@ -99,12 +97,14 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
     device = distributed.init()
     world = distributed.world_size()
     sizes = BatchSizes.share(config, world)
-    engine = build_engine(build_model(config), config, sizes, device, None)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, device, None)
     counts = Steps(warmup=1, timed=steps, traced=1)
-    batches = synthetic_batches(config, sizes, device, counts.total)
-    found = profile_steps(engine, config, sizes, batches, result.parent, counts)
+    batches = synthetic_batches(method, sizes, device, counts.total)
+    found = profile_steps(engine, method, sizes, batches, result.parent, counts)
     bf16 = resolve_precision(config, device) == torch.bfloat16
-    per_image = costs.activation_bytes(config, found.tokens, "torch", bf16=bf16)
+    tokens = type(method.typical_tokens()[0])(**found.tokens)
+    per_image = method.activation_bytes(tokens, bf16=bf16, autocast=bf16)
     activations = per_image * (slice_size(sizes.micro, per_image) if device.type == "cpu" else sizes.micro)
     point = Point(
         axis=axis,

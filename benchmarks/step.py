@@ -50,14 +50,18 @@ class Child:
 def serve(contender: str, args: argparse.Namespace) -> None:
     """Run as a contender's process: read step numbers from stdin, take these steps, print their figures."""
     import torch
+    from torch import Tensor
 
     from benchmarks.baseline import Baseline, BaselineIJEPA
-    from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+    from fastjepa.config import Config, DataConfig, ModelConfig
     from fastjepa.config.batch_sizes import BatchSizes
     from fastjepa.engine.base import resolve_precision
     from fastjepa.engine.build import build_engine
-    from fastjepa.objectives.ijepa.masks import sample_masks
-    from fastjepa.objectives.ijepa.objective import build_model
+    from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+    from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+    from fastjepa.objectives.ijepa.objective import MaskedImages
+    from fastjepa.objectives.ijepa.settings import IJEPAConfig
+    from fastjepa.objectives.registry import build_objective, method_of
     from fastjepa.optim.schedule import Schedule, set_schedule
     from fastjepa.run.meter import peak_memory
 
@@ -67,15 +71,19 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     config = Config(
         data=DataConfig(image_size=args.image_size),
         model=ModelConfig(name=args.models[0]),
-        masks=MaskConfig(mode=args.modes[0]),
+        objective=IJEPAConfig(masks=MaskConfig(mode=args.modes[0])),
         global_batch_size=batch,
         precision=args.precision,
     )
-    model = build_model(config)
+    method = method_of(config)
+    model = build_objective(method)
     if contender == "fastjepa":
-        engine = build_engine(model, config, BatchSizes.share(config, 1), device, None)
+        engine = build_engine(model, method, config, BatchSizes.share(config, 1), device, None)
         set_schedule(engine.param_groups, Schedule(config.optim, 1000, 300_000).at(0))
-        step = engine.micro_step
+
+        def step(images: Tensor, masks: MaskBatch) -> Tensor:
+            return engine.micro_step(MaskedImages(images, masks)).loss
+
     else:
         plain = BaselineIJEPA(config)
         plain.load_state_dict(model.state_dict())
@@ -85,7 +93,9 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     images = torch.randn(batch, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(device)
     for line in sys.stdin:
         indices = torch.arange(batch)
-        masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=int(line), sample_indices=indices)
+        masks = sample_masks(
+            IJEPAConfig.of(config).masks, config.grid_h, config.grid_w, seed=0, step=int(line), sample_indices=indices
+        )
         masks = masks.to(device)
         started = time.perf_counter()
         loss = step(images, masks)

@@ -28,14 +28,13 @@ from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.config.shipped import DEFAULT_CONFIG, find_config
 from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
 from fastjepa.engine.base import resolve_precision
 from fastjepa.engine.build import build_engine
 from fastjepa.errors import ConfigError, FastjepaError
 from fastjepa.host import GIB, free_memory
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.profiling import (
     Ceilings,
     MicroBatch,
@@ -45,6 +44,7 @@ from fastjepa.profiling import (
     profile_steps,
     synthetic_batches,
 )
+from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, figures, format_profile
 from fastjepa.run.folder import explain_write_errors
 
@@ -64,10 +64,11 @@ def measure(
 ) -> StepProfile:
     """Profile a fresh model on `batches` (None: on synthetic images). Its memory is freed at the end."""
     sizes = BatchSizes.share(config, 1)
-    engine = build_engine(build_model(config), config, sizes, device, None)
-    source = batches(sizes) if batches else synthetic_batches(config, sizes, device, steps.total)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, device, None)
+    source = batches(sizes) if batches else synthetic_batches(method, sizes, device, steps.total)
     try:
-        return profile_steps(engine, config, sizes, source, folder, steps, ceilings)
+        return profile_steps(engine, method, sizes, source, folder, steps, ceilings)
     finally:
         engine.close()
         del engine
@@ -85,6 +86,7 @@ def on_real_images(
         loader = Loader(
             dataset,
             config,
+            method_of(config),
             rank=0,
             world_size=1,
             micro_batch_size=sizes.micro,
@@ -183,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
             points, end = sweep(config, device, ceilings, few, Path(scratch))
     command = f"python -m benchmarks.throughput {shlex.join(args.arguments)}".strip()
     report = Report(command, config, real, synthetic, tuple(points), end)
-    report.write(args.output)
+    write_report(report, args.output)
     print("\n" + format_profile(real))
     if report.knee:
         print(f"\nmicro batch: the knee is at {report.knee.micro_batch_size}. {end}")

@@ -127,8 +127,8 @@ def _attention_providers(
 def _attention_places(shape: Shape) -> Iterator[tuple[str, Ragged, int]]:
     masks = shape.masks
     yield "target encoder", Ragged.uniform(shape.batch_size, shape.num_patches), shape.head_dim
-    yield "context encoder", masks.context, shape.head_dim
-    yield "predictor", masks.predictor, shape.predictor_head_dim
+    yield "context encoder", masks.context_lengths, shape.head_dim
+    yield "predictor", masks.predictor_lengths, shape.predictor_head_dim
 
 
 def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
@@ -221,7 +221,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches(torch.float32),), patches)
 
     width = shape.predictor_width
-    sources = masks.context.total + shape.num_patches
+    sources = masks.context_lengths.total + shape.num_patches
     rows = torch.randn(sources, 3 * width, device=device).to(dtype).requires_grad_()
     indices = masks.predictor_rows
     upstream = torch.randn(len(indices), 3 * width, device=device).to(dtype)
@@ -247,7 +247,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     work = cases.gather_backward_work(len(indices), sources, 3 * width, element)
     yield Contest("masked_gather", "tokens backward", shape.name, dtype, work, (gradient,), backward)
 
-    tokens = torch.randn(masks.context.total, shape.width, device=device).to(dtype)
+    tokens = torch.randn(masks.context_lengths.total, shape.width, device=device).to(dtype)
     table = torch.randn(shape.num_patches, shape.width, device=device).to(dtype)
     positions = masks.context_indices % shape.num_patches
     adds = Providers()
@@ -363,8 +363,8 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
 
 def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     masks = shape.masks.to(device)
-    features = torch.randn(masks.union.total, shape.width, device=device).to(dtype)
-    predictions = torch.randn(masks.target.total, shape.width, device=device).to(dtype).requires_grad_()
+    features = torch.randn(masks.union_lengths.total, shape.width, device=device).to(dtype)
+    predictions = torch.randn(masks.target_lengths.total, shape.width, device=device).to(dtype).requires_grad_()
     rows = masks.union_rows
 
     def plain(z: Tensor = predictions, h: Tensor = features) -> Tensor:

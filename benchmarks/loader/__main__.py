@@ -106,7 +106,7 @@ def as_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
                 "images_per_s": 1e3 / wall.p50,
                 "images_per_s_p20": 1e3 / wall.p80,
                 "images_per_s_p80": 1e3 / wall.p20,
-                "masks_share": statistics.median(contestant.masks_shares) if isinstance(contestant, Ours) else 0.0,
+                "masks_share": statistics.median(contestant.prepare_shares) if isinstance(contestant, Ours) else 0.0,
             }
         )
     return records

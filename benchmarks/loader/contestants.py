@@ -22,6 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, Loader, open_dataset, steps_per_epoch
 from fastjepa.data.decode.dali import dali_problem
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 
 Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
@@ -58,6 +61,7 @@ def open_loader(config: Config, device: torch.device) -> Loader:
     return Loader(
         dataset,
         config,
+        method_of(config),
         rank=0,
         world_size=1,
         micro_batch_size=config.global_batch_size,
@@ -77,23 +81,24 @@ class Ours:
         self._bounds = tuple(bounds)
         self._files, self._batches = files, len(files) // batch_size
         self._data = DataConfig(source=str(files[0].parent), num_threads=threads, **settings)  # type: ignore[arg-type]
-        config = Config(data=self._data, global_batch_size=batch_size)
+        config = Config(data=self._data, objective=IJEPAConfig(), global_batch_size=batch_size)
         self._loader = open_loader(config, CPU if name.endswith("CPU") else device)
-        self.masks_shares: list[float] = []
+        self.prepare_shares: list[float] = []
         """The share of each batch's preparation (on its thread) that sampled masks."""
 
     def turn(self) -> None:
         for _ in range(self._batches):
             seconds = next(self._loader).seconds
-            self.masks_shares.append(seconds.masks / sum(seconds))
+            self.prepare_shares.append(seconds.prepare / sum(seconds))
         wait(self._loader._pending)  # until the Loader is idle
 
     def problem(self, batch: Batch | None = None) -> str | None:
         """The difference of a batch (None: the next one) from Pillow's pixels of the same files and boxes, or None."""
         batch = batch or next(self._loader)
-        pairs = zip(batch.sample_ids, batch.boxes.tolist(), strict=True)
+        pairs = zip(batch.sample_ids, batch.boxes[0].tolist(), strict=True)
         expected = torch.stack([crop_by_pillow(self._files[index], box) for index, box in pairs])
-        images = batch.images.cpu().float()
+        assert isinstance(batch.prepared, MaskedImages)
+        images = batch.prepared.images.cpu().float()
         if self._data.pixels == "normalised":
             images = 255 * (images * _column(self._data.std) + _column(self._data.mean))
         difference = (images - expected).abs()

@@ -12,6 +12,7 @@ from benchmarks.loader.contestants import DALI_ON_GPU, OURS, open_loader, proble
 from benchmarks.loader.photographs import make_photographs
 from benchmarks.units import MIB
 from fastjepa.config import Config, DataConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 
 
 def soak(folder: Path, num_batches: int, batch_size: int, threads: int, device: torch.device) -> dict[str, list[float]]:
@@ -24,7 +25,9 @@ def soak(folder: Path, num_batches: int, batch_size: int, threads: int, device: 
             continue
         data = DataConfig(source=str(files[0].parent), image_size=96, num_threads=threads, **OURS[name][0])  # type: ignore[arg-type]
         memory[name] = []
-        with closing(open_loader(Config(data=data, global_batch_size=batch_size), device)) as loader:
+        with closing(
+            open_loader(Config(data=data, objective=IJEPAConfig(), global_batch_size=batch_size), device)
+        ) as loader:
             for done in range(1, num_batches + 1):
                 next(loader)
                 if 10 * done // num_batches > len(memory[name]):

@@ -31,13 +31,15 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.launch import ROOT, launch
 from fastjepa import distributed
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
+from fastjepa.config import Config, DataConfig, ModelConfig, OptimConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.costs import BF16, FP32, STAGES, Stage, count_parameters
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
-from fastjepa.plan.zero import Traffic, ZeroSettings, bytes_sent, state_bytes
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
+from fastjepa.plan.zero import BF16, FP32, STAGES, Stage, Traffic, ZeroSettings, bytes_sent, parameters_of, state_bytes
 
 ZERO = ZeroSettings(reduce_bucket_size=5_000, stage3_param_persistence_threshold=500, stage3_prefetch_bucket_size=5_000)
 COLUMNS = ("ranks", "stage", "precision", "grad_accum_steps", "quantity", "measured", "formula", "theory")
@@ -106,10 +108,8 @@ def small_run(precision: str, accum: int, world: int) -> Config:
     """A small model, trained on micro batches of two images."""
     return Config(
         data=DataConfig(image_size=32, in_channels=1, mean=(0.5,), std=(0.25,)),
-        model=ModelConfig(
-            patch_size=4, embed_dim=36, depth=3, num_heads=3, predictor_embed_dim=12, predictor_depth=2, init="fan_in"
-        ),
-        masks=MaskConfig(mode="budget", min_keep=2),
+        model=ModelConfig(patch_size=4, embed_dim=36, depth=3, num_heads=3, init="fan_in"),
+        objective=IJEPAConfig(predictor_embed_dim=12, predictor_depth=2, masks=MaskConfig(mode="budget", min_keep=2)),
         optim=OptimConfig(warmup_epochs=0),
         global_batch_size=2 * accum * world,
         micro_batch_size=2,
@@ -141,13 +141,16 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     sizes = BatchSizes.share(config, world)
     images = torch.rand(sizes.micro, 1, *config.data.image_hw)
     indices = torch.arange(sizes.micro) + rank * sizes.micro
-    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
+    settings = IJEPAConfig.of(config).masks
+    masks = sample_masks(settings, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
     before = storages()
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config(stage, ZERO, folder))
+    method = method_of(config)
+    settings_of_zero = ds_config(stage, ZERO, folder)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), settings_of_zero)
 
     def micro_steps(count: int) -> None:
         for _ in range(count):
-            engine.micro_step(images, masks)
+            engine.micro_step(MaskedImages(images, masks))
 
     micro_steps(2 * sizes.accum)
     with CollectiveCounter() as counter:
@@ -208,8 +211,8 @@ def least_traffic(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: 
     Stages 1 and 2 reduce-scatter gradients. Each weight is gathered once per use: in the forward and the backward pass of
     context encoder and predictor, and in the forward pass of the target encoder.
     """
-    encoder, predictor = count_parameters(config)
-    trained, everything = encoder + predictor, 2 * encoder + predictor
+    parameters = parameters_of(config)
+    trained, everything, averaged = parameters.trained, parameters.total, parameters.averaged
     ring, low = (gpus - 1) / gpus, BF16 if bf16 else FP32
     if stage in ("torch", 0):
         return Traffic(2 * ring * FP32 * trained, 0.0)
@@ -217,7 +220,7 @@ def least_traffic(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: 
         return Traffic(ring * low * trained, ring * low * everything)
     if stage == 2:
         return Traffic(ring * low * trained * accum, ring * low * everything)
-    return Traffic(ring * low * trained * accum, ring * low * accum * (2 * trained + encoder))
+    return Traffic(ring * low * trained * accum, ring * low * accum * (2 * trained + averaged))
 
 
 def run_rank(folder: Path, precisions: Sequence[str], accums: Sequence[int]) -> None:

@@ -45,12 +45,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 import fastjepa_kernels
 from benchmarks.launch import ROOT, launch
 from benchmarks.units import MIB
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "counts.json"
 ACCEPT = "python -m benchmarks.proofs.counts --output benchmarks/results"
@@ -204,14 +207,14 @@ class Case:
             patch_size=8,
             embed_dim=48,
             depth=3,
-            predictor_embed_dim=24,
-            predictor_depth=2,
             activation_checkpointing=self.checkpointing,
         )
         return Config(
             data=DataConfig(image_size=64),
             model=model,
-            masks=MaskConfig(mode=self.mode, min_keep=4),
+            objective=IJEPAConfig(
+                predictor_embed_dim=24, predictor_depth=2, masks=MaskConfig(mode=self.mode, min_keep=4)
+            ),
             global_batch_size=4,
             precision=self.precision,
         )
@@ -229,7 +232,8 @@ def cases() -> Iterator[Case]:
 def masks_of(case: Case, step: int) -> MaskBatch:
     config = case.config
     indices = torch.arange(config.global_batch_size)
-    return sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices)
+    settings = IJEPAConfig.of(config).masks
+    return sample_masks(settings, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices)
 
 
 def count(case: Case) -> Counts:
@@ -246,7 +250,7 @@ def _count_here(case: Case) -> Counts:
     """Count the second step: the first one makes what is made once per run."""
     config = case.config
     images = torch.zeros(config.global_batch_size, 3, *config.data.image_hw, dtype=torch.uint8)
-    batches = [masks_of(case, step) for step in range(2)]
+    batches = [MaskedImages(images, masks_of(case, step)) for step in range(2)]
     launches: Counter[str] = Counter()
     with ExitStack() as stack:
         stack.enter_context(fastjepa_kernels.without_requests())
@@ -255,18 +259,19 @@ def _count_here(case: Case) -> Counts:
 
             launches = stack.enter_context(counted())
         ds_config = ROOT / "configs" / "zero2.json" if case.engine == "ZeRO 2" else None
-        engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), torch.device("cpu"), ds_config)
+        method, sizes = method_of(config), BatchSizes.share(config, 1)
+        engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
         if case.engine == "Triton":
             assert isinstance(engine, TorchEngine)
             engine._passes = engine._forward_and_backward  # a GPU takes the batch whole, a CPU in slices
-        engine.micro_step(images, batches[0])
+        engine.micro_step(batches[0])
         _forget_batches()
         launches.clear()
         gc.collect()
         gc.disable()  # so that references alone decide what is alive
         try:
             with StepCounter() as counter:
-                engine.micro_step(images, batches[1])
+                engine.micro_step(batches[1])
         finally:
             gc.enable()
             engine.close()

@@ -41,12 +41,15 @@ from torch import Tensor
 
 from benchmarks.launch import launch
 from fastjepa import distributed
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
+from fastjepa.config import Config, DataConfig, ModelConfig, OptimConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.base import Engine
 from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.masks import sample_masks
+from fastjepa.objectives.ijepa.objective import IJEPAObjective, MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 from fastjepa.optim.schedule import Schedule, set_schedule
 
 STEPS = 100
@@ -83,10 +86,8 @@ def trajectory_config(*, clip_grad: float | None = None, micro: int | None = Non
     """A model of width 24 on a 6 x 8 grid, with a different number for every dimension, and 4 images per step."""
     config = Config(
         data=DataConfig(image_size=(24, 32), in_channels=2, mean=(0.5, 0.5), std=(0.25, 0.25)),
-        model=ModelConfig(
-            patch_size=4, embed_dim=24, depth=2, num_heads=3, predictor_embed_dim=12, predictor_depth=2, init="fan_in"
-        ),
-        masks=MaskConfig(min_keep=2),
+        model=ModelConfig(patch_size=4, embed_dim=24, depth=2, num_heads=3, init="fan_in"),
+        objective=IJEPAConfig(predictor_embed_dim=12, predictor_depth=2, masks=MaskConfig(min_keep=2)),
         optim=OptimConfig(warmup_epochs=1, lr=3e-3, eps=EPS, ema_momentum=(0.9, 1.0), clip_grad=clip_grad),
         global_batch_size=4,
         micro_batch_size=micro,
@@ -100,15 +101,16 @@ def schedule(config: Config) -> Schedule:
     return Schedule(config.optim, steps_per_epoch=10, total_steps=STEPS)
 
 
-def batch(config: Config, step: int, rows: Iterable[int] | None = None) -> tuple[Tensor, MaskBatch]:
+def batch(config: Config, step: int, rows: Iterable[int] | None = None) -> MaskedImages:
     """Images and masks of a step, for the given rows of the global batch (None: all)."""
     generator = torch.Generator().manual_seed(step)
     height, width = config.data.image_hw
     images = torch.randn(config.global_batch_size, config.data.in_channels, height, width, generator=generator)
     chosen = torch.arange(config.global_batch_size) if rows is None else torch.tensor(list(rows))
     indices = chosen + step * config.global_batch_size
-    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
-    return images[chosen], masks
+    settings = IJEPAConfig.of(config).masks
+    masks = sample_masks(settings, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
+    return MaskedImages(images[chosen], masks)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
 
     A `fault` plants a mistake, which shows whether the comparison would find it.
     """
-    model = build_model(config)
+    model = build_objective(method_of(config))
+    assert isinstance(model, IJEPAObjective)
     model.target_encoder.requires_grad_(False)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [p for p in trained.values() if p.ndim > 1]
@@ -160,7 +163,7 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
             total = [torch.zeros_like(p) for p in trained.values()]
             for micro in range(4):
                 size = config.global_batch_size // 4
-                model(*batch(config, step, range(micro * size, (micro + 1) * size))).backward()
+                model(batch(config, step, range(micro * size, (micro + 1) * size))).loss.backward()
                 clip()
                 for sum_, p in zip(total, trained.values(), strict=True):
                     assert p.grad is not None
@@ -169,7 +172,7 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
             for sum_, p in zip(total, trained.values(), strict=True):
                 p.grad = sum_
         else:
-            loss = model(*batch(config, step, rows))
+            loss = model(batch(config, step, rows)).loss
             factor = {"gradients summed over 2 ranks": 2, "accumulation without dividing": 4}.get(fault or "", 1)
             (loss * factor).backward()
             clip()
@@ -196,7 +199,7 @@ def allowed(cell: Cell, reference: Trajectory) -> dict[str, float]:
     if cell.precision == "fp32":
         return dict.fromkeys(reference.state, FP32_BOUND)
     bounds = {}
-    tokens = batch(cell.config(), 0)[1].predictor.total // (cell.world * cell.accum)
+    tokens = batch(cell.config(), 0).masks.predictor_lengths.total // (cell.world * cell.accum)
     for name, x in reference.state.items():
         # Where weights are bf16, PyTorch's LayerNorm on the CPU sums their gradient over the tokens in bf16, with one
         # rounding per token (a sum of ones stops at 256).
@@ -214,17 +217,17 @@ def engine_steps(
         set_schedule(engine.param_groups, schedule(config).at(step))
         for micro in range(sizes.accum):
             start = (micro * world + rank) * sizes.micro
-            images, masks = batch(config, step, range(start, start + sizes.micro))
-            engine.micro_step(images.to(engine.device), masks.to(engine.device))
+            micro_batch = batch(config, step, range(start, start + sizes.micro))
+            engine.micro_step(micro_batch.to(engine.device))
 
 
 def full_state(engine: Engine) -> dict[str, Tensor]:
     """The fp32 weights (for the target encoder: the EMA), assembled from the pieces of all ranks on every rank's CPU."""
-    shapes = engine.parameter_shapes()
+    shapes = engine.shapes()
     flat = torch.zeros(sum(math.prod(shape) for shape in shapes.values()), device=engine.device)
     state = dict(zip(shapes, flat.split([math.prod(shape) for shape in shapes.values()]), strict=True))
-    if engine.writes_state:
-        for piece in engine.pieces():
+    for piece in engine.pieces():
+        if piece.written:
             state[piece.name][piece.start : piece.start + piece.numel] = piece.view(piece.tensor)
     if distributed.world_size() > 1:
         dist.all_reduce(flat)  # every element is 0 on all ranks but one
@@ -340,7 +343,8 @@ def run_cell(cell: Cell, reference: Trajectory, steps: int, folder: Path) -> Row
         ds_config = folder / f"{cell.engine}.rank{rank}.json"
         stage = int(cell.engine.removeprefix("zero"))
         ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
     state = full_state(engine)
     average, own_error, wrong = OwnAverage(state), 0.0, 0
     for step in range(steps):

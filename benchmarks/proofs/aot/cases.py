@@ -112,12 +112,12 @@ def _attention(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
         return lengths, lengths
 
     yield case("target", lambda s: twice(grid(s)), full.head_dim, trained=False)
-    yield case("target, last block", lambda s: (s.masks.union, grid(s)), full.head_dim, trained=False)
-    yield case("context", lambda s: twice(s.masks.context), full.head_dim, trained=True)
-    yield case("predictor", lambda s: twice(s.masks.predictor), full.predictor_head_dim, trained=True)
+    yield case("target, last block", lambda s: (s.masks.union_lengths, grid(s)), full.head_dim, trained=False)
+    yield case("context", lambda s: twice(s.masks.context_lengths), full.head_dim, trained=True)
+    yield case("predictor", lambda s: twice(s.masks.predictor_lengths), full.predictor_head_dim, trained=True)
     yield case(
         "predictor, last block",
-        lambda s: (s.masks.target, s.masks.predictor),
+        lambda s: (s.masks.target_lengths, s.masks.predictor_lengths),
         full.predictor_head_dim,
         trained=True,
     )
@@ -135,31 +135,31 @@ def _gathers(full: Shape, small: Shape) -> Iterator[Case]:
 
     def sources(shape: Shape) -> int:
         """Number of rows that the predictor's sequences are gathered from."""
-        return shape.masks.context.total + shape.num_patches
+        return shape.masks.context_lengths.total + shape.num_patches
 
     width = full.predictor_width
     yield Case(
         "masked_gather",
         f"{full.name} rows of the targets",
         dtype,
-        partial(gather, small.masks.predictor.total, width, small.masks.predictor_target_rows, True),
-        work.gather_work(full.masks.target.total, width, 2),
-        work.gather_backward_work(full.masks.target.total, full.masks.predictor.total, width, 2),
+        partial(gather, small.masks.predictor_lengths.total, width, small.masks.predictor_target_rows, True),
+        work.gather_work(full.masks.target_lengths.total, width, 2),
+        work.gather_backward_work(full.masks.target_lengths.total, full.masks.predictor_lengths.total, width, 2),
     )
     yield Case(
         "masked_gather",
         f"{full.name} predictor sequences",
         dtype,
         partial(gather, sources(small), width, small.masks.predictor_rows, False),
-        work.gather_work(full.masks.predictor.total, width, 2),
-        work.gather_backward_work(full.masks.predictor.total, sources(full), width, 2),
+        work.gather_work(full.masks.predictor_lengths.total, width, 2),
+        work.gather_backward_work(full.masks.predictor_lengths.total, sources(full), width, 2),
     )
     yield Case(
         "masked_gather",
         f"{full.name} context positions",
         dtype,
         partial(add, full.width, small.masks.context_indices, full.num_patches),
-        work.gather_add_work(full.masks.context.total, full.width, 2),
+        work.gather_add_work(full.masks.context_lengths.total, full.width, 2),
     )
 
 
@@ -172,7 +172,7 @@ def _patches(full: Shape, small: Shape) -> Iterator[Case]:
     values = 3 * full.patch_size**2
     for pixels, name in ((torch.uint8, "uint8"), (torch.float32, "float32")):
         for kept, indices, count in (
-            ("context", small.masks.context_indices, full.masks.context.total),
+            ("context", small.masks.context_indices, full.masks.context_lengths.total),
             ("all", None, full.batch_size * full.num_patches),
         ):
             yield Case(
@@ -215,11 +215,11 @@ def _optimizer(full: Shape) -> Iterator[Case]:
 
 def _loss(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
     def loss() -> Tensor:
-        predictions = torch.empty(small.masks.target.total, small.width, dtype=dtype, requires_grad=True)
-        features = torch.empty(small.masks.union.total, small.width, dtype=dtype)
+        predictions = torch.empty(small.masks.target_lengths.total, small.width, dtype=dtype, requires_grad=True)
+        features = torch.empty(small.masks.union_lengths.total, small.width, dtype=dtype)
         return target_loss(predictions, features, small.masks.union_rows)
 
-    rows = full.masks.target.total
+    rows = full.masks.target_lengths.total
     yield Case(
         "target_loss",
         full.name,
