@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
         "updates": snapshot.updates,
         "config": state.config,
         "dataset": state.dataset,
+        "parts": state.parts,
         "parameters": snapshot.parameters,
         "shards": shards,
     }
@@ -194,8 +195,18 @@ def _write_model(checkpoint: Path, index: dict[str, Any]) -> str:
                 out.copy_(stored())
             yield flat
 
-    metadata = {"step": str(index["step"]), "config": json.dumps(index["config"])}
+    metadata = {key: json.dumps(index[key]) for key in ("step", "config", "parts")} | _sizes(index["config"])
     return _write_tensors(checkpoint / MODEL, index["parameters"], weights(), metadata)
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader needs to build the encoder and to feed it, in metadata of its own: the file is enough then."""
+    keys = {
+        "model": ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size"),
+        "data": ("image_size", "in_channels", "mean", "std"),
+    }
+    found = {key: config[section][key] for section, names in keys.items() if section in config for key in names}
+    return {("model" if key == "name" else key): json.dumps(value) for key, value in found.items()}
 
 
 def _write_tensors(
