@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(saved: Path, reader: Engine, 
     assert latest(folder) == saved
     assert restore.load(saved, torch_engine()).step == 6
     assert {path.name for path in folder.iterdir()} == {"latest", "step_00000006"}
-    record("a disk that takes no more, within a save (here a limit of 16 KiB a file)", said(found, folder), "the save")
+    record("a disk that fills up during a save (here: a limit of 16 KiB a file)", said(found, folder), "the save")
 
 
 def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, reader: Engine) -> None:
