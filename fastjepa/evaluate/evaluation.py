@@ -53,7 +53,8 @@ def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
     weights = load_weights(newest, name)
     encoder = build_objective(method).part(name)
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    lacking = [name for name in missing if name != "pos_embed"]  # fixed, made anew
+    buffers = {name for name, _ in encoder.named_buffers()}
+    lacking = [name for name in missing if name not in buffers]  # older files hold no position tables: made anew
     if lacking or unexpected:
         raise CheckpointError(f"{newest} is of another model: it lacks {lacking} and has {unexpected} too many")
     return encoder.eval()
