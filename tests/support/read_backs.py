@@ -1,4 +1,4 @@
-"""Counts on a CPU what a GPU's host would wait for."""
+"""Count, on a CPU, the operations for which the host would wait if the tensors were on a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _INDEX = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_i
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts, by the file that asks: values read back, constants sent to the device, results whose sizes are values."""
+    """A mode that counts, by the file that calls them, operations for which a GPU's host waits.
+
+    These are values read back, constants sent to the device, and results whose sizes depend on values.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

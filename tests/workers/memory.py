@@ -1,6 +1,7 @@
-"""One process of test_train_cli: bytes of each tensor of training that is alive while the run is evaluated, per engine.
+"""The process of a test of tests/test_train.py: which tensors of training are still alive while the run is evaluated.
 
-usage: worker_memory RUN.yaml FOLDER
+usage: python -m tests.workers.memory RUN.yaml FOLDER
+It writes held.json there: engine -> bytes of each tensor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""One rank of test_faults: goes on with a run on two ranks, by ZeRO 2 and then by ZeRO 3, stopped by a signal each time.
+"""One of two ranks of a test of tests/test_faults.py, which continue a run with ZeRO 2 and then with ZeRO 3.
 
-usage: worker_other_ranks RECIPE RUN
+usage: python -m tests.workers.other_ranks RECIPE RUN
+A signal stops each of the two parts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CONFIGS = ROOT / "configs"
 
 
 class Seeing(Trainer):
-    """Writes what each of its steps saw (identity, crop, pixels and masks of every image) to seen_RANK.jsonl."""
+    """A trainer that writes what each step saw (identity, crop, pixels and masks of every image) to seen_RANK.jsonl."""
 
     signal_in_step: int | None = None
 
@@ -51,8 +52,8 @@ class Seeing(Trainer):
 
 
 def go_on(recipe: str, run: Path, stage: int | None, signal_in_step: int | None) -> None:
-    """Train, with plain PyTorch or ZeRO, up to the signal or to the end."""
-    # eps: as in benchmarks.proofs.equality, which says why.
+    """Train with plain PyTorch (None) or a stage of ZeRO, up to the signal or to the end of the run."""
+    # optim.eps is that of benchmarks.proofs.equality, which explains it.
     config = load_config(recipe, [f"output_dir={run}", "keep_last=100", "optim.eps=1e-4"])
     sizes = BatchSizes.share(config, distributed.world_size())
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"

@@ -1,7 +1,9 @@
-"""One rank of test_faults: by every engine four steps of two micro batches. On the second rank the loss of step 2 is NaN in
-the first of them, that of step 3 in the second.
+"""One of two ranks of a test of tests/test_faults.py: four steps of two micro batches with every engine.
 
-usage: worker_skipped FOLDER
+On rank 1 the loss is NaN in the first micro batch of step 1 and in the second one of step 2 (steps count from 0).
+
+usage: python -m tests.workers.skipped FOLDER
+Rank 0 writes results.json there.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tests.test_faults import bad_loss
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
-    """Copies of all that a step changes on this rank: weights, EMA and moments, and what the model computes with."""
+    """Copy all that a step changes on this rank: weights, EMA and moments, and the weights that the model computes with."""
     tensors = [
         piece.view(tensor)
         for piece in engine.pieces()
