@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: they can be captured in CUDA graphs and compiled, and never wait for the host."""
+"""Tests that need a GPU: the operations can be captured in CUDA graphs and compiled, and the host never waits for them."""
 
 from collections.abc import Callable, Iterator
 
@@ -60,10 +60,10 @@ def no_synchronisation() -> Iterator[Callable[[str], None]]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_operation_never_waits_for_the_host(
+def test_the_host_never_waits_for_an_operation(
     operation: _Operation, no_synchronisation: Callable[[str], None]
 ) -> None:
-    operation()  # the first call may: it compiles, and tries configurations
+    operation()  # during the first call the host may wait: it compiles, and tries configurations
     torch.cuda.synchronize()
     no_synchronisation("error")
     operation()

@@ -1,4 +1,4 @@
-"""A whole training step on the Triton kernels, against the same step on PyTorch."""
+"""A whole training step on the Triton kernels against the same step on PyTorch."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,13 +28,13 @@ ON_TORCH = {
 
 
 @pytest.fixture(autouse=True)
-def no_wishes() -> Iterator[None]:
+def no_requests() -> Iterator[None]:
     yield
     fastjepa_kernels.request({})
 
 
 def _config() -> Config:
-    """The smallest model that has every kind of block: full, and last (a subset of the tokens asks)."""
+    """The smallest model that has both kinds of block: full ones, and a last one with fewer queries than keys."""
     config = small_config(image_size=16, masks=MaskConfig(min_keep=2, num_target_blocks=2))
     model = ModelConfig(
         patch_size=4, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2, init="fan_in"
@@ -43,7 +43,7 @@ def _config() -> Config:
 
 
 def _step(config: Config, device: torch.device) -> tuple[MaskBatch, Tensor, dict[str, Tensor]]:
-    """Masks, loss, and the weights (the target encoder's too) after one optimizer step."""
+    """Masks and loss of one optimizer step, and the weights after it (the target encoder's too)."""
     images, _ = small_batch(config, config.global_batch_size)
     indices = torch.arange(config.global_batch_size, device=device)
     masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=0, sample_indices=indices)
@@ -62,17 +62,17 @@ def test_a_step_on_triton_equals_a_step_on_pytorch(engine: Engine) -> None:
 
     assert torch.equal(masks.predictor_rows, plain_masks.predictor_rows)
     torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
-    # Adam's first step is lr * sign(gradient) nearly: where a gradient is next to 0, its rounding decides the sign.
+    # Adam's first step is nearly lr * sign(gradient): where a gradient is next to 0, its rounding decides the sign.
     lr = config.optim.lr
     for name, weight in weights.items():
-        if name.endswith("attn.qkv.bias"):  # a key's bias has no gradient but rounding
+        if name.endswith("attn.qkv.bias"):  # the gradient of a key's bias is nothing but rounding
             continue
         moved = (weight - plain_weights[name]).abs()
         assert (moved > 0.02 * lr).float().mean() < 0.01, name
 
 
 def test_a_compiled_step_on_triton_gives_the_same_bits(engine: Engine) -> None:
-    """The kernels are opaque in the graphs: nothing breaks them, and batches of other lengths need no other ones."""
+    """The kernels are opaque in the graphs, so they do not break them, and batches of other lengths need no new graph."""
     config = _config()
     fastjepa_kernels.request(dict.fromkeys(ON_TORCH, "triton"))
     plain, compiled = (build_model(config).to(engine.device) for _ in range(2))
