@@ -13,7 +13,7 @@ from fastjepa.checkpoint import checkpointer, restore, writer
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, latest, newest_first
 from fastjepa.errors import CheckpointError
-from tests.checkpoint.test_restore import assert_identical, state_of, torch_engine, train
+from tests.support.checkpoints import assert_identical, state_of, torch_engine, train
 
 
 def saver(folder: Path, keep_last: int = 3, keep_every: int | None = None, asynchronous: bool = True) -> Checkpointer:
