@@ -1,4 +1,4 @@
-"""Faults of clusters in whole, tiny runs: signals, kills, hangs, losses of NaN, damaged checkpoints, two runs in one folder."""
+"""Faults of clusters in tiny runs: signals, kills, hangs, losses of NaN, damaged checkpoints, two runs in one folder."""
 
 from __future__ import annotations
 

@@ -114,6 +114,45 @@ class Prepared(ABC):
         """What the cost of this micro batch depends on, without its data."""
 
 
+@dataclass(frozen=True)
+class DenseBatch(Prepared):
+    """A micro batch of tensors whose first dimension is that of the images, and whose images have equally many tokens."""
+
+    data: tuple[Tensor, ...]
+    """Each [B, ...]."""
+    tokens: Any
+    """`Tokens` of each image."""
+
+    @property
+    def num_images(self) -> int:
+        return len(self.data[0])
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """The tokens of all images, by kind."""
+        return {f"{name}_tokens": self.num_images * int(n) for name, n in self.tokens._asdict().items()}
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.data)
+
+    def slices(self, num_images: int) -> Iterator[tuple[Self, float]]:
+        """The loss is a mean over images: a slice counts by its share of them."""
+        for part in zip(*(each.split(num_images) for each in self.data), strict=True):
+            yield replace(self, data=part), len(part[0]) / self.num_images
+
+    def lengths(self) -> Lengths:
+        return _EqualLengths(self.num_images, self.tokens)
+
+
+class _EqualLengths(NamedTuple):
+    images: int
+    of_each: Any
+
+    def tokens(self) -> Tokens:
+        found: Tokens = self.of_each
+        return found
+
+
 class Part(NamedTuple):
     """A network of an objective, as optimizer, ZeRO, checkpoints, memory tables and evaluation know it."""
 
@@ -176,6 +215,8 @@ class Method(ABC):
 
     stages: tuple[str, ...] = ()
     """Names of the stretches of the forward pass, as `torch.profiler.record_function` marks them, in their order."""
+    savings: tuple[str, ...] = ()
+    """Boolean settings, as `objective.key`, that leave out work without changing any number."""
     evaluated: str
     """The name of the part that represents an image: a module from images [B, C, H, W] to features [B, N, D]."""
 

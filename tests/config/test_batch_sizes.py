@@ -1,4 +1,4 @@
-"""Sharing out a global batch among ranks and micro batches."""
+"""A global batch is shared out among ranks and micro batches, or refused with sizes that can be."""
 
 from __future__ import annotations
 

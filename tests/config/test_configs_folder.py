@@ -1,6 +1,6 @@
-"""The files of configs/: each published run resolves to the figures it claims, each DeepSpeed file to the stage in its name.
+"""The files of configs/: a published run has the figures that it claims, a DeepSpeed file the stage in its name.
 
-Other runs may lie there too, such as your own: they are checked to load, and held to no figures.
+Other runs, such as your own, may lie there too: tests load them and hold them to no figures.
 """
 
 import json
@@ -11,13 +11,15 @@ import pytest
 
 from benchmarks.launch import ROOT
 from fastjepa.config import Config
-from fastjepa.config.file import dump_config, load_config
+from fastjepa.config.file import dump_config
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import load_config
 
 CONFIGS = ROOT / "configs"
 
 
 class Run(NamedTuple):
-    """A line of the table of official runs and of the table of models."""
+    """What distinguishes a published run: its line in the table of official runs and in the table of models."""
 
     embed_dim: int
     depth: int
@@ -45,6 +47,7 @@ RUNS = {
 
 
 def load(name: str) -> Config:
+    """A shipped run by its name."""
     return load_config(CONFIGS / f"{name}.yaml")
 
 
@@ -54,10 +57,13 @@ def test_the_published_files_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_dump_then_load_is_the_identity(path: Path, tmp_path: Path) -> None:
+def test_a_run_is_read_without_old_names_and_its_record_as_the_same_settings(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = load_config(path)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config.resolved()
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("name", [*RUNS, "default", "debug"])
@@ -68,10 +74,12 @@ def test_a_published_run_writes_to_the_folder_of_its_name(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_published_run_has_the_published_figures(name: str) -> None:
     config = load(name)
-    model, data, masks, optim = config.model, config.data, config.masks, config.optim
+    model, data, objective, optim = config.model, config.data, IJEPAConfig.of(config), config.optim
+    masks = objective.masks
     assert config.micro_batch_size is not None
     assert RUNS[name] == Run(
         *model.size,
+        predictor_depth=objective.depth_of_predictor(model.name),
         patch_size=model.patch_size,
         image_size=data.image_hw[0],
         num_patches=config.num_patches,
@@ -81,7 +89,7 @@ def test_a_published_run_has_the_published_figures(name: str) -> None:
         schedule_scale=optim.schedule_scale,
         micro_batch_size=config.micro_batch_size,
     )
-    assert (config.global_batch_size, model.predictor_embed_dim, model.init) == (2048, 384, "official")
+    assert (config.global_batch_size, objective.predictor_embed_dim, model.init) == (2048, 384, "official")
     assert data.image_hw[0] == data.image_hw[1]
     assert (data.in_channels, data.crop_scale, data.crop_aspect) == (3, (0.3, 1.0), (3 / 4, 4 / 3))
     assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -92,21 +100,23 @@ def test_a_published_run_has_the_published_figures(name: str) -> None:
     assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
     assert optim.ema_momentum == (0.996, 1.0)
     assert optim.clip_grad is None
-    assert (config.objective.loss, config.objective.normalize_targets) == ("smooth_l1", True)
+    assert (objective.loss, objective.normalize_targets) == ("smooth_l1", True)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_published_run_runs_in_any_mask_mode(name: str) -> None:
-    """The comment in the file says that masks.mode may be changed: the grid must allow it."""
+    """The comment in the file says that objective.masks.mode may be changed: the grid must allow it."""
     for mode in ("ragged", "budget"):
-        assert load_config(CONFIGS / f"{name}.yaml", [f"masks.mode={mode}"]).masks.mode == mode
+        config = load_config(CONFIGS / f"{name}.yaml", [f"objective.masks.mode={mode}"])
+        assert IJEPAConfig.of(config).masks.mode == mode
 
 
 def test_the_default_run_is_the_recipe_that_was_shown_to_learn() -> None:
     config = load("default")
-    model, data, masks, optim = config.model, config.data, config.masks, config.optim
-    assert tuple(model.size) == (64, 4, 4, 4, 2)
-    assert (model.predictor_embed_dim, model.patch_size, model.init) == (48, 7, "fan_in")
+    model, data, objective, optim = config.model, config.data, IJEPAConfig.of(config), config.optim
+    masks = objective.masks
+    assert (*model.size, objective.depth_of_predictor(model.name)) == (64, 4, 4, 4, 2)
+    assert (objective.predictor_embed_dim, model.patch_size, model.init) == (48, 7, "fan_in")
     assert (data.source, data.image_hw, data.in_channels, data.crop_scale) == ("fashion_mnist", (28, 28), 1, (0.5, 1.0))
     assert (data.mean, data.std) == ((0.286,), (0.353,))
     assert (config.grid_h, config.grid_w) == (4, 4)
@@ -129,7 +139,7 @@ def test_the_debug_run_is_twenty_steps_of_the_default_data() -> None:
 
 @pytest.mark.parametrize("stage", range(4))
 def test_deepspeed_accepts_every_key(stage: int) -> None:
-    """DeepSpeed ignores a misspelt top-level key in silence, so each is looked up in what it made of the file."""
+    """DeepSpeed ignores a misspelt top-level key silently, so the test looks up each key in what it made of the file."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     settings: dict[str, Any] = json.loads((CONFIGS / f"zero{stage}.json").read_text())
@@ -144,7 +154,7 @@ def test_deepspeed_accepts_every_key(stage: int) -> None:
     assert (parsed.train_batch_size, parsed.train_micro_batch_size_per_gpu) == (24, 4)
     assert (parsed.gradient_accumulation_steps, parsed.gradient_clipping) == (6, 0.5)
     assert parsed.bfloat16_config.enabled == (stage > 0)
-    # The check would wait for the device in every step; weights that are not finite are found before they are saved.
+    # DeepSpeed's check would wait for the device in every step. Weights that are not finite are found before they are saved.
     assert parsed.bfloat16_config.check_grad_overflow == (stage == 0)
     assert parsed.zero_allow_untested_optimizer is True
     assert parsed.steps_per_print is None  # it prints nothing of its own

@@ -1,44 +1,56 @@
-"""Reading and writing settings: what is accepted, what is refused, and that the messages say how to mend it."""
+"""Reading and writing settings: what is accepted, what is refused, and messages that say how to mend it."""
 
 import dataclasses
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, OptimConfig, Savings
-from fastjepa.config.file import dump_config, load_config
+from fastjepa.config import Config, DataConfig, ModelConfig, OptimConfig
+from fastjepa.config.file import dump_config
 from fastjepa.errors import ConfigError
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig, Savings
+from fastjepa.objectives.registry import load_config
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """The path of a configuration that the test writes."""
     return tmp_path / "run.yaml"
 
 
+def config_with(**settings: Any) -> Config:
+    """The defaults, with I-JEPA as the objective unless another is given."""
+    return Config(**({"objective": IJEPAConfig()} | settings))
+
+
 def refusal(path: Path | None, *overrides: str) -> str:
+    """The message with which a file and overrides are refused."""
     with pytest.raises(ConfigError) as raised:
         load_config(path, overrides)
     return str(raised.value)
 
 
 def test_no_file_gives_the_defaults() -> None:
-    assert load_config(None) == Config()
+    assert load_config(None) == config_with()
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "optim:\n  # lr: 1e-4\n", "null\n"])
 def test_an_empty_file_or_section_gives_the_defaults(file: Path, text: str) -> None:
     file.write_text(text)
-    assert load_config(file) == Config()
+    assert load_config(file) == config_with()
 
 
 def test_a_file_replaces_the_defaults_and_the_command_line_the_file(file: Path) -> None:
     file.write_text("seed: 3\noptim:\n  lr: 2e-3\n  eps: 1e-6\ndata: {image_size: [224, 448]}\n")
     config = load_config(file, ["optim.lr=4e-3", "optim.lr=5e-3", "objective.savings.target_last_block=false"])
-    assert config == Config(
+    assert config == config_with(
         seed=3,
         optim=OptimConfig(lr=5e-3, eps=1e-6),
         data=DataConfig(image_size=(224, 448)),
-        objective=ObjectiveConfig(savings=Savings(target_last_block=False)),
+        objective=IJEPAConfig(savings=Savings(target_last_block=False)),
     )
 
 
@@ -49,7 +61,7 @@ def test_a_section_is_overridden_in_one_piece() -> None:
 
 @pytest.mark.parametrize(("text", "number"), [("1e-3", 1e-3), ("1E3", 1e3), ("2", 2.0), ("+.5", 0.5), ("1_0.0", 10.0)])
 def test_every_spelling_of_a_number_is_a_number(text: str, number: float) -> None:
-    """YAML 1.1 takes 1e-3, without a point, for text."""
+    """YAML 1.1 reads 1e-3, which has no point, as text."""
     epochs = load_config(None, [f"epochs={text}"]).epochs
     assert isinstance(epochs, float)
     assert epochs == number
@@ -57,7 +69,7 @@ def test_every_spelling_of_a_number_is_a_number(text: str, number: float) -> Non
 
 @pytest.mark.parametrize("text", ["2024-01-01", "yes", "12", "1e3", "a=b", "'null'", "/data/my images"])
 def test_text_is_taken_as_it_is_written(text: str) -> None:
-    """YAML 1.1 takes most of these for a date, a truth value or a number."""
+    """YAML 1.1 reads most of these as a date, a truth value or a number."""
     assert load_config(None, [f"output_dir={text}"]).output_dir == text.strip("'")
 
 
@@ -106,7 +118,7 @@ def test_a_wrong_type_is_refused_in_plain_words(override: str, expected: str) ->
         ("data.lr", "optim.lr"),
         ("optm.lr", "optim.lr"),
         ("optm", "optim"),
-        ("model.min_keep", "masks.min_keep"),
+        ("model.min_keep", "objective.masks.min_keep"),
         ("optim.ema", "optim.ema_momentum"),
         ("batch_size", "micro_batch_size"),
         ("objective.predictor_last_block", "objective.savings.predictor_last_block"),
@@ -118,7 +130,9 @@ def test_an_unknown_key_names_the_nearest_valid_one(key: str, nearest: str) -> N
 
 def test_an_unknown_key_unlike_any_other_lists_those_of_its_section() -> None:
     message = refusal(None, "objective.xyz=1")
-    assert message.endswith("; valid keys: objective.loss, objective.normalize_targets, objective.savings")
+    keys = ", ".join(f"objective.{field.name}" for field in dataclasses.fields(IJEPAConfig))
+    assert message == f"command line: unknown key objective.xyz; valid keys: {keys}"
+    assert "objective.loss, objective.normalize_targets, " in keys
 
 
 def test_all_problems_are_reported_at_once_with_their_lines(file: Path) -> None:
@@ -194,11 +208,97 @@ def test_a_value_that_cannot_work_names_every_source(file: Path) -> None:
 
 
 def test_a_grid_without_a_valid_mask_is_refused_when_read() -> None:
-    assert "masks.min_keep" in refusal(None, "data.image_size=64", "model.patch_size=16", "masks.min_keep=15")
+    message = refusal(None, "data.image_size=64", "model.patch_size=16", "objective.masks.min_keep=15")
+    assert message.startswith("command line: objective.masks.min_keep = 15: on a grid of 4x4 patches ")
 
 
-def test_dump_then_load_is_the_identity(file: Path) -> None:
-    config = Config(
+# The objective
+
+
+@pytest.mark.parametrize("name", ["nonsense", "I-JEPA", "1"])
+def test_an_unknown_objective_is_refused_with_the_names_of_all(name: str, file: Path) -> None:
+    expected = f"objective.name = {name}: expected one of: ijepa"
+    assert refusal(None, f"objective.name={name}") == expected
+    file.write_text(f"objective: {{name: {name}}}\n")
+    assert refusal(file) == expected
+
+
+def test_the_last_name_of_an_objective_is_the_one_that_counts(file: Path) -> None:
+    file.write_text("objective: {name: nonsense}\n")
+    assert load_config(file, ["objective.name=ijepa"]) == config_with()
+
+
+def test_a_key_that_the_objective_does_not_have_is_refused_with_the_nearest(file: Path) -> None:
+    file.write_text("objective:\n  name: ijepa\n  predictor_width: 3\n  masks: {min_kept: 3}\n")
+    assert refusal(file).splitlines() == [
+        f"{file}, line 3: unknown key objective.predictor_width; did you mean objective.predictor_depth?",
+        f"{file}, line 4: unknown key objective.masks.min_kept; did you mean objective.masks.min_keep?",
+    ]
+
+
+def test_settings_of_objective_and_model_that_do_not_fit_each_other_are_refused() -> None:
+    assert refusal(None, "objective.predictor_embed_dim=100") == (
+        "command line: objective.predictor_embed_dim = 100: expected a multiple of model.num_heads = 12"
+    )
+    assert refusal(None, "compile=cuda_graphs").startswith(
+        "command line: compile = 'cuda_graphs': expected objective.masks."
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("masks.min_keep=4", {"objective.masks.min_keep": 4}),
+        ("masks={min_keep: 4, mode: budget}", {"objective.masks.min_keep": 4, "objective.masks.mode": "budget"}),
+        ("model.predictor_depth=2", {"objective.predictor_depth": 2}),
+        ("model.predictor_embed_dim=192", {"objective.predictor_embed_dim": 192}),
+        ("model={predictor_depth: 2, depth: 3}", {"objective.predictor_depth": 2, "model.depth": 3}),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_read_and_the_warning_names_the_new_one(
+    old: str, new: dict[str, object], file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = load_config(None, [f"{key}={value}" for key, value in new.items()])
+    assert not caplog.messages
+    key, _, value = old.partition("=")
+    file.write_text(f"{key}: {value}\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_config(None, [old]) == load_config(file) == expected != config_with()
+    (on_command_line, in_file) = caplog.messages
+    assert on_command_line.startswith("command line: read by the names that settings have today: ")
+    assert in_file.startswith(f"{file}: read by the names that settings have today: ")
+    renamed = next(iter(new)) if "{" not in old else None
+    if renamed:
+        assert on_command_line.endswith(f"{key} is now {renamed}")
+    assert " is now objective." in on_command_line
+
+
+def test_a_file_of_an_earlier_version_is_read_with_one_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.write_text(
+        "model: {predictor_embed_dim: 192, predictor_depth: 2}\nmasks: {mode: budget}\nobjective: {loss: l2}\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        config = load_config(file)
+    assert config.objective == IJEPAConfig(
+        predictor_embed_dim=192, predictor_depth=2, masks=MaskConfig(mode="budget"), loss="l2"
+    )
+    assert caplog.messages == [
+        f"{file}: read by the names that settings have today: "
+        "model.predictor_embed_dim is now objective.predictor_embed_dim, "
+        "model.predictor_depth is now objective.predictor_depth, masks is now objective.masks"
+    ]
+
+
+def test_a_setting_under_its_old_and_its_new_name_is_given_twice(file: Path) -> None:
+    file.write_text("masks: {min_keep: 3}\nobjective: {masks: {min_keep: 4}}\n")
+    assert refusal(file).endswith("is given twice: remove one")
+
+
+# Writing
+
+
+def test_a_written_file_is_read_as_the_same_settings(file: Path) -> None:
+    config = config_with(
         seed=2**63 - 1,
         output_dir="runs/ü: 'a' #1\n\\x",
         epochs=1 / 3,
@@ -209,19 +309,25 @@ def test_dump_then_load_is_the_identity(file: Path) -> None:
             source="2024-01-01", image_size=(96, 128), in_channels=1, crop_scale=None, mean=(1e-7,), std=(3.0,)
         ),
         model=ModelConfig(name="vit_giant", patch_size=8, mlp_ratio=3.5),
-        masks=MaskConfig(mode="budget", context_budget=0.2),
+        objective=IJEPAConfig(masks=MaskConfig(mode="budget", context_budget=0.2), predictor_depth=3),
         optim=OptimConfig(clip_grad=1e-30, final_lr=0.0),
     )
     file.write_text(dump_config(config), encoding="utf-8")
-    assert load_config(file) == config
+    assert load_config(file) == config.resolved()
     assert dump_config(load_config(file)) == dump_config(config)
 
 
 def test_dump_writes_every_setting_in_the_order_of_the_dataclasses() -> None:
-    text = dump_config(Config())
+    text = dump_config(config_with())
     top = [line.partition(":")[0] for line in text.splitlines() if not line.startswith(" ")]
     assert top == [field.name for field in dataclasses.fields(Config)]
     optim_text = text.partition("\noptim:\n")[2].partition("\nkernels:\n")[0]
     optim = [line.strip().partition(":")[0] for line in optim_text.splitlines()]
     assert optim == [field.name for field in dataclasses.fields(OptimConfig)]
     assert "  betas: [0.9, 0.999]\n" in text
+
+
+def test_dump_writes_no_null_in_place_of_a_value_of_the_named_model() -> None:
+    text = dump_config(config_with(model=ModelConfig(name="vit_huge", patch_size=14)))
+    for line in ("embed_dim: 1280", "depth: 32", "num_heads: 16", "mlp_ratio: 4.0", "predictor_depth: 12"):
+        assert f"\n  {line}\n" in text

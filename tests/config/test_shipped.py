@@ -1,19 +1,19 @@
-"""Shipped configurations are found by name, behind the user's own files."""
+"""Shipped configurations are found by name; a file of the user's own of that name goes first."""
 
 from pathlib import Path
 
 import pytest
 
-from fastjepa.config.file import load_config
 from fastjepa.config.shipped import DEFAULT_CONFIG, SHIPPED, find_config, shipped_names
 from fastjepa.errors import ConfigError
+from fastjepa.objectives.registry import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, outside the repository and empty."""
+    """Makes an empty folder outside the repository the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,26 +5,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from PIL import Image
 
 from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
 from fastjepa.data.decode.dali import dali_problem
+from tests.support.image_files import Pixels
 
 NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
-Pixels = npt.NDArray[np.uint8]
 
 
 @pytest.fixture(params=["turbo", pytest.param("dali", marks=NEEDS_DALI)])
 def loader_name(request: pytest.FixtureRequest) -> str:
-    """Both decoders in turn; DALI only where it is installed."""
+    """The value of data.loader for each decoder in turn; DALI only where it is installed."""
     return str(request.param)
 
 
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
-    """A run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
+    """Makes the configuration of a run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
 
     def make(**data: object) -> Config:
         settings = {"image_size": 32, "in_channels": 1, "mean": (0.5,), "std": (0.25,), "num_threads": 2, **data}
@@ -41,7 +40,7 @@ def make_config() -> Callable[..., Config]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """An empty cache folder for each test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FASTJEPA_CACHE", str(folder))
     return folder
@@ -65,7 +64,7 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def photograph() -> Pixels:
-    """uint8 [427, 640, 3]."""
+    """A photograph, uint8 [427, 640, 3]."""
     datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's sample photographs")
     return np.asarray(datasets.load_sample_images().images[0], np.uint8)
 

@@ -55,7 +55,7 @@ def test_bad_images_are_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By header and while decoding, in any batch, a whole batch of them; the others keep their own pixels."""
+    """Some are found by their header and some while decoding, and one batch is all bad; the others keep their own pixels."""
     monkeypatch.setattr(evaluation, "_AT_ONCE", 4)
     folder = image_folder(12)
     for i in range(12):  # plain images, by which they can be told apart

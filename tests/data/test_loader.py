@@ -3,13 +3,10 @@
 import gc
 import itertools
 import json
-import logging
 import os
-import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +19,7 @@ from PIL import Image
 import fastjepa.data.loader as loader_module
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
-from fastjepa.data.decode import choice
 from fastjepa.data.decode.choice import choose_decoder
-from fastjepa.data.decode.cpu import TurboDecoder
-from fastjepa.data.decode.dali import dali_problem
 from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
 from fastjepa.data.reader import sizes_of
@@ -81,7 +75,7 @@ def load(*args: Path | Config, **split: int) -> list[Batch]:
 
 
 def samples(batches: list[Batch]) -> list[tuple[int, bytes, tuple[list[int], bool], list[int], list[int]]]:
-    """Of each image, in order: identity, pixels, crop and flip, context and target patches."""
+    """Identity, pixels, crop and flip, context and target patches of each image, in order."""
     seen = []
     for batch in batches:
         masks = batch.masks
@@ -205,7 +199,7 @@ def spoil(folder: Path, index: int, content: bytes) -> None:
 
 
 def stand_in(index: int, epoch: int, bad: set[int], n: int, seed: int = 7) -> int:
-    """The documented rule, in a loop."""
+    """The image that belongs in the place of `index`: the documented rule as a loop."""
     candidates = (replacement(index, k, seed=seed, epoch=epoch, num_images=n) for k in itertools.count(1))
     return index if index not in bad else next(candidate for candidate in candidates if candidate not in bad)
 
@@ -293,7 +287,7 @@ def test_a_folder_of_bad_images_only_is_an_error_that_says_so(
         load(folder, make_config(loader=loader_name))
 
 
-# The thread
+# Threads
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -311,7 +305,7 @@ def test_an_error_in_the_thread_is_raised_with_its_traceback(
     with pytest.raises(ZeroDivisionError, match="at step 0") as caught:
         next(loader)
     assert "sampler_that_breaks" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-    assert list(loader) == []  # closed
+    assert list(loader) == []  # the loader is closed
 
 
 @pytest.mark.parametrize("how", ["close", "with", "garbage collection", "error"])
@@ -378,39 +372,6 @@ def test_memory_does_not_grow_with_the_steps(
     assert grown < 20e6
 
 
-# The choice of the decoder
-
-
-def test_on_a_cpu_auto_is_turbo_and_says_so_once(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), TurboDecoder)
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert message == "images are decoded by libjpeg-turbo and Pillow (data.loader = auto on a cpu device)"
-
-
-def test_without_dali_auto_is_turbo_on_a_gpu_too_and_says_why_once(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # On systems without a build, the package index holds an empty 0.0.0: an import is not enough of a check.
-    placeholder = types.ModuleType("nvidia.dali")
-    placeholder.__version__ = "0.0.0"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
-    monkeypatch.setitem(sys.modules, "nvidia.dali", placeholder)
-    assert "placeholder" in str(dali_problem())
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert not choice._use_dali("auto", "cuda")
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert "Pillow" in message
-    assert "placeholder" in message
-    with pytest.raises(ValueError, match=r"data\.loader = dali: .*placeholder.*fastjepa\[dali\].*turbo"):
-        choose_decoder(make_config(loader="dali").data, CPU, 4, ThreadPoolExecutor(1))
-    choice._use_dali.cache_clear()
-
-
 # With a GPU
 
 
@@ -433,7 +394,7 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
 def test_a_batch_on_the_gpu_is_not_overwritten_while_a_slow_step_uses_it(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
-    """The step's work is queued behind a long wait, and the batch let go at once, as the trainer does."""
+    """The step's work is queued behind a long wait, and the batch is let go at once, as the trainer does it."""
     folder, config = image_folder(13), make_config(loader=loader_name, prefetch=2)
     expected = [batch.images.float().mean() for batch in load(folder, config, stop=20)]
     sums = []

@@ -30,9 +30,12 @@ Box = tuple[int, int, int, int]
 def random_resized_crop(
     height: int, width: int, config: DataConfig, draws: Iterator[tuple[float, float, float, float]]
 ) -> Box:
-    """torchvision's RandomResizedCrop.get_params, image by image, from its documentation.
+    """RandomResizedCrop.get_params of torchvision for one image, written from its documentation.
 
-    draws: per attempt, numbers in [0, 1) for area, aspect, top and left.
+    Args:
+        height, width: of the image.
+        config: the crop settings.
+        draws: for each attempt, numbers in [0, 1) for area, aspect, top and left.
     """
     assert config.crop_scale is not None
     (s0, s1), (r0, r1) = config.crop_scale, config.crop_aspect
@@ -100,7 +103,7 @@ def test_crop_boxes_equal_a_loop_over_the_same_random_numbers(scale: tuple[float
 
 
 def test_large_crops_begin_and_end_at_multiples_of_their_scale() -> None:
-    """Otherwise they are those without DCT scaling: less than k pixels smaller, and off by less than k."""
+    """The boxes are those without DCT scaling, with every side rounded down to a multiple of k."""
     rng = np.random.default_rng(0)
     indices = np.arange(2000)
     sizes = rng.integers(60, 1200, (2000, 2)).astype(np.int32)
@@ -123,7 +126,7 @@ def _statistics(boxes: npt.NDArray[np.int_] | npt.NDArray[np.int32]) -> list[npt
 
 @pytest.mark.parametrize("size", [(375, 500), (120, 400)])
 def test_crop_boxes_have_the_distribution_of_the_algorithm(size: tuple[int, int]) -> None:
-    """Two-sample Kolmogorov-Smirnov tests against a loop with NumPy's generator, level 0.001."""
+    """A loop with NumPy's generator is the reference, in two-sample Kolmogorov-Smirnov tests at level 0.001."""
     config = DataConfig()
     n = 4000
     rng = np.random.default_rng(1)
@@ -189,7 +192,7 @@ def test_flips_have_their_probability_and_depend_on_seed_epoch_and_index_only() 
 
 
 def test_replacements_are_spread_over_the_data_set() -> None:
-    """So that a lost shard is not replaced by one and the same image."""
+    """A lost shard must not be replaced by one and the same image."""
     chosen = [replacement(index, 1, seed=3, epoch=2, num_images=50) for index in range(1000, 6000)]
     counts = np.bincount(chosen, minlength=50)
     assert 0.001 < chi2.sf(float(((counts - 100) ** 2 / 100).sum()), 49) < 0.999

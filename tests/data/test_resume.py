@@ -75,8 +75,11 @@ class Run:
         folder.mkdir()
 
     def go(self, world_size: int, start_step: int, *, kill_after: int | None) -> dict[int, list[Any]]:
-        """Step -> images in the order of the global batch, of the steps that all ranks did. Killed (SIGKILL) once a rank has
-        done `kill_after` steps, wherever the others are."""
+        """Run, and kill all ranks (SIGKILL) once one of them has done `kill_after` steps, wherever the others are.
+
+        Returns:
+            Step -> images in the order of the global batch, for the steps that all ranks did.
+        """
         outputs = [self._folder / f"{start_step}_{world_size}_{rank}.jsonl" for rank in range(world_size)]
         command = [sys.executable, "-m", "tests.workers.loader", self._source]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

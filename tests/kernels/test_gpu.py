@@ -31,17 +31,17 @@ def _operations() -> dict[str, _Operation]:
         return torch.randn(*shape, device=device, generator=generator).bfloat16().requires_grad_()
 
     images = torch.randint(0, 256, (4, 3, 224, 224), device=device, dtype=torch.uint8)
-    qkv, tokens = rows(masks.context.total, 3, 6, 64), rows(masks.context.total + 196, 384)
-    predictions, features = rows(masks.target.total, 384), rows(masks.union.total, 384).detach()
+    qkv, tokens = rows(masks.context_lengths.total, 3, 6, 64), rows(masks.context_lengths.total + 196, 384)
+    predictions, features = rows(masks.target_lengths.total, 384), rows(masks.union_lengths.total, 384).detach()
     table = torch.randn(196, 384, device=device, generator=generator)
-    context_tokens = rows(masks.context.total, 384)
+    context_tokens = rows(masks.context_lengths.total, 384)
 
     def differentiated(function: Callable[..., Tensor], x: Tensor, *args: object) -> tuple[Tensor, ...]:
         out = function(x, *args)
         return out.detach(), *torch.autograd.grad(out.float().square().sum(), x)
 
     return {
-        "block_attention": lambda: differentiated(block_attention_packed, qkv, masks.context),
+        "block_attention": lambda: differentiated(block_attention_packed, qkv, masks.context_lengths),
         "masked_gather": lambda: differentiated(masked_gather, tokens, masks.predictor_rows),
         "gather_patches": lambda: (gather_patches(images, masks.context_indices, 16, dtype=torch.bfloat16),),
         "gather_add": lambda: differentiated(gather_add, context_tokens, table, masks.context_indices % 196),
@@ -83,11 +83,11 @@ def test_a_captured_operation_gives_the_same_numbers_when_replayed(operation: _O
 
 def test_an_operation_compiles_into_one_graph_with_the_same_numbers() -> None:
     masks = _SHAPE.masks.to(torch.device("cuda"))
-    qkv = torch.randn(masks.context.total, 3, 6, 64, device="cuda").bfloat16()
+    qkv = torch.randn(masks.context_lengths.total, 3, 6, 64, device="cuda").bfloat16()
     table = torch.randn(196, 384, device="cuda")
 
     def several() -> Tensor:
-        tokens = block_attention_packed(qkv, masks.context).flatten(1)
+        tokens = block_attention_packed(qkv, masks.context_lengths).flatten(1)
         tokens = gather_add(tokens, table, masks.context_indices % 196)
         predictions = masked_gather(tokens, masks.predictor_target_rows % len(tokens))
         return target_loss(predictions, table, masks.target_indices % 196)

@@ -1,6 +1,6 @@
-"""I-JEPA written out as plainly as possible from REFERENCE-style text: one image, one target block, one head at a time.
+"""I-JEPA written as plainly as possible: one image, one target block, one attention head at a time.
 
-An independent second implementation for tests. It shares nothing with fastjepa but the parameter names.
+Tests use it as a second implementation. It shares nothing with fastjepa but the names of the parameters.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ Weights = dict[str, Tensor]
 
 
 def attention(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
+    """Self-attention among the tokens [N, D] of one sequence -> [N, D]."""
     width = x.shape[1]
     qkv = x @ w[f"{prefix}.qkv.weight"].T + w[f"{prefix}.qkv.bias"]
     out = []
@@ -26,6 +27,8 @@ def attention(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
 
 
 def block(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
+    """A pre-norm transformer block on the tokens [N, D] of one sequence -> [N, D]."""
+
     def norm(y: Tensor, name: str) -> Tensor:
         return F.layer_norm(y, y.shape[-1:], w[f"{prefix}.{name}.weight"], w[f"{prefix}.{name}.bias"], eps=1e-6)
 
@@ -36,7 +39,7 @@ def block(x: Tensor, w: Weights, prefix: str, heads: int) -> Tensor:
 
 
 def encoder(image: Tensor, kept: Tensor, w: Weights, heads: int, depth: int, patch: int) -> Tensor:
-    """Image [C, H, W], indices of the patches that are seen -> features [kept, D]."""
+    """Image [C, H, W] and the indices of the patches that are seen -> features of these [kept, D]."""
     tokens = F.conv2d(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)[0]
     x = (tokens.flatten(1).T + w["pos_embed"][0])[kept]
     for i in range(depth):
@@ -45,6 +48,7 @@ def encoder(image: Tensor, kept: Tensor, w: Weights, heads: int, depth: int, pat
 
 
 def predictor(context: Tensor, kept: Tensor, wanted: Tensor, w: Weights, heads: int, depth: int) -> Tensor:
+    """Features [kept, D] of the context patches `kept` -> predictions [wanted, D] for the patches `wanted`."""
     x = context @ w["predictor_embed.weight"].T + w["predictor_embed.bias"] + w["predictor_pos_embed"][0, kept]
     x = torch.cat([x, w["mask_token"][0] + w["predictor_pos_embed"][0, wanted]])
     for i in range(depth):
@@ -54,6 +58,7 @@ def predictor(context: Tensor, kept: Tensor, wanted: Tensor, w: Weights, heads: 
 
 
 def part(weights: Weights, prefix: str) -> Weights:
+    """The weights whose names begin with the prefix and a dot, by the rest of their names."""
     return {name.removeprefix(prefix + "."): w for name, w in weights.items() if name.startswith(prefix + ".")}
 
 
@@ -70,7 +75,16 @@ def loss(
     kind: str = "smooth_l1",
     normalize: bool = True,
 ) -> Tensor:
-    """Images [B, C, H, W]; per image the kept patches and the patches of each target block."""
+    """The loss of a micro batch: the mean over all elements of all predictions.
+
+    Args:
+        images: [B, C, H, W].
+        contexts: per image, the indices of the context patches.
+        targets: per image and target block, the indices of its patches.
+        weights: parameters and buffers of all three networks, by their names in `IJEPAObjective`.
+        kind: smooth_l1 or l2.
+        normalize: LayerNorm without affine over each target's features.
+    """
     predictions, wanted = [], []
     for image, kept, blocks in zip(images, contexts, targets, strict=True):
         with torch.no_grad():
