@@ -27,6 +27,7 @@ optim: {warmup_epochs: 0.25}
 # Runs train.main after FAULT, which is code that injects a fault.
 FAULTY = """
 import os, signal, sys, time
+from dataclasses import replace
 import torch
 from fastjepa import distributed, train
 from fastjepa.engine import deepspeed_engine, torch_engine

@@ -72,7 +72,7 @@ def model_is_published(engine: DeepSpeedEngine, state: State) -> list[bool]:
 
 
 def error_of_ema(engine: DeepSpeedEngine) -> list[float]:
-    """Train some steps, and return for each rank the largest difference of its EMA from a float64 EMA of its fp32 weights."""
+    """Train some steps, and compare the EMA with a float64 EMA of the fp32 weights: the largest error of each rank."""
     sources = {p.name: p for p in engine.pieces() if p.name.startswith("context_encoder.")}
     targets = {p.name.replace("target_", "context_"): p for p in engine.pieces() if p.name.startswith("target_")}
     exact = {name: piece.view(piece.tensor).double() for name, piece in targets.items()}
