@@ -30,6 +30,8 @@ from tests.support.small import engine_of, small_batch
 from tests.support.tiny_run import at_step, ended, metrics, start, write_recipe
 from tests.workers import other_ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:

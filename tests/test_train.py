@@ -97,6 +97,7 @@ def test_a_run_leaves_its_configuration_metrics_and_checkpoints(finished: Path, 
     assert line[4] == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_every_launcher_trains_the_same_run_on_two_ranks(
     launcher: str, finished: Path, recipe: str, tmp_path: Path
@@ -111,6 +112,7 @@ def test_every_launcher_trains_the_same_run_on_two_ranks(
     assert len(index["shards"]) == {"torchrun": 1, "deepspeed": 2}[launcher]
 
 
+@pytest.mark.processes
 def test_deepspeed_trains_a_single_process_without_a_launcher(finished: Path, recipe: str, tmp_path: Path) -> None:
     zero = str(ROOT / "configs" / "zero1.json")
     output_of(sys.executable, TRAIN, "--ds_config", zero, "--config", recipe, f"output_dir={tmp_path}")
@@ -129,6 +131,7 @@ train.main(sys.argv[1:])
 """
 
 
+@pytest.mark.processes
 def test_a_run_that_was_killed_and_started_again_ends_bit_for_bit_like_one_that_was_not(
     finished: Path, recipe: str, tmp_path: Path
 ) -> None:
@@ -303,6 +306,7 @@ def test_a_folder_without_labels_trains_and_the_run_says_that_there_are_no_probe
     assert f"no labelled train and val splits in {images}, so no probes; " in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_the_memory_of_training_is_free_while_the_run_is_evaluated(recipe: str, tmp_path: Path) -> None:
     launch("tests.workers.memory", 1, recipe, str(tmp_path))
     held = json.loads((tmp_path / "held.json").read_text())
@@ -378,6 +382,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 """
 
 
+@pytest.mark.processes
 def test_the_command_line_imports_nothing_heavy_before_it_must() -> None:
     imported = set(output_of(sys.executable, "-c", IMPORTED).split())
     assert {"fastjepa", "yaml"} <= imported

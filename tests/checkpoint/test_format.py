@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastjepa.checkpoint import restore
-from fastjepa.checkpoint.format import latest, load_weights
+from fastjepa.checkpoint.format import latest, load_weights, newest_first, step_of
 from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError, DamagedCheckpointError
 from tests.support.checkpoints import error_text, reseal
@@ -34,6 +34,39 @@ def test_parts_of_the_model_load_without_an_engine(uninterrupted: tuple[Path, An
 def test_there_is_no_latest_checkpoint_where_nothing_was_saved(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     assert latest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step_00000012", 12),
+        ("step_123456789", 123456789),
+        (".step_00000012.replaced", 12),
+        ("step_12", None),
+        (".step_00000012.tmp", None),
+        ("global_step10", None),
+        ("step_00000012.zip", None),
+    ],
+)
+def test_the_step_is_in_the_name_of_a_checkpoint_and_other_names_have_none(name: str, step: int | None) -> None:
+    assert step_of(Path("checkpoints") / name) == step
+
+
+def test_checkpoints_are_listed_from_the_latest_to_earlier_steps_without_later_ones(tmp_path: Path) -> None:
+    for name in ("step_00000004", "step_00000008", "step_00000012", ".step_00000006.tmp", "notes"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in newest_first(tmp_path)] == ["step_00000012", "step_00000008", "step_00000004"]
+    (tmp_path / "latest").write_text("step_00000008\n")
+    assert [path.name for path in newest_first(tmp_path)] == ["step_00000008", "step_00000004"]
+
+
+def test_a_checkpoint_that_was_set_aside_and_not_replaced_is_the_latest(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_00000008")
+    aside = tmp_path / ".step_00000008.replaced"
+    aside.mkdir()
+    assert latest(tmp_path) == aside
+    (tmp_path / "step_00000008").mkdir()
+    assert latest(tmp_path) == tmp_path / "step_00000008"
 
 
 def test_a_latest_file_that_names_no_checkpoint_is_an_error(saved: Path) -> None:

@@ -77,9 +77,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_earlier_checkpoint(
 
 
 @pytest.mark.processes
-def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks(
-    two_ranks: tuple[Path, Any],
-) -> None:
+def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks(two_ranks: tuple[Path, Any]) -> None:
     folder, results = two_ranks
     for message in results["full disk"]:
         assert "rank 1: " in message

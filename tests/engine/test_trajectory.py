@@ -40,6 +40,7 @@ def test_the_reduced_matrix_has_each_value_of_the_whole_one_with_each_engine() -
         assert {cell.clip for cell in mine} == {cell.checkpointing for cell in mine} == {False, True}
 
 
+@pytest.mark.processes
 def test_every_engine_follows_the_reference(tmp_path: Path) -> None:
     rows = run(reduced_cells(), REDUCED_STEPS, tmp_path)
     assert [row.cell for row in rows if not row.holds] == []

@@ -19,6 +19,7 @@ from fastjepa.engine.zero_gather import WeightGather
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=[pytest.mark.gpu, two_gpus])])
 def test_gathers_under_the_next_step_change_no_bit_however_late_they_end(tmp_path: Path, cuda: bool) -> None:
     """Two ranks train at stages 1 and 2, in fp32 and bf16, with accumulation and clipping."""
