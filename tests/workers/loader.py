@@ -13,8 +13,12 @@ from pathlib import Path
 
 import torch
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data import Batch, Loader, open_dataset
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 
 GLOBAL_BATCH, STEPS = 12, 40
 
@@ -30,20 +34,22 @@ def run_config(source: str) -> Config:
         num_threads=1,
         max_bad_share=0.5,
     )
-    return Config(seed=11, data=data, model=ModelConfig(name="vit_tiny", patch_size=8), masks=MaskConfig(min_keep=5))
+    objective = IJEPAConfig(masks=MaskConfig(min_keep=5))
+    return Config(seed=11, data=data, model=ModelConfig(name="vit_tiny", patch_size=8), objective=objective)
 
 
 def describe(batch: Batch) -> list[list[object]]:
     """Of each image: identity, crop, flip, and a hash of its pixels and masks."""
-    masks = batch.masks
-    blocks = masks.target.num_seqs // masks.num_images
-    context, target = masks.context.cu_seqlens.tolist(), masks.target.cu_seqlens[::blocks].tolist()
+    assert isinstance(batch.prepared, MaskedImages)
+    masks, (boxes,), (flips,) = batch.prepared.masks, batch.boxes, batch.flips
+    blocks = masks.target_lengths.num_seqs // masks.num_images
+    context, target = masks.context_lengths.cu_seqlens.tolist(), masks.target_lengths.cu_seqlens[::blocks].tolist()
     images = []
     for i, index in enumerate(batch.sample_ids.tolist()):
-        digest = hashlib.sha256(batch.images[i].numpy().tobytes())
+        digest = hashlib.sha256(batch.prepared.images[i].numpy().tobytes())
         for indices, ends in ((masks.context_indices, context), (masks.target_indices, target)):
             digest.update((indices[ends[i] : ends[i + 1]] - i * masks.num_patches).numpy().tobytes())
-        images.append([index, batch.boxes[i].tolist(), bool(batch.flips[i]), digest.hexdigest()[:16]])
+        images.append([index, boxes[i].tolist(), bool(flips[i]), digest.hexdigest()[:16]])
     return images
 
 
@@ -55,6 +61,7 @@ def main(source: str, output: Path, rank: int, world_size: int, start_step: int)
     loader = Loader(
         dataset,
         config,
+        method_of(config),
         rank=rank,
         world_size=world_size,
         micro_batch_size=GLOBAL_BATCH // world_size,
