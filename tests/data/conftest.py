@@ -1,4 +1,4 @@
-"""Small configurations, image folders and photographs for the data tests."""
+"""Small configurations, image folders and photographs for the tests of data."""
 
 import os
 from collections.abc import Callable
@@ -9,8 +9,10 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data.decode.dali import dali_problem
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 
 NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
 Pixels = npt.NDArray[np.uint8]
@@ -18,13 +20,13 @@ Pixels = npt.NDArray[np.uint8]
 
 @pytest.fixture(params=["turbo", pytest.param("dali", marks=NEEDS_DALI)])
 def loader_name(request: pytest.FixtureRequest) -> str:
-    """Both decoders in turn; DALI only where it is installed."""
+    """Each decoder in turn; DALI only where it is installed."""
     return str(request.param)
 
 
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
-    """A run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
+    """Makes the settings of a run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
 
     def make(**data: object) -> Config:
         settings = {"image_size": 32, "in_channels": 1, "mean": (0.5,), "std": (0.25,), "num_threads": 2, **data}
@@ -33,7 +35,7 @@ def make_config() -> Callable[..., Config]:
             seed=7,
             data=DataConfig(**settings),  # type: ignore[arg-type]
             model=ModelConfig(name="vit_tiny", patch_size=8),
-            masks=MaskConfig(min_keep=5),
+            objective=IJEPAConfig(masks=MaskConfig(min_keep=5)),
         )
 
     return make
@@ -41,7 +43,7 @@ def make_config() -> Callable[..., Config]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """A cache folder that no other test uses."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FASTJEPA_CACHE", str(folder))
     return folder
@@ -49,7 +51,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes n grey PNG files of different sizes and pixels, `images/000.png`, ...; returns the folder."""
+    """Writes n grey PNG files of different sizes and pixels, `images/000.png` and so on, and returns the folder."""
 
     def write(n: int) -> Path:
         folder = tmp_path / "images"
@@ -65,14 +67,14 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def photograph() -> Pixels:
-    """uint8 [427, 640, 3]."""
+    """A photograph, uint8 [427, 640, 3]."""
     datasets = pytest.importorskip("sklearn.datasets", reason="needs scikit-learn's sample photographs")
     return np.asarray(datasets.load_sample_images().images[0], np.uint8)
 
 
 @pytest.fixture(scope="session")
 def write_invalid_name() -> Callable[[Path, bytes], bytes]:
-    """Moves a file to a name that is not UTF-8, or skips where the file system has no such names."""
+    """Moves a file to a name that is not UTF-8; skips the test where the file system has no such names."""
 
     def move(path: Path, name: bytes) -> bytes:
         target = os.fsencode(path.parent) + b"/" + name
