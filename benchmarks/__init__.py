@@ -1,1 +1,1 @@
-"""Measurements, each a module to run: python -m benchmarks.NAME."""
+"""Measurements, each a module to run: python -m benchmarks.NAME. `proofs/` holds those that need no clock."""

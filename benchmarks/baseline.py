@@ -1,12 +1,12 @@
 """I-JEPA as a good engineer would write it first: torch modules, eager attention, AdamW, a loop for the EMA.
 
-What `benchmarks.step` holds fastjepa to. It follows the paper (Assran et al. 2023, section 3) and the official description:
-dense batches [B, tokens, D], every target block a row of the predictor's batch, the target encoder on all patches.
-Parameter names are those of fastjepa, so one set of weights serves both (`tests/benchmarks/test_baseline.py`: same loss,
-same gradients, same weights and EMA after steps).
+`benchmarks.step` compares fastjepa with this baseline. It follows the paper (Assran et al. 2023, section 3) and the official
+description: dense batches [B, tokens, D], one row of the predictor's batch per target block, the target encoder on all
+patches. The parameter names are those of fastjepa, so that one set of weights serves both
+(`tests/benchmarks/test_baseline.py`: same loss, same gradients, same weights and EMA after several steps).
 
-The official masks are cut to the batch minimum, so all sequences are alike. For ragged masks the batch is padded to its
-longest sequence and attention is masked (`Lengths`).
+Official masks are cut to the batch minimum, so all sequences have one length. With ragged masks the batch is padded to its
+longest sequence and attention is masked (`Positions`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from torch import Tensor, nn
 from fastjepa.config import Config
 from fastjepa.models.layers import sincos_position_table
 from fastjepa.objectives.ijepa.masks import MaskBatch
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 from fastjepa_kernels import Ragged
+
+NORM_EPS = 1e-6
+PREDICTOR_MLP_RATIO = 4.0
 
 
 class Attention(nn.Module):
@@ -57,9 +61,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,15 +82,16 @@ class PatchEmbed(nn.Module):
 
 @dataclass(frozen=True)
 class Positions:
-    """The patches of a batch of sequences, one row each; padded at the end if they are not all of one length."""
+    """The patch positions of S sequences, padded at the end to the longest length L if the lengths differ."""
 
     indices: Tensor
-    """int64 [S, L]: patch positions; of padding: 0."""
+    """int64 [S, L]; 0 at padding."""
     valid: Tensor | None
-    """bool [S, L]: True where there is a token; None: everywhere."""
+    """bool [S, L], True at tokens and False at padding. None if nothing is padded."""
 
     @staticmethod
     def of(flat: Tensor, lengths: Ragged, num_patches: int) -> Positions:
+        """Split packed indices into the batch [T] into one padded row per sequence."""
         rows = (flat % num_patches).split(lengths.lengths().tolist())
         indices = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
         valid = torch.arange(indices.shape[1], device=indices.device) < lengths.lengths()[:, None]
@@ -94,12 +99,12 @@ class Positions:
 
 
 def take(x: Tensor, indices: Tensor) -> Tensor:
-    """x [B, N, D] at indices [B, L] -> [B, L, D]."""
+    """Pick the tokens of x [B, N, D] at indices [B, L]: [B, L, D]."""
     return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def key_mask(valid: Tensor | None) -> Tensor | None:
-    """[S, L] -> [S, 1, 1, L], for scores [S, heads, L, L]."""
+    """Shape [S, L] as [S, 1, 1, L], to broadcast over attention scores [S, H, L, L]."""
     return None if valid is None else valid[:, None, None]
 
 
@@ -112,7 +117,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.data.in_channels, size.embed_dim, config.model.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(size.embed_dim, config.grid_h, config.grid_w))
         self.blocks = nn.ModuleList(Block(size.embed_dim, size.num_heads, size.mlp_ratio) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(size.embed_dim, eps=NORM_EPS)
 
     def forward(self, images: Tensor, kept: Positions | None = None) -> Tensor:
         x = self.patch_embed(images) + self.pos_embed
@@ -130,16 +135,17 @@ class Predictor(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        size, dim = config.model.size, config.model.predictor_embed_dim
+        size, settings = config.model.size, IJEPAConfig.of(config)
+        dim, depth = settings.predictor_embed_dim, settings.depth_of_predictor(config.model.name)
         self.predictor_embed = nn.Linear(size.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_position_table(dim, config.grid_h, config.grid_w))
-        self.predictor_blocks = nn.ModuleList(Block(dim, size.num_heads, 4.0) for _ in range(size.predictor_depth))
-        self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predictor_blocks = nn.ModuleList(Block(dim, size.num_heads, PREDICTOR_MLP_RATIO) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(dim, size.embed_dim)
 
     def forward(self, context: Tensor, kept: Positions, wanted: Positions) -> Tensor:
-        """context [B, K, D], wanted [B M, L] -> predictions [B M, L, D]."""
+        """Predict [B M, L, D] at the positions `wanted` [B M, L] from context tokens [B, K, D] at the positions `kept`."""
         num_blocks = len(wanted.indices) // len(context)
         x = self.predictor_embed(context) + self.predictor_pos_embed[0][kept.indices]
         x = x.repeat_interleave(num_blocks, dim=0)
@@ -164,9 +170,9 @@ class BaselineIJEPA(nn.Module):
         self.target_encoder.requires_grad_(False)
 
     def forward(self, images: Tensor, masks: MaskBatch) -> Tensor:
-        """Normalised images [B, C, H, W] -> smooth-L1 loss."""
-        kept = Positions.of(masks.context_indices, masks.context, masks.num_patches)
-        wanted = Positions.of(masks.target_indices, masks.target, masks.num_patches)
+        """The smooth-L1 loss of normalised images [B, C, height, width]."""
+        kept = Positions.of(masks.context_indices, masks.context_lengths, masks.num_patches)
+        wanted = Positions.of(masks.target_indices, masks.target_lengths, masks.num_patches)
         with torch.no_grad():
             h = self.target_encoder(images)
             h = F.layer_norm(h, h.shape[-1:])
@@ -178,7 +184,7 @@ class BaselineIJEPA(nn.Module):
 
 
 class Baseline:
-    """The model with its optimizer: what `Engine.micro_step` does, in its plainest form."""
+    """The model with its optimizer. `step` does what fastjepa's `Engine.micro_step` does, in its plainest form."""
 
     def __init__(self, model: BaselineIJEPA, config: Config, *, bf16: bool = False) -> None:
         self.model, self.bf16 = model, bf16

@@ -1,4 +1,4 @@
-"""Starts a module as the ranks of a run on this machine, as a launcher would."""
+"""Start a module as the ranks of a run on this machine, as a launcher would."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 GRACE_SECONDS = 5.0
+"""Seconds that the other ranks get to end by themselves after the first one failed."""
 
 
 def free_port() -> int:
+    """A TCP port that nothing listens on at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def launch(module: str, world: int, *args: str, timeout: float = 500, cuda: bool = False) -> None:
-    """Run `python -m module *args` as `world` processes of one thread each, which see the GPUs if `cuda`.
+    """Run `python -m module *args` in `world` processes of one thread each. They see the GPUs only if `cuda`.
 
     Raises:
-        RuntimeError: a rank failed, or the time is over; with the end of what every rank wrote that did not end well. Those
-            that still run are killed.
+        RuntimeError: a rank failed, or `timeout` seconds have passed. Ranks that still run are killed; the message ends with
+            the last output of every rank that did not end with status 0.
     """
     env = os.environ | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -50,7 +52,7 @@ def launch(module: str, world: int, *args: str, timeout: float = 500, cuda: bool
         try:
             while any(process.poll() is None for process in processes) and time.monotonic() < end:
                 if not failed and any(process.poll() for process in processes):
-                    # The first to end may only have lost another, which is still writing why.
+                    # The first rank to end may only have lost its connection to another, which is still writing why.
                     failed, end = True, time.monotonic() + GRACE_SECONDS
                 time.sleep(0.05)
             codes = [process.poll() for process in processes]

@@ -1,4 +1,4 @@
-"""Whether a long run stays as it began: memory, step time, and what it leaves on the disk, over 20,000 tiny steps.
+"""Memory, step time and disk space of a long run: 20,000 tiny steps, whose memory and disk space must stay bounded.
 
 python -m benchmarks.long_run [--steps 20000] [--ds_config configs/zero2.json] [--output benchmarks/results/long_run.json]
 """
@@ -18,12 +18,13 @@ from benchmarks.launch import ROOT
 from fastjepa.config import Config
 
 MOST_GROWTH = 1.02
-"""Of the peak memory, from the first tenth of the run to its end. (Step times are only printed: machines are shared.)"""
-BATCH = 8  # 8,000 images: an epoch is 1,000 steps
+"""Allowed ratio of the peak memory at the end to that after the first tenth. (Step times are only printed: machines are
+shared.)"""
+BATCH = 8  # of configs/debug.yaml's 8,000 images: an epoch is 1,000 steps
 
 
 def run(folder: Path, steps: int, ds_config: str | None) -> list[dict[str, Any]]:
-    """configs/debug.yaml with a small batch; its metrics, a line every hundredth step."""
+    """Train configs/debug.yaml with a small batch; return its metrics, one line per hundred steps."""
     settings = [f"epochs={steps / 1000}", f"global_batch_size={BATCH}", "micro_batch_size=null", "log_interval=100"]
     command = [sys.executable, str(ROOT / "fastjepa" / "train.py"), "--config", str(ROOT / "configs" / "debug.yaml")]
     command += [*settings, "checkpoint_interval=1000", f"output_dir={folder}"]
@@ -32,7 +33,7 @@ def run(folder: Path, steps: int, ds_config: str | None) -> list[dict[str, Any]]
 
 
 def tenths(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """By tenths of the run: peak memory so far in MiB, median milliseconds per step."""
+    """The peak memory so far in MiB and the median milliseconds of a step, for each tenth of the run."""
     size = len(lines) // 10
     parts = [lines[i * size : (i + 1) * size] for i in range(10)]
     return {
@@ -42,7 +43,7 @@ def tenths(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """What the run left there."""
+    """Bytes and files that the run left in its folder."""
     checkpoints = [path for path in (folder / "checkpoints").iterdir() if path.is_dir()]
     return {
         "metrics_bytes": (folder / "metrics.jsonl").stat().st_size,
@@ -53,13 +54,17 @@ def disk(folder: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description="Memory and time of a long run.")
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--ds_config")
-    parser.add_argument("--output", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.long_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=20_000, help="1000 or more (default: %(default)s)")
+    parser.add_argument(
+        "--ds_config", help="a DeepSpeed configuration, such as configs/zero2.json (default: plain PyTorch)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     if options.steps < 1000:
-        parser.error(f"--steps {options.steps}: expected 1000 or more, for ten tenths of a line or more")
+        parser.error(f"--steps {options.steps}: expected 1000 or more: each tenth of the run needs a line of metrics")
     with tempfile.TemporaryDirectory() as folder:
         lines = run(Path(folder), options.steps, options.ds_config)
         result = {"steps": options.steps, "ds_config": options.ds_config, **tenths(lines), **disk(Path(folder))}
@@ -69,7 +74,10 @@ def main() -> int:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     first, *_, last = result["peak_memory_mib"]
     if last > MOST_GROWTH * first or result["checkpoints"] > Config.keep_last:
-        print(f"not bounded: memory grew {last / first:.3f} times, {result['checkpoints']} checkpoints are kept")
+        print(
+            f"not bounded: memory grew {last / first:.3f} times (expected at most {MOST_GROWTH}), "
+            f"{result['checkpoints']} checkpoints are kept (expected at most {Config.keep_last})"
+        )
         return 1
     return 0
 

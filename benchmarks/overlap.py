@@ -1,10 +1,11 @@
-"""What runs under the computing at ZeRO 1 and 2: python -m benchmarks.overlap --output benchmarks/results
+"""Communication that hides under computation at ZeRO 1 and 2: python -m benchmarks.overlap --output benchmarks/results
 
-Two ranks on the CPU train with DeepSpeed's own gather of the weights, which the step waits for, and with fastjepa's, in
-blocks of steps in turns; the ratio of the medians is printed. Two steps of the latter are traced: overlap.png shows rank 0,
-overlap.trace.json is for chrome://tracing or https://ui.perfetto.dev. On one machine the ranks copy through memory, which
-takes computing time from them; `--gbit 10` puts them into a network namespace of their own (Linux, as root) whose traffic
-passes at 10 Gbit/s, as over a cable.
+Two ranks on the CPU train with DeepSpeed's own gather of the weights, which the step waits for, and with fastjepa's, which
+runs under the next step. Blocks of steps take turns, and the ratio of the median times is printed. Two steps with fastjepa's
+gather are traced: overlap.png shows rank 0, overlap.trace.json is for chrome://tracing or https://ui.perfetto.dev.
+
+On one machine the ranks communicate through memory, which takes computing time from them. `--gbit 10` puts them into
+a network namespace of their own (Linux, as root) whose traffic passes at 10 Gbit/s, as over a cable.
 """
 
 from __future__ import annotations
@@ -31,32 +32,35 @@ from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Loader, open_dataset
 from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 from fastjepa.profiling.timing import summary
 
 RANKS = 2
 TIMED = 3
-"""Steps of a block that are timed. One before them, so that each of them finds the weights of another under way."""
+"""Timed steps of a block. One untimed step goes before, so that each of them begins while weights are under way."""
 COMPUTE = ("context encoder", "target encoder", "predictor", "backward", "optimizer")
 OURS, DEEPSPEEDS = "under the next step", "DeepSpeed's own"
 
 
 def run_rank(folder: Path, options: argparse.Namespace) -> None:
-    """As one rank: rank 0 leaves times.json and trace.json in `folder`."""
+    """Run the measurement as one rank. Rank 0 writes times.json and trace.json into `folder`."""
     torch.set_num_threads(1)
     device = distributed.init()
     config = Config(
         data=DataConfig(source=str(folder / "images"), num_threads=1),
         model=ModelConfig(name=options.model),
+        objective=IJEPAConfig(),
         global_batch_size=RANKS * options.batch_size,
         precision="fp32",
     )
-    sizes = BatchSizes.share(config, RANKS)
+    sizes, method = BatchSizes.share(config, RANKS), method_of(config)
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
     loader = Loader(
         dataset,
         config,
+        method,
         rank=distributed.rank(),
         world_size=RANKS,
         micro_batch_size=sizes.micro,
@@ -67,7 +71,9 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
         device=device,
     )
     engines = {
-        name: DeepSpeedEngine(build_model(config), config, sizes, device, ROOT / f"configs/zero{options.stage}.json")
+        name: DeepSpeedEngine(
+            build_objective(method), method, config, sizes, device, ROOT / f"configs/zero{options.stage}.json"
+        )
         for name in (DEEPSPEEDS, OURS)
     }
     engines[DEEPSPEEDS]._gather = None
@@ -76,7 +82,7 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
     def steps(engine: DeepSpeedEngine, count: int) -> None:
         for _ in range(count):
             batch = next(loader)
-            engine.micro_step(batch.images, batch.masks)
+            engine.micro_step(batch.prepared)
 
     with closing(loader):
         for turn in range(options.rounds + 1):
@@ -86,9 +92,9 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 steps(engine, TIMED)
                 dist.barrier()
-                if turn > 0:  # the first is the warm-up
+                if turn > 0:  # the first round is the warm-up
                     times[name].append(1e3 * (time.perf_counter() - started) / TIMED)
-                _ = engine.model  # waits for the weights: nothing of this block is left for the next
+                _ = engine.model  # waits for the weights, so that none travel during the next block
         steps(engines[OURS], 1)
         everything = _ExperimentalConfig(profile_all_threads=True)
         with profile(activities=[ProfilerActivity.CPU], experimental_config=everything) as trace:
@@ -101,7 +107,7 @@ def run_rank(folder: Path, options: argparse.Namespace) -> None:
 
 
 def spans(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """(name, start, end) in ms from the first on, of the phases, the collectives and the loader."""
+    """Name, start and end of every phase, collective and loader span, in ms after the first start."""
     kept = [
         event
         for event in trace["traceEvents"]
@@ -115,7 +121,7 @@ def spans(trace: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def shares(found: list[tuple[str, float, float]]) -> dict[str, float]:
-    """Of the weights that the first step in the trace sent off: ms that they were under way, and that the second waited."""
+    """Transfer of the first traced step's weights: ms under way, ms that the second step waits, the hidden share."""
     first_sent, second_sent = sorted(start for name, start, _ in found if name == "optimizer")
     gathers = [(start, end) for name, start, end in found if name == "gloo:all_gather" and start < second_sent]
     waits = [(start, end) for name, start, end in found if name == "waiting for weights" and start > first_sent]
@@ -125,7 +131,7 @@ def shares(found: list[tuple[str, float, float]]) -> dict[str, float]:
 
 
 def plot(found: list[tuple[str, float, float]], title: str, path: Path) -> None:
-    """A line each for the step, its waiting, the collectives and the loader."""
+    """Draw one row each for the step's phases, its waiting, each kind of collective, and the loader."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -152,7 +158,7 @@ def plot(found: list[tuple[str, float, float]], title: str, path: Path) -> None:
 
 
 def enter_namespace(gbit: float) -> None:
-    """Start this command again in a network of its own; does not return."""
+    """Replace this process by the same command in a network namespace of its own. Does not return."""
     again = f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit}gbit burst 1mb latency 100ms && exec "
     command = [sys.executable, "-m", "benchmarks.overlap", *sys.argv[1:], "--inside"]
     os.execvp("unshare", ["unshare", "--net", "sh", "-c", again + '"$@"', "sh", *command])
@@ -161,11 +167,15 @@ def enter_namespace(gbit: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for overlap.json and overlap.png")
-    parser.add_argument("--model", default="vit_small")
-    parser.add_argument("--batch_size", type=int, default=4, help="of each of the two ranks")
-    parser.add_argument("--stage", type=int, choices=(1, 2), default=2)
-    parser.add_argument("--rounds", type=int, default=5, help=f"blocks of {TIMED} steps, of either kind")
-    parser.add_argument("--gbit", type=float, help="Gbit/s that the ranks send together; default: as fast as it goes")
+    parser.add_argument("--model", default="vit_small", help="model.name (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=4, help="images per step of each of the two ranks (default: %(default)s)"
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help=f"blocks of {TIMED} steps of each kind, 2 or more (default: %(default)s)"
+    )
+    parser.add_argument("--gbit", type=float, help="limit of what the ranks send together, in Gbit/s (default: none)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

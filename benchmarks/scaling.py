@@ -1,11 +1,13 @@
-"""How time and memory of a step grow: python -m benchmarks.scaling --output FOLDER [section.key=value ...] [--axes ...]
+"""Growth of a step's time and memory: python -m benchmarks.scaling --output FOLDER [section.key=value ...] [--axes ...]
 
-Against the batch, the resolution, the model, the number of target blocks and the ranks, each from a base of 4 images at
-224 x 224 by vit_tiny with one thread a rank. Every point is measured in processes of its own. Beside it stands what
-fastjepa.costs says: the arithmetic of the tokens that were there, at the rate of a matrix product (the median of what the
-processes of the axis measured); state and activations. The exponent of growth is the slope of a line through the logarithms:
-1 where twice as much costs twice as much. Attention grows with the square of the tokens of a sequence, so resolution comes
-out above 1 by the formula too. FOLDER gets scaling.csv and scaling.png.
+The axes are batch, resolution, model, number of target blocks, and ranks. Each starts from 4 images at 224 x 224,
+vit_tiny, one thread per rank. Every point is measured in processes of its own, and stands beside the formulas of
+fastjepa: time is the arithmetic of the tokens that were processed, at the rate of a matrix product (the median of
+those measured along the axis); memory is state and activations.
+
+The exponent of growth is the slope of a line through the logarithms: 1 where doubling x doubles the cost. Attention
+grows with the square of the tokens of a sequence, so the exponent of resolution is above 1 by the formula too. FOLDER
+gets scaling.csv and scaling.png.
 """
 
 from __future__ import annotations
@@ -25,16 +27,15 @@ from typing import Any
 import torch
 
 from benchmarks.launch import launch
+from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.engine.base import resolve_precision
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.slices import slice_size
 from fastjepa.errors import FastjepaError
-from fastjepa.objectives.ijepa import costs
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.plan import zero
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
 from fastjepa.run.folder import explain_write_errors
@@ -47,12 +48,12 @@ AXES: dict[str, tuple[str, tuple[str | int, ...], str]] = {
     "target blocks": ("masks.num_target_blocks", (1, 2, 4, 8), "target blocks"),
     "ranks": ("", (1, 2), "ranks that share the images of a step"),
 }
-"""Axis -> the setting that changes, its values, and the number that growth is reckoned against."""
+"""Axis -> the setting that varies, its values, and the name of x, the number that growth is measured against."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Of one rank: milliseconds and bytes."""
+    """One measured configuration: milliseconds and bytes of one rank."""
 
     axis: str
     value: str
@@ -61,27 +62,28 @@ class Point:
     step_ms: float
     step_ms_p80: float
     teraflop: float
-    """Of a step."""
+    """Arithmetic of a step, by formula."""
     ceiling_teraflops: float
-    """Per second, measured in the same process."""
+    """TFLOP/s of a matrix product, measured in the same process."""
     memory: float
-    """Of tensors: state and activations."""
+    """Bytes of tensors: state and activations."""
     formula_memory: float
     formula_ms: float = 0.0
-    """Matrix products alone, at the ceiling of the axis."""
+    """The arithmetic at the median ceiling of the axis. Only matrix products and attention are counted."""
 
 
 def x_of(axis: str, value: str | int, config: Config) -> float:
+    """The number that growth along the axis is measured against."""
     if axis == "resolution":
         return config.num_patches
-    return sum(costs.count_parameters(config)) if axis == "model" else float(value)
+    return zero.parameters_of(config).trained if axis == "model" else float(value)
 
 
 def config_of(axis: str, index: int, overrides: Sequence[str]) -> Config:
-    """Of a point.
+    """The configuration of a point.
 
     Raises:
-        ConfigError: there is no such configuration.
+        ConfigError: the overrides do not make a valid configuration.
     """
     setting, values, _ = AXES[axis]
     config = load_config(None, [*BASE, *overrides, *([f"{setting}={values[index]}"] if setting else [])])
@@ -90,17 +92,19 @@ def config_of(axis: str, index: int, overrides: Sequence[str]) -> Config:
 
 
 def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result: Path) -> None:
-    """As one rank: the first leaves the point in `result`."""
+    """Measure a point as one rank. The first rank writes it to the file `result`."""
     config, value = config_of(axis, index, overrides), AXES[axis][1][index]
     device = distributed.init()
     world = distributed.world_size()
     sizes = BatchSizes.share(config, world)
-    engine = build_engine(build_model(config), config, sizes, device, None)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, device, None)
     counts = Steps(warmup=1, timed=steps, traced=1)
-    batches = synthetic_batches(config, sizes, device, counts.total)
-    found = profile_steps(engine, config, sizes, batches, result.parent, counts)
+    batches = synthetic_batches(method, sizes, device, counts.total)
+    found = profile_steps(engine, method, sizes, batches, result.parent, counts)
     bf16 = resolve_precision(config, device) == torch.bfloat16
-    per_image = costs.activation_bytes(config, found.tokens, "torch", bf16=bf16)
+    tokens = type(method.typical_tokens()[0])(**found.tokens)
+    per_image = method.activation_bytes(tokens, bf16=bf16, autocast=bf16)
     activations = per_image * (slice_size(sizes.micro, per_image) if device.type == "cpu" else sizes.micro)
     point = Point(
         axis=axis,
@@ -121,7 +125,7 @@ def run_rank(axis: str, index: int, overrides: Sequence[str], steps: int, result
 
 
 def measure(axis: str, overrides: Sequence[str], steps: int) -> list[Point]:
-    """Every point in processes of its own."""
+    """Measure every point of an axis, each in processes of its own."""
     points = []
     for index, value in enumerate(AXES[axis][1]):
         with tempfile.TemporaryDirectory() as folder:
@@ -135,12 +139,13 @@ def measure(axis: str, overrides: Sequence[str], steps: int) -> list[Point]:
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Slope of the line through the logarithms by least squares: y ~ x^slope."""
+    """The exponent of y ~ x^exponent: the slope of the least-squares line through the logarithms."""
     slope, _ = statistics.linear_regression([math.log(x) for x in xs], [math.log(y) for y in ys])
     return slope
 
 
 def exponents(points: Sequence[Point]) -> dict[str, float]:
+    """Exponents of the measured and the formula's time and memory."""
     xs = [point.x for point in points]
     return {
         key: exponent(xs, [getattr(point, key) for point in points])
@@ -149,7 +154,7 @@ def exponents(points: Sequence[Point]) -> dict[str, float]:
 
 
 def plot(measured: dict[str, list[Point]], path: Path) -> None:
-    """A column for each axis: time of a step with its 20th to 80th percentile above, memory below."""
+    """Draw a column for each axis: above, the time of a step with its 20th to 80th percentile; below, memory."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -159,7 +164,7 @@ def plot(measured: dict[str, list[Point]], path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(measured), figsize=(3.5 * len(measured), 6.4), squeeze=False, layout="constrained"
     )
-    rows = (("step_ms", "formula_ms", "ms", 1.0), ("memory", "formula_memory", "MiB", 2.0**20))
+    rows = (("step_ms", "formula_ms", "ms", 1.0), ("memory", "formula_memory", "MiB", float(MIB)))
     for column, (name, points) in enumerate(measured.items()):
         slopes, xs = exponents(points), [point.x for point in points]
         for row, (key, formula, unit, scale) in enumerate(rows):
@@ -191,10 +196,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the base's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the base"
+    )
     parser.add_argument("--output", type=Path, help="folder for scaling.csv and scaling.png")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of a point (default: %(default)s)")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="axes to measure (default: all)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a point, 2 or more (default: %(default)s)")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
@@ -203,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.point:
         run_rank(args.point[0], int(args.point[1]), args.overrides, args.steps, args.result)
         return
-    try:  # now, not after some minutes
+    try:  # before minutes of measuring, not after
         for axis in args.axes:
             for index in range(len(AXES[axis][1])):
                 config_of(axis, index, args.overrides)
@@ -218,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured[axis] = measure(axis, args.overrides, args.steps)
         for p in measured[axis]:
             print(
-                f"{axis:<16}{p.value:>10}{p.step_ms:>12,.1f}{p.formula_ms:>12,.1f}{p.memory / 2**20:>10,.1f}"
-                f"{p.formula_memory / 2**20:>10,.1f}"
+                f"{axis:<16}{p.value:>10}{p.step_ms:>12,.1f}{p.formula_ms:>12,.1f}{p.memory / MIB:>10,.1f}"
+                f"{p.formula_memory / MIB:>10,.1f}"
             )
         slopes = exponents(measured[axis])
         print(

@@ -1,8 +1,8 @@
-"""One training step of fastjepa beside benchmarks.baseline: python -m benchmarks.step [--models ...] [--output FOLDER]
+"""A training step of fastjepa beside one of benchmarks.baseline: python -m benchmarks.step [--models ...] [--output FOLDER]
 
-Same weights, images and masks; every contender in a process of its own, which has its own memory and settings, and all take
-turns, step by step. Masks are sampled outside of the clock. Both have what `fastjepa/train.py` sets for its process. Ragged
-masks make the baseline pad. Prints a table; --output writes step_cpu.json (or step_cuda.json) there.
+Both contenders get the same weights, images and masks. Each runs in a process of its own, with its own memory, and they take
+turns step by step. Masks are sampled outside of the clock. Both processes get the environment that `fastjepa/train.py` sets.
+With ragged masks the baseline pads. Prints a table; --output also writes step_cpu.json (or step_cuda.json) into FOLDER.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastjepa import host, train  # noqa: F401  # train before torch, which reads the environment that it sets
+from fastjepa import host, train  # noqa: F401  # train sets the environment that torch reads when it is imported
 from fastjepa.config import MODEL_SIZES
 from fastjepa.errors import FastjepaError
 from fastjepa.run.folder import explain_write_errors
@@ -24,7 +24,7 @@ CONTENDERS = ("fastjepa", "baseline")
 
 
 class Child:
-    """A contender in its own process: a line with a step's number in, a line of JSON out."""
+    """A contender in its own process. It answers each line with a step's number by a line of JSON."""
 
     def __init__(self, contender: str, model: str, mode: str, args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.step", "--child", contender, "--models", model, "--modes", mode]
@@ -37,7 +37,7 @@ class Child:
         print(number, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit(f"a contender ended with status {self._process.wait()}: see above")
+            raise SystemExit(f"the process of a contender ended with status {self._process.wait()}; its error is above")
         result: dict[str, Any] = json.loads(answer)
         return result
 
@@ -48,16 +48,20 @@ class Child:
 
 
 def serve(contender: str, args: argparse.Namespace) -> None:
-    """In the child: steps as they are asked for."""
+    """Run as a contender's process: read step numbers from stdin, take these steps, print their figures."""
     import torch
+    from torch import Tensor
 
     from benchmarks.baseline import Baseline, BaselineIJEPA
-    from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+    from fastjepa.config import Config, DataConfig, ModelConfig
     from fastjepa.config.batch_sizes import BatchSizes
     from fastjepa.engine.base import resolve_precision
     from fastjepa.engine.build import build_engine
-    from fastjepa.objectives.ijepa.masks import sample_masks
-    from fastjepa.objectives.ijepa.objective import build_model
+    from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+    from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
+    from fastjepa.objectives.ijepa.objective import MaskedImages
+    from fastjepa.objectives.ijepa.settings import IJEPAConfig
+    from fastjepa.objectives.registry import build_objective, method_of
     from fastjepa.optim.schedule import Schedule, set_schedule
     from fastjepa.run.meter import peak_memory
 
@@ -67,15 +71,19 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     config = Config(
         data=DataConfig(image_size=args.image_size),
         model=ModelConfig(name=args.models[0]),
-        masks=MaskConfig(mode=args.modes[0]),
+        objective=IJEPAConfig(masks=MaskConfig(mode=args.modes[0])),
         global_batch_size=batch,
         precision=args.precision,
     )
-    model = build_model(config)
+    method = method_of(config)
+    model = build_objective(method)
     if contender == "fastjepa":
-        engine = build_engine(model, config, BatchSizes.share(config, 1), device, None)
+        engine = build_engine(model, method, config, BatchSizes.share(config, 1), device, None)
         set_schedule(engine.param_groups, Schedule(config.optim, 1000, 300_000).at(0))
-        step = engine.micro_step
+
+        def step(images: Tensor, masks: MaskBatch) -> Tensor:
+            return engine.micro_step(MaskedImages(images, masks)).loss
+
     else:
         plain = BaselineIJEPA(config)
         plain.load_state_dict(model.state_dict())
@@ -85,19 +93,21 @@ def serve(contender: str, args: argparse.Namespace) -> None:
     images = torch.randn(batch, 3, *config.data.image_hw, generator=torch.Generator().manual_seed(0)).to(device)
     for line in sys.stdin:
         indices = torch.arange(batch)
-        masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=int(line), sample_indices=indices)
+        masks = sample_masks(
+            IJEPAConfig.of(config).masks, config.grid_h, config.grid_w, seed=0, step=int(line), sample_indices=indices
+        )
         masks = masks.to(device)
         started = time.perf_counter()
         loss = step(images, masks)
         if device.type == "cuda":
             torch.cuda.synchronize()
         milliseconds = 1e3 * (time.perf_counter() - started)
-        result = {"ms": milliseconds, "loss": loss.item(), "peak_gib": peak_memory(device) / 2**30}
+        result = {"ms": milliseconds, "loss": loss.item(), "peak_gib": peak_memory(device) / host.GIB}
         print(json.dumps(result), flush=True)
 
 
 def measure(model: str, mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per contender."""
+    """Time both contenders on one model and mode of masks: a row for each."""
     from fastjepa.profiling.timing import summary
 
     children = {name: Child(name, model, mode, args) for name in CONTENDERS}
@@ -110,7 +120,7 @@ def measure(model: str, mode: str, args: argparse.Namespace) -> list[dict[str, A
     losses = {name: steps[0]["loss"] for name, steps in results.items()}
     bound = 1e-4 if args.precision == "fp32" else 1e-2
     if max(losses.values()) - min(losses.values()) > bound * losses["baseline"]:
-        raise SystemExit(f"the losses of the first step differ: {losses}")
+        raise SystemExit(f"the losses of the first step differ by more than {bound:g} of the baseline's: {losses}")
     rows = []
     for name, steps in results.items():
         timing = summary([step["ms"] for step in steps[args.warmup :]])
@@ -129,14 +139,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", default=["vit_tiny", "vit_small", "vit_base"], choices=MODEL_SIZES)
-    parser.add_argument("--modes", nargs="+", default=["official", "ragged"], choices=["official", "ragged", "budget"])
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=7, help="timed ones, 2 or more (default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["vit_tiny", "vit_small", "vit_base"],
+        choices=MODEL_SIZES,
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["official", "ragged"],
+        choices=["official", "ragged", "budget"],
+        help="modes of the masks (default: %(default)s)",
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="images (default: %(default)s)")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels of a side (default: %(default)s)")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, help="timed steps, 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="write step_cpu.json or step_cuda.json into this folder")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,7 +169,7 @@ def main() -> None:
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: expected {least} or more")
     if args.output:
-        try:  # now, not after an hour
+        try:  # before an hour of measuring, not after
             with explain_write_errors(f"--output {args.output}", "Choose another folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
         except FastjepaError as error:
@@ -173,7 +195,7 @@ def main() -> None:
                     flush=True,
                 )
                 rows.append(row)
-            if args.output:  # as far as it is
+            if args.output:  # after each row, so that an interrupted run keeps its results
                 path = args.output / f"step_{kind}.json"
                 results = {"environment": environment, "results": rows}
                 path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,16 @@
-"""Throughput of a configuration on this machine, and what it is made of:
+"""Throughput of a configuration on this machine, and where a step's time goes.
+
 python -m benchmarks.throughput [--config configs/RUN.yaml] [section.key=value ...] [--output FOLDER]
 
-One process trains a few steps with plain PyTorch: on the images of data.source, on synthetic ones, and on synthetic ones
-in micro batches of 1, 2, 4, ... until two doublings in a row gain less than 5 % or the memory ends. The figures are
-printed; FOLDER has them as JSON, CSV, a Chrome trace and one page, report.html. Of a run on several GPUs,
-`fastjepa/train.py --profile` says the same.
+One process trains a few steps with plain PyTorch: on the images of data.source, on synthetic images, and on synthetic images
+in micro batches of 1, 2, 4, ... until two doublings in a row gain less than 5 % or memory runs out. The figures are printed;
+FOLDER gets them as JSON, CSV, a Chrome trace and one page, report.html. `fastjepa/train.py --profile` gives the same figures
+of a run on several GPUs.
 """
 
 from __future__ import annotations
 
-import fastjepa.train  # noqa: F401  # before torch, which reads the environment that it sets as it is loaded
+import fastjepa.train  # noqa: F401  # first: it sets the environment that torch reads when it is imported
 
 # isort: split
 import argparse
@@ -23,16 +24,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.config.shipped import DEFAULT_CONFIG, find_config
 from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
-from fastjepa.engine import build_engine, resolve_precision
+from fastjepa.engine.base import resolve_precision
+from fastjepa.engine.build import build_engine
 from fastjepa.errors import ConfigError, FastjepaError
-from fastjepa.host import free_memory
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.host import GIB, free_memory
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.profiling import (
     Ceilings,
     MicroBatch,
@@ -42,12 +44,14 @@ from fastjepa.profiling import (
     profile_steps,
     synthetic_batches,
 )
+from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, figures, format_profile
-from fastjepa.run.folder import writing
+from fastjepa.run.folder import explain_write_errors
 
 GAIN = 1.05
-"""By which a larger micro batch has to be faster than all before it to be worth going on."""
+"""A larger micro batch counts as a gain if its images/s exceed all before it by this factor."""
 LARGEST = 4096
+"""Images of the largest micro batch that is tried."""
 
 
 def measure(
@@ -58,12 +62,13 @@ def measure(
     folder: Path,
     batches: Callable[[BatchSizes], Iterable[MicroBatch]] | None = None,
 ) -> StepProfile:
-    """A fresh model, on synthetic images unless others are given. Its memory is free afterwards."""
+    """Profile a fresh model on `batches` (None: on synthetic images). Its memory is freed at the end."""
     sizes = BatchSizes.share(config, 1)
-    engine = build_engine(build_model(config), config, sizes, device, None)
-    source = batches(sizes) if batches else synthetic_batches(config, sizes, device, steps.total)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, device, None)
+    source = batches(sizes) if batches else synthetic_batches(method, sizes, device, steps.total)
     try:
-        return profile_steps(engine, config, sizes, source, folder, steps, ceilings)
+        return profile_steps(engine, method, sizes, source, folder, steps, ceilings)
     finally:
         engine.close()
         del engine
@@ -74,12 +79,14 @@ def measure(
 def on_real_images(
     dataset: ImageDataset, config: Config, device: torch.device, ceilings: Ceilings, steps: Steps, folder: Path
 ) -> StepProfile:
+    """Profile a fresh model on the images of a data set."""
     loaders: list[Loader] = []
 
     def load(sizes: BatchSizes) -> Loader:
         loader = Loader(
             dataset,
             config,
+            method_of(config),
             rank=0,
             world_size=1,
             micro_batch_size=sizes.micro,
@@ -102,15 +109,19 @@ def on_real_images(
 def sweep(
     config: Config, device: torch.device, ceilings: Ceilings, steps: Steps, folder: Path
 ) -> tuple[list[StepProfile], str]:
-    """Micro batches of rising size, and why there are no larger ones."""
+    """Profile micro batches of 1, 2, 4, ... images.
+
+    Returns:
+        The profiles, and a sentence that says why no larger micro batch was tried.
+    """
     points: list[StepProfile] = []
     best, in_vain, size = 0.0, 0, 1
     while size <= LARGEST:
         if device.type == "cpu" and points:
-            # Linux would end the process rather than refuse the memory.
+            # Linux would kill the process rather than refuse the memory.
             needed = 2 * points[-1].memory.activations
             if needed > 0.8 * (free := free_memory()):
-                return points, f"{size} images would take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free."
+                return points, f"{size} images would take {needed / GIB:.1f} GiB, {free / GIB:.1f} are free."
         alone = dataclasses.replace(config, global_batch_size=size, micro_batch_size=None)
         try:
             point = measure(alone, device, ceilings, steps, folder)
@@ -120,10 +131,10 @@ def sweep(
         print_row("sweep", point)
         in_vain = 0 if point.images_per_second > GAIN * best else in_vain + 1
         best = max(best, point.images_per_second)
-        if in_vain == 2:  # not one: times vary
-            return points, f"Up to {size} images there was no gain of {GAIN - 1:.0%} any more."
+        if in_vain == 2:  # one may be noise
+            return points, f"The last two doublings, up to {size} images, gained less than {GAIN - 1:.0%}."
         size *= 2
-    return points, f"No larger ones than {LARGEST} are tried."
+    return points, f"Micro batches above {LARGEST} images are not tried."
 
 
 HEADER = (
@@ -132,12 +143,12 @@ HEADER = (
 )
 
 
-def print_row(of: str, profile: StepProfile) -> None:
+def print_row(title: str, profile: StepProfile) -> None:
     row = figures(profile)
     spread = f"{row['step_ms_p20']:.1f}-{row['step_ms_p80']:.1f}"
-    used = (row["state_bytes"] + row["activation_bytes"]) / 2**20
+    used = (row["state_bytes"] + row["activation_bytes"]) / MIB
     print(
-        f"{of:<10}{row['micro_batch_size']:>12,}{row['step_ms_p50']:>12,.1f}{spread:>18}{row['images_per_second']:>11,.2f}"
+        f"{title:<10}{row['micro_batch_size']:>12,}{row['step_ms_p50']:>12,.1f}{spread:>18}{row['images_per_second']:>11,.2f}"
         f"{row['tokens_per_second']:>11,.0f}{row['mfu']:>8.1%}{row['matmul_share']:>9.0%}{row['data_wait']:>7.1%}"
         f"{used:>9,.0f}",
         flush=True,
@@ -148,10 +159,10 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
     steps = Steps(args.warmup, args.steps, args.traced)
     device = distributed.init()
-    BatchSizes.share(config, 1)  # a mistake in it is found before anything is measured
+    BatchSizes.share(config, 1)  # finds a mistake in the configuration before anything is measured
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
-    with writing(f"--output {args.output}", "Choose another folder"):
+    with explain_write_errors(f"--output {args.output}", "Choose another folder"):
         args.output.mkdir(parents=True, exist_ok=True)
     ceilings = measure_ceilings(device, resolve_precision(config, device))
     with tempfile.TemporaryDirectory() as scratch:
@@ -174,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
             points, end = sweep(config, device, ceilings, few, Path(scratch))
     command = f"python -m benchmarks.throughput {shlex.join(args.arguments)}".strip()
     report = Report(command, config, real, synthetic, tuple(points), end)
-    report.write(args.output)
+    write_report(report, args.output)
     print("\n" + format_profile(real))
     if report.knee:
         print(f"\nmicro batch: the knee is at {report.knee.micro_batch_size}. {end}")
@@ -187,15 +198,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of a run, or a shipped one by name (default: default)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for fastjepa/train.py")
+    parser.add_argument("--config", help="YAML file of a run (default: configs/default.yaml)")
     parser.add_argument("--output", type=Path, default=Path("runs/throughput"), help="folder (default: %(default)s)")
-    parser.add_argument(
-        "--warmup", type=int, default=5, help="steps before those that are timed (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=5, help="untimed steps at the beginning (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, 2 or more (default: %(default)s)")
     parser.add_argument("--traced", type=int, default=3, help="steps under the profiler (default: %(default)s)")
-    parser.add_argument("--no_sweep", dest="sweep", action="store_false", help="one micro batch only: the run's")
+    parser.add_argument(
+        "--no_sweep", dest="sweep", action="store_false", help="measure only the micro batch of the configuration"
+    )
     args = parser.parse_intermixed_args(argv)
     args.arguments = list(argv)
     for name, least in (("warmup", 0), ("steps", 2), ("traced", 1)):

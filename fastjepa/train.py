@@ -9,13 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch is imported: its threads otherwise spin for milliseconds while they wait, and where they share their cores
-# with the threads that decode images, or with another job, a step takes ten times as long. Some ten microseconds (GNU's
-# OpenMP) bridge the gap between two operations.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # A script's own folder comes first on sys.path; there, our modules would stand before others of the same names.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from fastjepa.launch.openmp import set_wait_policy
+
+set_wait_policy()  # before torch is imported
 
 import argparse
 import contextlib
@@ -26,9 +25,8 @@ import traceback
 from collections.abc import Sequence
 
 from fastjepa import distributed
-from fastjepa.config import Config
+from fastjepa.config import Config, command_line
 from fastjepa.config.file import dump_config
-from fastjepa.config.shipped import DEFAULT_CONFIG, find_config
 from fastjepa.errors import DataError, FastjepaError, Preempted
 from fastjepa.objectives.registry import load_config
 from fastjepa.run.stop_request import StopRequest
@@ -38,13 +36,7 @@ logger = logging.getLogger("fastjepa.train")
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastjepa/train.py", description="Pretrain I-JEPA.")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that replace the configuration's"
-    )
-    parser.add_argument("--config", help="YAML file of the run, or a shipped one by name (default: default)")
-    parser.add_argument(
-        "--ds_config", help="DeepSpeed JSON, or zero0, zero1, zero2 or zero3; without it: plain PyTorch"
-    )
+    command_line.add_run_arguments(parser)
     parser.add_argument("--resume", help="auto (default), never, or a checkpoint or run folder to continue from")
     parser.add_argument(
         "--profile",
@@ -60,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def resolve_config(args: argparse.Namespace) -> Config:
-    config = load_config(DEFAULT_CONFIG if args.config is None else find_config(args.config), args.overrides)
+    config = load_config(command_line.config_file(args), args.overrides)
     return dataclasses.replace(config, resume=args.resume) if args.resume else config
 
 
@@ -167,8 +159,7 @@ def _run(args: argparse.Namespace, stop_request: StopRequest) -> int:
             print(dump_config(config), end="")
             return 0
         with contextlib.ExitStack() as held:
-            ds_config = None if args.ds_config is None else find_config(args.ds_config)
-            train(config, ds_config, stop_request, held, profile=args.profile)
+            train(config, command_line.ds_config_file(args), stop_request, held, profile=args.profile)
         return 0
     except FastjepaError as error:
         return _say("stopped" if isinstance(error, Preempted) else "error", str(error), error.exit_status)

@@ -1,4 +1,4 @@
-"""What clusters do to a run, done to a tiny one: signals, kills, hangs, losses of NaN, two runs in one folder."""
+"""Faults of clusters in tiny runs: signals, kills, hangs, losses of NaN, damaged checkpoints, two runs in one folder."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from benchmarks.proofs.equality import FP32_BOUND, full_state, relative_errors, 
 from fastjepa import distributed
 from fastjepa.checkpoint.format import latest, load_weights
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.build import build_engine
 from fastjepa.errors import Preempted
-from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.run.folder import RunFolder
 from fastjepa.run.watchdog import EXIT_STATUS
 from fastjepa.train import main
 from tests.support.reliability import Record, survive_kills
-from tests.support.small import small_batch
+from tests.support.small import engine_of, small_batch
 from tests.support.tiny_run import at_step, ended, metrics, start, write_recipe
 from tests.workers import other_ranks
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_pat
     record("SIGUSR1 to one of two ranks, in step 10", "both stopped after step 11, exit status 75", "nothing")
 
 
-@pytest.mark.parametrize("where", ["trainer.Trainer._resume", "evaluate.evaluate_run"])
+@pytest.mark.parametrize("where", ["trainer.resume", "evaluate.evaluate_run"])
 def test_a_signal_before_or_after_training_ends_with_the_status_for_queueing_again(
     where: str, recipe: str, tmp_path: Path, record: Record
 ) -> None:
@@ -102,14 +102,14 @@ def signalled(*arguments):
     assert message.splitlines()[-1].startswith("fastjepa: stopped: SIGUSR1: stopped outside of training."), message
     assert main(arguments) == 0
     assert metrics(tmp_path, "step")[-1] == [8]
-    record(f"SIGUSR1 during {where.rpartition('.')[2].strip('_')}", f"exit status {status}", "nothing")
+    record(f"SIGUSR1 during {where.rpartition('.')[2]}", f"exit status {status}", "nothing")
 
 
-def test_an_error_of_one_rank_is_shown_and_ends_all_though_the_group_cannot_be_closed(
+def test_an_error_of_one_rank_is_shown_and_ends_all_ranks_even_if_the_group_cannot_be_closed(
     recipe: str, tmp_path: Path, record: Record
 ) -> None:
     fault = at_step(9, "raise ValueError('of this rank alone')", rank=1)
-    fault += "distributed.finish = lambda: time.sleep(300)"  # NCCL's waits for the other ranks
+    fault += "distributed.finish = lambda: time.sleep(300)"  # as NCCL's does, which waits for the other ranks
     alone, other = reversed(ended(start(fault, ["--config", recipe, f"output_dir={tmp_path}"], world=2)))
     assert alone[0] == 1
     assert "ValueError: of this rank alone" in alone[1]
@@ -126,7 +126,7 @@ def test_an_error_of_one_rank_is_shown_and_ends_all_though_the_group_cannot_be_c
 def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
     rank: int, recipe: str, tmp_path: Path, record: Record
 ) -> None:
-    # In the background, the save of step 8 may or may not be done in step 10.
+    # Not in the background, where the save of step 8 may or may not be complete in step 10.
     arguments = ["--config", recipe, f"output_dir={tmp_path}", "async_checkpoint=false"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank), arguments, world=2)
     results = ended(processes)
@@ -151,7 +151,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_the_next_one_goes_on(
 
 
 def seen(run: Path) -> dict[int, list[Any]]:
-    """Step -> what each image of the global batch was."""
+    """Read what the steps saw: step -> identity, crop, pixels and masks of each image of the global batch."""
     steps: dict[int, list[Any]] = {}
     for path in sorted(run.glob("seen_*.jsonl")):
         for step, images in map(json.loads, path.read_text().splitlines()):
@@ -159,16 +159,18 @@ def seen(run: Path) -> dict[int, list[Any]]:
     return steps
 
 
-def test_a_run_goes_on_on_other_ranks_and_by_other_stages(recipe: str, tmp_path: Path, record: Record) -> None:
-    """What a step sees and its schedule are exact. Weights differ by the order of sums, which the bound of
-    benchmarks.proofs.equality is for."""
+def test_a_run_continues_on_another_number_of_ranks_and_with_another_zero_stage(
+    recipe: str, tmp_path: Path, record: Record
+) -> None:
+    """What each step sees and its schedule are exactly equal. Weights differ by the order of sums, within the bound of
+    benchmarks.proofs.equality."""
     calm, moved = tmp_path / "calm", tmp_path / "moved"
     other_ranks.go_on(recipe, calm, stage=None, signal_in_step=None)
     other_ranks.go_on(recipe, moved, stage=None, signal_in_step=5)
     launch("tests.workers.other_ranks", 2, recipe, str(moved))
     other_ranks.go_on(recipe, moved, stage=None, signal_in_step=None)
     shards = {path.name: len(list(path.glob("rank_*"))) for path in (moved / "checkpoints").glob("step_*")}
-    one, two = (4, 6, 24, 28, 32), (8, 12, 14, 16, 20, 22)  # 6, 14, 22: where it was stopped
+    one, two = (4, 6, 24, 28, 32), (8, 12, 14, 16, 20, 22)  # the signals stopped it at 6, 14 and 22
     assert shards == {f"step_{step:08d}": 1 for step in one} | {f"step_{step:08d}": 2 for step in two}
     assert seen(moved) == seen(calm)
     assert list(seen(calm)) == list(range(32))
@@ -186,7 +188,7 @@ def test_a_run_goes_on_on_other_ranks_and_by_other_stages(recipe: str, tmp_path:
 
 
 def in_a_save(step: int, action: str, rank: int = 0) -> str:
-    """Code: do this on one rank, in the thread that writes the checkpoint of a step, in the middle of its share."""
+    """Return code that runs `action` on one rank, in the thread that writes the checkpoint of a step, half way through."""
     return f"""
 from fastjepa.checkpoint import writer as checkpoint_writer
 write_shard = checkpoint_writer._write_shard
@@ -200,7 +202,7 @@ checkpoint_writer._write_shard = write
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_in_a_background_save_ends_the_run_and_the_checkpoint_before_it_is_whole(
+def test_a_rank_killed_in_a_background_save_ends_the_run_and_leaves_the_checkpoint_before_it_whole(
     rank: int, recipe: str, uninterrupted: Path, tmp_path: Path, record: Record
 ) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
@@ -226,7 +228,7 @@ def test_a_rank_killed_in_a_background_save_ends_the_run_and_the_checkpoint_befo
     )
 
 
-def test_a_save_that_hangs_does_not_keep_a_run_that_ends(recipe: str, tmp_path: Path, record: Record) -> None:
+def test_a_save_that_hangs_does_not_keep_a_failed_run_alive(recipe: str, tmp_path: Path, record: Record) -> None:
     fault = in_a_save(4, "time.sleep(300)") + at_step(5, "raise torch.OutOfMemoryError('no memory')")
     ((status, message),) = ended(start(fault, ["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=3"]))
     assert status == EXIT_STATUS, message
@@ -240,8 +242,8 @@ def test_a_save_that_hangs_does_not_keep_a_run_that_ends(recipe: str, tmp_path: 
     )
 
 
-def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path, record: Record) -> None:
-    """The one that stands still is rank 1; rank 0 waits for it in its step, and ends the run."""
+def test_a_rank_that_hangs_is_named_with_its_place_in_the_run(recipe: str, tmp_path: Path, record: Record) -> None:
+    """Rank 1 stands still; rank 0 waits for it in its step, and ends the run."""
     arguments = ["--config", recipe, f"output_dir={tmp_path}", "hang_timeout=4"]
     processes = start(at_step(9, "os.kill(os.getpid(), signal.SIGSTOP)", rank=1), arguments, world=2)
     try:
@@ -252,7 +254,7 @@ def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path, 
     assert processes[0].returncode == EXIT_STATUS
     assert "error (rank 0): no progress for 4 s" in message
     assert re.search(r"Least far: rank 1: (starting|step \d.*) \(process \d+ on ", message), message
-    assert "micro_step" in message  # the stack of the one that waits
+    assert "micro_step" in message  # in the stack of the rank that waits
     behind = message.partition("Least far: ")[2].partition(" (process")[0]
     record(
         "a rank of two that stands still (SIGSTOP), hang_timeout=4",
@@ -263,17 +265,17 @@ def test_a_rank_that_hangs_is_named_with_the_place(recipe: str, tmp_path: Path, 
 
 @contextmanager
 def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[None]:
-    """The objective's loss is not finite in these of its calls (counted from 0)."""
-    from fastjepa.objectives.ijepa.objective import IJEPA
+    """Make the objective's loss `value` in some of its calls (counted from 0), on one rank."""
+    from fastjepa.objectives.ijepa.objective import IJEPAObjective
 
-    plain, calls = IJEPA.loss, iter(range(10**6))
+    plain, calls = IJEPAObjective.loss, iter(range(10**6))
 
-    def loss(self: IJEPA, *tensors: torch.Tensor) -> torch.Tensor:
+    def loss(self: IJEPAObjective, *tensors: torch.Tensor) -> torch.Tensor:
         result = plain(self, *tensors)
         return result + float(value) if next(calls) in steps and distributed.rank() == rank else result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IJEPA, "loss", loss)
+        patch.setattr(IJEPAObjective, "loss", loss)
         yield
 
 
@@ -281,25 +283,26 @@ def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[Non
 def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
     config = trajectory_config(micro=2, clip_grad=0.1)
     sizes = BatchSizes.share(config, world_size=1)
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config=None)
+    engine = engine_of(config, sizes, torch.device("cpu"))
     batch = small_batch(config, sizes.micro)
     with bad_loss({2, 5}, value=value):  # one micro batch of two, in steps 1 and 2
         for step in range(4):
             before, updates = full_state(engine), engine.optimizer.updates
             for _ in range(sizes.accum):
-                engine.micro_step(*batch)
+                engine.micro_step(batch)
             changed = any(not torch.equal(w, before[name]) for name, w in full_state(engine).items())
             assert changed == (step in (0, 3))
             assert engine.optimizer.updates == updates + int(changed)
             assert engine.skipped_in_a_row() == {0: 0, 1: 1, 2: 2, 3: 0}[step]
 
 
-def test_every_engine_skips_a_bad_step_of_one_rank_on_all(tmp_path: Path, record: Record) -> None:
+def test_every_engine_skips_a_bad_step_of_one_rank_on_all_ranks(tmp_path: Path, record: Record) -> None:
     launch("tests.workers.skipped", 2, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     engines = ("torch", "zero0", "zero1", "zero2", "zero3")
     assert list(results) == [f"{name} {precision}" for name in engines for precision in ("fp32", "bf16")]
-    # After each of the four steps, of which the second and third are bad: updates, and steps skipped in a row.
+    # "counts": after each of the four steps, of which the second and third are bad, updates and steps skipped in a row.
+    # "changed": for each of the last three steps, whether it has changed anything since the first one.
     expected = {"counts": [[1, 0], [1, 1], [1, 2], [2, 0]], "changed": [False, False, True]}
     for name, ranks in results.items():
         assert ranks == [expected] * 2, name
@@ -326,7 +329,7 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
         (step, 0, "nan", 8) for step in (6, 9, 10, 11)
     ]
     assert all(name.endswith(".png") for line in named for name in line["samples"])
-    # The last step was a bad one, and what came before it is not passed off as good.
+    # There is no checkpoint of step 12, whose last steps were bad.
     assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000008"
     record(
         "losses of NaN in a row, max_skipped_steps=3",
@@ -335,17 +338,19 @@ def test_skipped_steps_are_counted_and_end_the_run_when_there_are_too_many(
     )
 
 
-def test_skipped_steps_between_two_looks_count(recipe: str, tmp_path: Path) -> None:
-    with bad_loss({7, 8, 9, 10, 11}):  # looked for at 10, 15, ...: four in a row, then none
+def test_skipped_steps_between_two_checks_count(recipe: str, tmp_path: Path) -> None:
+    with bad_loss({7, 8, 9, 10, 11}):  # checked at 10, after three of them, and at 15, after three good steps
         assert main(["--config", recipe, f"output_dir={tmp_path}", "max_skipped_steps=5", "log_interval=40",
                      "checkpoint_interval=40"]) == 2  # fmt: skip
     named = [json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()]
     assert named == [7, 8, 9, 10, 11]
 
 
-def test_a_preemption_right_after_a_skipped_step_saves(recipe: str, tmp_path: Path) -> None:
+def test_a_preemption_right_after_a_skipped_step_writes_a_checkpoint(recipe: str, tmp_path: Path) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
-    fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1); images = images * float('nan')")
+    fault = at_step(
+        9, "os.kill(os.getpid(), signal.SIGUSR1); batch = replace(batch, images=batch.images * float('nan'))"
+    )
     ((status, message),) = ended(start(fault, arguments))
     assert status == Preempted.exit_status, message
     assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
@@ -365,7 +370,7 @@ def test_two_runs_in_one_folder_are_refused(recipe: str, tmp_path: Path, record:
     finally:
         first.kill()
         first.communicate()
-    with RunFolder(tmp_path).locked():  # a killed run holds nothing
+    with RunFolder(tmp_path).locked():  # the lock of a killed run is gone
         record("a second run in the folder of a living one", "refused with status 2; names process and host", "nothing")
 
 
@@ -381,13 +386,14 @@ def test_a_clock_that_jumps_changes_nothing(
 
 
 def test_kills_at_random_moments_do_not_show(recipe: str, tmp_path: Path) -> None:
-    """50 of them: python -m tests.support.reliability."""
+    """`python -m tests.support.reliability` kills 50 times."""
     kills = survive_kills(tmp_path, ["--config", recipe], kills=2, steps=160, seed=1)
     assert kills.equal
     assert kills.kills == 2
 
 
 def damage(file: Path) -> None:
+    """Flip one bit of the last byte."""
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -396,7 +402,7 @@ def damage(file: Path) -> None:
 def test_ranks_agree_on_the_checkpoint_before_the_damaged_ones(
     recipe: str, uninterrupted: Path, tmp_path: Path, record: Record
 ) -> None:
-    """The ranks share out the files to verify: the second finds the first damage, the first the second."""
+    """The ranks verify different files: rank 1 finds the first damage, rank 0 the second."""
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     damaged = [
         run / "checkpoints" / "step_00000032" / "model.safetensors",
@@ -404,7 +410,7 @@ def test_ranks_agree_on_the_checkpoint_before_the_damaged_ones(
     ]
     for file in damaged:
         damage(file)
-    # The save of step 28 takes long enough for its messages to meet those of the steps after it.
+    # Slow down the save of step 28, so that its messages overlap with those of the steps after it.
     slow = in_a_save(28, "time.sleep(1)")
     results = ended(start(slow, ["--config", recipe, f"output_dir={run}"], world=2))
     assert [status for status, _ in results] == [0, 0], results
@@ -440,10 +446,10 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error(
     )
 
 
-def test_later_checkpoints_do_not_stand_in_for_the_one_that_latest_names(
+def test_a_checkpoint_later_than_the_one_in_latest_is_not_taken_for_it(
     recipe: str, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are of a run that was gone back on. Nor does the run start anew."""
+    """The later checkpoints are of steps that were given up. The run does not start from the beginning either."""
     run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
     (run / "checkpoints" / "latest").write_text("step_00000020")
     arguments = ["--config", recipe, f"output_dir={run}"]

@@ -1,4 +1,4 @@
-"""Limits of the host: those of control groups of both versions count."""
+"""Free memory and usable cores, within the limits of control groups of both versions; the processor's name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ def test_free_memory_is_known_here() -> None:
 
 
 def machine(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """A tree with 64 GiB free, the groups of the process, and these files below /sys/fs/cgroup."""
+    """Make the root folder of a machine with 64 GiB free, the process's groups, and `files` below /sys/fs/cgroup."""
     files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
-    for name, text in {"proc/meminfo": f"MemAvailable: {64 * 2**20} kB\n", "proc/self/cgroup": groups, **files}.items():
+    for name, text in {
+        "proc/meminfo": f"MemAvailable: {64 * host.GIB // 1024} kB\n",
+        "proc/self/cgroup": groups,
+        **files,
+    }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
@@ -47,7 +51,7 @@ NO_LIMIT_V1 = 9223372036854771712
 @pytest.mark.parametrize(
     ("groups", "files", "free"),
     [
-        pytest.param("0::/\n", {}, 64 * 2**30, id="no limit"),
+        pytest.param("0::/\n", {}, 64 * host.GIB, id="no limit"),
         pytest.param("0::/\n", group_v2("", 10_000), 8_000, id="a container's own groups"),
         pytest.param(
             "0::/slurm/job_7/step_0/task_0\n",
@@ -94,11 +98,11 @@ def test_usable_cores_are_what_the_tightest_control_group_grants(
     assert host.usable_cores(machine(tmp_path, groups, files)) == cores
 
 
-def test_cores_at_work_are_counted_whoever_uses_them(tmp_path: Path) -> None:
+def test_busy_cores_are_those_of_all_processes(tmp_path: Path) -> None:
     busy = host.busy_cores(0.1)
     assert busy is not None
     assert 0 <= busy <= (os.cpu_count() or 1)
-    assert host.busy_cores(0.0, tmp_path) is None
+    assert host.busy_cores(0.0, tmp_path) is None  # not Linux
 
 
 def test_without_a_limit_all_cores_of_the_process_are_usable(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_without_a_limit_all_cores_of_the_process_are_usable(tmp_path: Path) -> 
     assert host.usable_cores(machine(tmp_path, "0::/job\n", files)) == len(os.sched_getaffinity(0))
 
 
-def test_the_processor_has_a_name_where_linux_knows_it(tmp_path: Path) -> None:
+def test_the_processor_is_named_as_linux_does_or_by_its_architecture(tmp_path: Path) -> None:
     assert host.cpu_name(tmp_path) == platform.machine()
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "cpuinfo").write_text(

@@ -1,1 +1,1 @@
-"""The kernels beside all that could take their place: python -m benchmarks.kernels."""
+"""Kernels timed beside the alternatives that a trainer could use: python -m benchmarks.kernels."""

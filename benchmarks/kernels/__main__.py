@@ -1,10 +1,10 @@
-"""python -m benchmarks.kernels [--ops ...] [--shapes ...]: every provider beside the others, checked, then timed in turns.
+"""Check and time every provider of an operation, taking turns: python -m benchmarks.kernels [--ops ...] [--shapes ...]
 
-Prints a table; --output FOLDER also writes kernels.csv and two pictures: kernels.png, times, and kernels_roofline.png, rates
-under what the machine reaches at best. Times are those of this machine; rates are against the least work that the operation
-can do (benchmarks.kernel_cases), so a provider that pads or copies shows a lower one.
+Prints a table. --output FOLDER also writes kernels.csv and two pictures: times (kernels.png), and rates under the
+best that this machine reaches (kernels_roofline.png). Rates count the least work that the operation needs
+(benchmarks.kernel_cases), so a provider that pads or copies shows a lower rate.
 
---compare REV times our kernels of another git revision against those of the working tree, in turns.
+--compare REV instead times fastjepa's kernels of git revision REV against those of the working tree, taking turns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_cases import Choice, shapes
-from benchmarks.kernels.compare import compare
-from benchmarks.kernels.compare import report as report_comparison
+from benchmarks.kernels.compare import compare, print_comparison
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.contests import CONTESTS, DTYPES, chosen
 from fastjepa.errors import ConfigError, FastjepaError
@@ -33,6 +32,8 @@ from fastjepa.run.folder import explain_write_errors
 
 @dataclass(frozen=True)
 class Row:
+    """The result of one provider in one contest."""
+
     contest: Contest
     provider: str
     timing: Timing
@@ -48,7 +49,7 @@ class Row:
 
     @property
     def share(self) -> float:
-        """Of the ceiling that binds: the least time that the work can take on this machine, over the median."""
+        """The least time that the work can take on this machine (by memory or by arithmetic), over the median time."""
         return max(
             self.gigabytes_per_second / self.ceilings.gigabytes_per_second, self.teraflops / self.ceilings.teraflops
         )
@@ -57,7 +58,11 @@ class Row:
 def measure(
     contest: Contest, device: torch.device, work: CeilingWork, repeats: int
 ) -> tuple[list[Row], dict[str, str]]:
-    """The right providers' rows, fastest first, and why the others have none. The ceilings are timed in turns with them."""
+    """Time the providers that give the right answer, and the machine's ceilings, in turns.
+
+    Returns:
+        A row for each of these providers, fastest first; and by name why the others have none.
+    """
     present, missing = contest.contestants()
     timings = time_in_turns({**present, **work.functions}, device, repeats=repeats)
     ceilings = work.ceilings(timings)
@@ -65,7 +70,7 @@ def measure(
     return sorted(rows, key=lambda row: row.timing.p50), missing
 
 
-def report(rows: Sequence[Row], missing: dict[str, str], contest: Contest) -> None:
+def print_results(rows: Sequence[Row], missing: dict[str, str], contest: Contest) -> None:
     print(f"\n{contest.title}")
     if rows:
         ceilings = rows[0].ceilings
@@ -82,7 +87,7 @@ def report(rows: Sequence[Row], missing: dict[str, str], contest: Contest) -> No
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Whose times these are: the device, and the versions of what runs on it ("" where it is not installed)."""
+    """The device that was timed, and versions of the software on it ("" for what is not installed)."""
     cuda = device.type == "cuda"
     return {
         "device": device_name(device),
@@ -109,6 +114,7 @@ def _driver() -> str:
 
 
 def as_record(row: Row, batch_size: int) -> dict[str, Any]:
+    """A row of kernels.csv, without the environment."""
     contest = row.contest
     numbers = {
         "p20_ms": row.timing.p20,
@@ -133,15 +139,16 @@ def as_record(row: Row, batch_size: int) -> dict[str, Any]:
     }
 
 
-def write(records: Sequence[dict[str, Any]], of: dict[str, str], folder: Path) -> None:
+def write(records: Sequence[dict[str, Any]], details: dict[str, str], folder: Path) -> None:
+    """Write the table and the pictures; `details` is the `environment`."""
     from benchmarks.kernels.plot import plot_roofline, plot_times
 
     with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*records[0], *of], lineterminator="\n")
+        writer = csv.DictWriter(file, [*records[0], *details], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(record | of for record in records)
-    plot_times(records, of, folder / "kernels.png")
-    plot_roofline(records, of, folder / "kernels_roofline.png")
+        writer.writerows(record | details for record in records)
+    plot_times(records, details, folder / "kernels.png")
+    plot_roofline(records, details, folder / "kernels_roofline.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,34 +157,46 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", nargs="+", choices=CONTESTS, default=list(CONTESTS))
-    parser.add_argument("--shapes", nargs="+", choices=shapes(1), default=list(shapes(1)) if cuda else ["S/16"])
-    parser.add_argument("--batch_size", type=int, default=128 if cuda else 16)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32")
+    parser.add_argument("--ops", nargs="+", choices=CONTESTS, default=list(CONTESTS), help="operations (default: all)")
+    every_shape = list(shapes(1))
     parser.add_argument(
-        "--repeats", type=int, default=50 if cuda else 9, help="rounds, 2 or more (default: %(default)s)"
+        "--shapes",
+        nargs="+",
+        choices=every_shape,
+        default=every_shape if cuda else ["S/16"],
+        help="models (default: %(default)s)",
+    )
+    parser.add_argument("--batch_size", type=int, default=128 if cuda else 16, help="images (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="bf16" if cuda else "fp32",
+        help="dtype of activations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=50 if cuda else 9, help="timed rounds, 2 or more (default: %(default)s)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="also write kernels.csv and the pictures into this folder")
-    where.add_argument("--compare", metavar="REV", help="against fastjepa_kernels of this git revision")
+    where.add_argument("--compare", metavar="REV", help="instead compare with fastjepa_kernels of this git revision")
     args = parser.parse_args(arguments)
     if args.repeats < 2:
-        parser.error(f"--repeats is {args.repeats}, expected 2 or more: percentiles need them")
+        parser.error(f"--repeats is {args.repeats}, expected 2 or more, for percentiles")
     if args.batch_size < 1:
         parser.error(f"--batch_size is {args.batch_size}, expected 1 or more")
     if args.output:
-        try:  # now, not after some minutes
+        try:  # before minutes of measuring, not after
             with explain_write_errors(f"--output {args.output}", "Choose another folder"):
                 args.output.mkdir(parents=True, exist_ok=True)
         except FastjepaError as error:
             parser.error(str(error))
     device = torch.device("cuda" if cuda else "cpu")
     choice = Choice(args.ops, args.shapes, args.batch_size, args.dtype)
-    of = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in of.items() if value), f"batch {args.batch_size}", sep=", ")
+    details = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in details.items() if value), f"batch {args.batch_size}", sep=", ")
     if args.compare:
         try:
-            report_comparison(*compare(args.compare, choice, args.repeats), args.compare)
+            print_comparison(*compare(args.compare, choice, args.repeats), args.compare)
         except ConfigError as error:
             parser.error(str(error))
         return
@@ -185,11 +204,11 @@ def main(arguments: list[str] | None = None) -> None:
     work = CeilingWork.on(device, DTYPES[args.dtype])
     rows: list[Row] = []
     for contest in chosen(choice, device):
-        mine, missing = measure(contest, device, work, args.repeats)
-        report(mine, missing, contest)
-        rows += mine
+        found, missing = measure(contest, device, work, args.repeats)
+        print_results(found, missing, contest)
+        rows += found
     if args.output:
-        write([as_record(row, args.batch_size) for row in rows], of, args.output)
+        write([as_record(row, args.batch_size) for row in rows], details, args.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The kernels of another git revision beside those of the working tree, in the same contests.
+"""Compare the kernels of another git revision with those of the working tree, in the same contests.
 
-Two processes (benchmarks.kernels.serve), alike but for the kernels that they hold contests of, take turns: round by round
-each runs its providers once while the other waits, so that whatever else the machine does falls on both. But where its
-memory lies is drawn anew by every process, and small operations differ by tens of percent for it: so there are several
-pairs, and they must agree.
+Two processes (benchmarks.kernels.serve) that differ only in their kernels take turns: in each round one runs its
+providers once while the other waits, so that other load on the machine falls on both. Every process gets its memory
+at other addresses, which changes the time of small operations by tens of percent. So several pairs of processes are
+compared, and a verdict needs all pairs to agree.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from fastjepa.errors import ConfigError
 
 PAIRS = 5
 _LEAST_DIFFERENCE = 0.03
+"""Smaller differences are no verdict, as a share of the time before."""
 
 
 @contextmanager
 def kernels_of(revision: str, repository: Path = ROOT) -> Iterator[Path]:
-    """The folder kernels/ of a revision, copied out of the repository, which is left as it is.
+    """Yield a temporary copy of the folder kernels/ of a revision. The repository is left as it is.
 
     Raises:
-        ConfigError: this is no git checkout, or it has no such revision, or the revision no such folder.
+        ConfigError: `repository` is not a git checkout, it has no such revision, or the revision has no folder kernels/.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -48,7 +49,7 @@ def kernels_of(revision: str, repository: Path = ROOT) -> Iterator[Path]:
         raise ConfigError(f"--compare {revision}: git is not installed") from error
     if top.returncode or Path(top.stdout.decode().strip()).resolve() != repository.resolve():
         raise ConfigError(
-            f"--compare {revision}: {repository} is not a git checkout, whose revisions could be compared"
+            f"--compare {revision}: {repository} is not a git checkout, so there are no revisions to compare with"
         )
     commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if commit.returncode:
@@ -65,7 +66,7 @@ def kernels_of(revision: str, repository: Path = ROOT) -> Iterator[Path]:
 
 
 class _Side:
-    """The other end of benchmarks.kernels.serve."""
+    """One process of a pair, which runs benchmarks.kernels.serve with the kernels in a given folder."""
 
     def __init__(self, name: str, kernels: Path, choice: Choice) -> None:
         self.name = name
@@ -88,35 +89,42 @@ class _Side:
         self._process.communicate()
         self._errors.close()
 
-    def tell(self, what: str) -> None:
+    def send(self, line: str) -> None:
         assert self._process.stdin
-        with suppress(BrokenPipeError):  # it has ended: `hear` says why
-            self._process.stdin.write(what + "\n")
+        with suppress(BrokenPipeError):  # the process has ended: `receive` says why
+            self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
+        """The next answer of the process.
+
+        Raises:
+            ConfigError: the process has ended; with what it wrote to stderr.
+        """
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
             self._errors.seek(0)
             written = self._errors.read().strip()
-            raise ConfigError(f"the contests cannot be run with the kernels of {self.name}; its last words:\n{written}")
+            raise ConfigError(
+                f"the contests cannot be run with the kernels of {self.name}; the process wrote:\n{written}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one provider in one contest."""
+    """One provider in one contest: before (the other revision) and after (the working tree)."""
 
     contest: str
     provider: str
     before: float
-    """Milliseconds: the median of all rounds."""
+    """Milliseconds, the median of all rounds of all pairs."""
     after: float
     ratios: tuple[float, ...]
-    """After over before: of the medians, for each pair of processes."""
+    """The median after, divided by the median before, for each pair of processes."""
 
     @property
     def ratio(self) -> float:
@@ -124,7 +132,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """A difference that all pairs agree on, and that is larger than those between the pairs."""
+        """The direction of a difference that all pairs agree on and that exceeds the differences between them."""
         doubt = max(_LEAST_DIFFERENCE, max(self.ratios) - min(self.ratios))
         if max(self.ratios) < 1 and self.ratio < 1 - doubt:
             return "faster"
@@ -140,7 +148,7 @@ class Comparison:
 
 
 def compared(contest: str, provider: str, pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Comparison:
-    """From the milliseconds before and after, for each pair of processes."""
+    """Compare the milliseconds of all rounds, given as (before, after) for each pair of processes."""
     before, after = (statistics.median([x for pair in pairs for x in pair[side]]) for side in (0, 1))
     ratios = tuple(statistics.median(b) / statistics.median(a) for a, b in pairs)
     return Comparison(contest, provider, before, after, ratios)
@@ -148,14 +156,16 @@ def compared(contest: str, provider: str, pairs: Sequence[tuple[Sequence[float],
 
 @dataclass
 class _Pair:
-    """What two processes found, by (contest, provider)."""
+    """Results of two processes, by (contest, provider)."""
 
     times: dict[tuple[str, str], tuple[list[float], list[float]]] = field(default_factory=dict)
+    """Milliseconds of every round, before and after."""
     remarks: dict[tuple[str, str], str] = field(default_factory=dict)
+    """The reasons why providers are not compared."""
 
 
 def _turns(number: int) -> tuple[int, int]:
-    """Who is first: each every other time."""
+    """The order of the two sides in round `number`: each goes first every other time."""
     return (0, 1) if number % 2 == 0 else (1, 0)
 
 
@@ -165,39 +175,40 @@ def _run_pair(number: int, revision: str, kernels: Path, choice: Choice, rounds:
     with ExitStack() as stack:
         started = {which: stack.enter_context(_Side(*sides[which], choice)) for which in _turns(number)}
         old, new = started[0], started[1]
-        while (contest := (there := old.hear())["contest"]) is not None:
-            here = new.hear()
+        while (contest := (there := old.receive())["contest"]) is not None:
+            here = new.receive()
             for name in dict.fromkeys([*there["providers"], *there["missing"], *here["providers"], *here["missing"]]):
                 if name in there["providers"] and name in here["providers"]:
                     pair.times[contest, name] = [], []
                     continue
                 failures = [
-                    f"{side.name}: {answer['missing'].get(name, 'it is not there')}"
+                    f"{side.name}: {answer['missing'].get(name, 'it does not exist')}"
                     for side, answer in ((old, there), (new, here))
                     if name not in answer["providers"]
                 ]
                 pair.remarks[contest, name] = "; ".join(failures)
             for turn in range(number, number + rounds):
                 for which in _turns(turn):
-                    started[which].tell("round")
-                    for name, milliseconds in started[which].hear().items():
+                    started[which].send("round")
+                    for name, milliseconds in started[which].receive().items():
                         if (contest, name) in pair.times:
                             pair.times[contest, name][which].append(milliseconds)
-            old.tell("next")
-            new.tell("next")
+            old.send("next")
+            new.send("next")
     return pair
 
 
 def compare(revision: str, choice: Choice, rounds: int, repository: Path = ROOT) -> tuple[list[Comparison], list[str]]:
-    """
+    """Compare the kernels of a revision with those of the working tree.
+
     Args:
-        revision: what git takes for a commit.
-        choice: which contests.
+        revision: a commit, branch or tag.
+        choice: selects the contests.
         rounds: how often each process runs its providers.
-        repository: whose revision it is.
+        repository: the git checkout that has the revision.
 
     Returns:
-        Comparisons, and remarks on the providers that cannot be compared.
+        The comparisons, and remarks on the providers that cannot be compared.
 
     Raises:
         ConfigError: there is no such revision, or the contests cannot be run with its kernels.
@@ -211,7 +222,7 @@ def compare(revision: str, choice: Choice, rounds: int, repository: Path = ROOT)
     return [compared(*key, [pair.times[key] for pair in pairs]) for key in pairs[0].times], remarks
 
 
-def report(comparisons: Sequence[Comparison], remarks: Sequence[str], revision: str) -> None:
+def print_comparison(comparisons: Sequence[Comparison], remarks: Sequence[str], revision: str) -> None:
     for contest, group in groupby(comparisons, key=lambda comparison: comparison.contest):
         print("\n".join(["", contest, *map(str, group)]))
     print("\n".join(["", *remarks]))

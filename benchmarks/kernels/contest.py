@@ -1,4 +1,4 @@
-"""A contest: one computation, several providers, the same inputs; who gives a wrong answer is not timed."""
+"""A contest: several providers of one computation get the same inputs; those with a wrong answer are not timed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from fastjepa.profiling.timing import Timed, nothing
 
 Outputs = Tensor | tuple[Tensor, ...]
 
-# Relative error (of norms) that a provider may have, by the precision it computes in.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.int64: 0.0}
+"""Largest relative error of an output, by norm, for each dtype that a provider computes in."""
 
-
-# What a provider raises that cannot do a contest; ValueError for one of ours, the others are PyTorch's and its rivals'.
 FAILURES = (RuntimeError, ValueError, NotImplementedError)
+"""Errors by which a provider says that it cannot do a contest: ValueError is fastjepa's, the others are PyTorch's and of
+other packages."""
 
 
 def describe(error: Exception) -> str:
+    """The error's class and the first line of its message."""
     return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
 
 @dataclass(frozen=True)
 class _Candidate:
     build: Callable[[], Callable[[], Outputs]]
+    """Makes the function to time."""
     prepare: Callable[[], None]
+    """Runs before `build` and before each timed call, outside of the clock."""
     is_ours: bool
 
 
 @dataclass
 class Providers:
-    """Who takes part by name, and who cannot, with the reason."""
+    """The providers of a contest by name, and the reasons why others cannot take part."""
 
     candidates: dict[str, _Candidate] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -48,17 +51,18 @@ class Providers:
         dtype: torch.dtype,
         head_dim: int = 0,
     ) -> None:
-        """Every implementation of one of our operations; `build` gives the function to time, from the public ones."""
+        """Add every implementation of an operation of fastjepa. `build` makes the function to time from public functions."""
         for name, problem in fastjepa_kernels.implementations(op, device.type, dtype, head_dim).items():
 
-            def ask(name: str = name) -> None:
+            def select(name: str = name) -> None:
                 fastjepa_kernels.request({op: name})
-                fastjepa_kernels.choose(op, device.type, dtype, head_dim)  # remembered, so that it is not timed
+                # The choice is cached, so that choosing is not timed.
+                fastjepa_kernels.choose(op, device.type, dtype, head_dim)
 
-            self._add(f"fastjepa {name}", problem, _Candidate(build, ask, is_ours=True))
+            self._add(f"fastjepa {name}", problem, _Candidate(build, select, is_ours=True))
 
     def add(self, name: str, build: Callable[[], Callable[[], Outputs]], problem: str | None = None) -> None:
-        """A rival; `problem` is why it is known not to run here."""
+        """Add another provider. `problem` says why it cannot run on this machine, or is None."""
         self._add(name, problem, _Candidate(build, nothing, is_ours=False))
 
     def _add(self, name: str, problem: str | None, candidate: _Candidate) -> None:
@@ -72,12 +76,12 @@ class Providers:
 class Contest:
     op: str
     part: str
-    """forward, backward, ..."""
+    """Part of the operation: forward, backward, ..."""
     shape: str
     dtype: torch.dtype
     work: Work
     expected: tuple[Tensor, ...]
-    """The right outputs, in a precision above the providers'."""
+    """The right outputs, in a higher precision than the providers'."""
     providers: Providers
 
     @property
@@ -85,7 +89,7 @@ class Contest:
         return f"{self.op}, {self.part}, {self.shape}"
 
     def contestants(self, *, ours_only: bool = False) -> tuple[dict[str, Timed], dict[str, str]]:
-        """Those whose answer is right, ready to run; and why the others do not take part."""
+        """The providers whose answer is right, ready to run; and by name why the others do not take part."""
         right: dict[str, Timed] = {}
         missing = {name: why for name, why in self.providers.absent.items() if not ours_only}
         for name, candidate in self.providers.candidates.items():
@@ -104,7 +108,7 @@ class Contest:
         return right, missing
 
     def _problem(self, timed: Timed) -> str | None:
-        """Why its outputs are not the expected ones."""
+        """The difference between the outputs and the expected ones, or None if they agree."""
         timed.prepare()
         outputs = timed.run()
         assert isinstance(outputs, Tensor | tuple)

@@ -1,4 +1,4 @@
-"""Who competes in what: for every operation the providers that a trainer could use in its place."""
+"""The contests: for every operation, fastjepa's implementations and all that a trainer could use in their place."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ from fastjepa_kernels import (
 from fastjepa_kernels.reference import block_attention_reference, mask_sampling_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MOST_PARAMS = {
-    "cpu": 8_000_000,
-    "cuda": 100_000_000,
-}  # enough to leave the caches; all providers' state is held at once
+# Parameters of the optimizer's contest at most: enough to exceed the caches, and all providers hold their state at once.
+_MOST_PARAMS = {"cpu": 8_000_000, "cuda": 100_000_000}
 
 
 def _cuda_only(device: torch.device, *modules: str) -> str | None:
+    """The reason why a provider that needs these modules and a GPU cannot run, or None."""
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
@@ -43,7 +42,7 @@ def _cuda_only(device: torch.device, *modules: str) -> str | None:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By torch.compile, which compiles at the first call, and fails there where there is no compiler."""
+    """Compile by torch.compile. It compiles at the first call, and raises there if the machine has no compiler."""
     return torch.compile(function, dynamic=False)
 
 
@@ -51,7 +50,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _padded(lengths: Ragged) -> tuple[Tensor, Tensor]:
-    """Slot of every token in a padded batch, and the mask [B, 1, 1, L]: True where there is a token."""
+    """The slot of every token in a padded batch [B L], and the mask [B, 1, 1, L], True at tokens."""
     seq = lengths.sequence_ids()
     device = lengths.cu_seqlens.device
     slots = seq * lengths.max_seqlen + torch.arange(lengths.total, device=device) - lengths.cu_seqlens[seq]
@@ -62,7 +61,11 @@ def _padded(lengths: Ragged) -> tuple[Tensor, Tensor]:
 def _attention_providers(
     qkv: Tensor, lengths: Ragged, wrap: Callable[[Callable[[], Tensor]], Callable[[], Outputs]]
 ) -> Providers:
-    """Self-attention on packed qkv [T, 3, H, d] -> [T, H, d]; `wrap` makes a forward or a backward pass of it."""
+    """Providers of self-attention on packed qkv [T, 3, H, d] -> [T, H, d].
+
+    Args:
+        wrap: turns a function that attends into the forward or the backward pass to time.
+    """
     device, dtype, head_dim = qkv.device, qkv.dtype, qkv.shape[-1]
     cu, longest = lengths.cu_seqlens, lengths.max_seqlen
     providers = Providers()
@@ -71,7 +74,7 @@ def _attention_providers(
     )
 
     def sdpa_padded() -> Tensor:
-        """As a user would: pad, attend with a mask, take the rows back. Padding is part of the cost."""
+        """Pad, attend with a mask, take the rows back, as a user would. Padding is part of the cost."""
         slots, mask = _padded(lengths)
         dense = qkv.new_zeros(lengths.num_seqs * longest, *qkv.shape[1:]).index_copy(0, slots, qkv)
         q, k, v = dense.unflatten(0, (lengths.num_seqs, longest)).permute(2, 0, 3, 1, 4)
@@ -96,7 +99,7 @@ def _attention_providers(
         mask = create_block_mask(
             lambda b, h, q, k: seq[q] == seq[k], None, None, lengths.total, lengths.total, device=str(device)
         )
-        torch._dynamo.reset()  # it would give up compiling after a few shapes
+        torch._dynamo.reset()  # else it gives up compiling after a few shapes
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def run() -> Tensor:
@@ -124,8 +127,8 @@ def _attention_providers(
 def _attention_places(shape: Shape) -> Iterator[tuple[str, Ragged, int]]:
     masks = shape.masks
     yield "target encoder", Ragged.uniform(shape.batch_size, shape.num_patches), shape.head_dim
-    yield "context encoder", masks.context, shape.head_dim
-    yield "predictor", masks.predictor, shape.predictor_head_dim
+    yield "context encoder", masks.context_lengths, shape.head_dim
+    yield "predictor", masks.predictor_lengths, shape.predictor_head_dim
 
 
 def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
@@ -161,8 +164,8 @@ def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterato
 
 
 def products(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """Those of the MLP's first layer."""
-    from fastjepa_kernels import linear  # here: kernels to be compared may be older than it
+    """Linear layers: the first one of each MLP."""
+    from fastjepa_kernels import linear  # not above: a revision that is compared may be older than this operation
 
     for place, lengths, _ in _attention_places(shape):
         rows, width = lengths.total, shape.predictor_width if place == "predictor" else shape.width
@@ -199,18 +202,16 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     images = torch.randint(
         0, 256, (shape.batch_size, 3, shape.image_size, shape.image_size), dtype=torch.uint8, device=device
     )
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-    shift, scale = (torch.tensor(x, device=device)[:, None, None] for x in (mean, std))
+    mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (cases.MEAN, cases.STD))
 
     def plain_patches(dtype: torch.dtype = dtype) -> Tensor:
-        normalised = ((images / 255 - shift) / scale).to(dtype)
+        normalised = ((images / 255 - mean) / std).to(dtype)
         return patchify(normalised, p)[masks.context_indices]
 
     patches = Providers()
     patches.add_ours(
         "masked_gather",
-        lambda: lambda: gather_patches(images, masks.context_indices, p, mean=mean, std=std, dtype=dtype),
+        lambda: lambda: gather_patches(images, masks.context_indices, p, mean=cases.MEAN, std=cases.STD, dtype=dtype),
         device,
         dtype,
     )
@@ -220,7 +221,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield Contest("masked_gather", "patches", shape.name, dtype, work, (plain_patches(torch.float32),), patches)
 
     width = shape.predictor_width
-    sources = masks.context.total + shape.num_patches
+    sources = masks.context_lengths.total + shape.num_patches
     rows = torch.randn(sources, 3 * width, device=device).to(dtype).requires_grad_()
     indices = masks.predictor_rows
     upstream = torch.randn(len(indices), 3 * width, device=device).to(dtype)
@@ -246,7 +247,7 @@ def gathers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[
     work = cases.gather_backward_work(len(indices), sources, 3 * width, element)
     yield Contest("masked_gather", "tokens backward", shape.name, dtype, work, (gradient,), backward)
 
-    tokens = torch.randn(masks.context.total, shape.width, device=device).to(dtype)
+    tokens = torch.randn(masks.context_lengths.total, shape.width, device=device).to(dtype)
     table = torch.randn(shape.num_patches, shape.width, device=device).to(dtype)
     positions = masks.context_indices % shape.num_patches
     adds = Providers()
@@ -266,7 +267,7 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     numel = -(-numel // 16) * 16
     half = dtype != torch.float32
     betas, eps, lr, decay, momentum = (0.9, 0.999), 1e-8, 1e-3, 0.04, 0.5
-    start = 1e-3 * torch.randn(numel, device=device)  # as small as the update, so that a wrong one shows
+    start = 1e-3 * torch.randn(numel, device=device)  # as small as the update, so that a wrong update shows
     grad = torch.randn(numel, device=device)
 
     def buffers() -> dict[str, Tensor]:
@@ -320,7 +321,7 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
         return run
 
     def compiled() -> Callable[[], Outputs]:
-        """The formula as one would write it, with its hyper-parameters on the device."""
+        """The plain formula compiled by torch.compile, with its hyper-parameters on the device."""
         state, extra = buffers(), copies()
         numbers = [torch.tensor(x, device=device) for x in (1.0, lr, decay, momentum)]
 
@@ -348,7 +349,7 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     torch.optim.AdamW([exact], lr=lr, betas=betas, eps=eps, weight_decay=decay).step()
     expected = (exact.detach(), start.double().lerp(exact.detach(), 1 - momentum))
     providers = Providers()
-    # A provider keeps its own state, so the first step, which is checked, is the same for all.
+    # Every provider has its own state, so the first step, which is checked, is the same for all of them.
     providers.add_ours("adamw_ema", fused_ours, device, torch.float32)
     providers.add("torch AdamW fused + foreach EMA", lambda: separate(fused=True))
     providers.add("torch AdamW foreach + foreach EMA", lambda: separate(foreach=True))
@@ -362,8 +363,8 @@ def optimizers(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
 
 def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     masks = shape.masks.to(device)
-    features = torch.randn(masks.union.total, shape.width, device=device).to(dtype)
-    predictions = torch.randn(masks.target.total, shape.width, device=device).to(dtype).requires_grad_()
+    features = torch.randn(masks.union_lengths.total, shape.width, device=device).to(dtype)
+    predictions = torch.randn(masks.target_lengths.total, shape.width, device=device).to(dtype).requires_grad_()
     rows = masks.union_rows
 
     def plain(z: Tensor = predictions, h: Tensor = features) -> Tensor:
@@ -385,14 +386,14 @@ def losses(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[C
 
         return build
 
-    for part, of, expected, formula in (
+    for part, pass_of, expected, formula in (
         ("forward", forward_of, loss.detach(), cases.target_loss_work),
         ("backward", backward_of, gradient, cases.target_loss_backward_work),
     ):
         providers = Providers()
-        providers.add_ours("target_loss", of(lambda: target_loss(predictions, features, rows)), device, dtype)
-        providers.add("torch: layer_norm, index, smooth_l1", of(plain))
-        providers.add("torch, compiled", of(_compiled(plain)))
+        providers.add_ours("target_loss", pass_of(lambda: target_loss(predictions, features, rows)), device, dtype)
+        providers.add("torch: layer_norm, index, smooth_l1", pass_of(plain))
+        providers.add("torch, compiled", pass_of(_compiled(plain)))
         work = formula(len(rows), shape.width, element)
         yield Contest("target_loss", part, shape.name, dtype, work, (expected,), providers)
 
@@ -405,7 +406,7 @@ def masks(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Co
     rules = shape.mask_rules
 
     def numbers(packed: PackedMasks) -> Outputs:
-        """Of a known length wherever they were sampled."""
+        """The outputs whose lengths do not depend on where they were sampled."""
         return packed.sizes, packed.context_cu_seqlens, packed.union_cu_seqlens, packed.predictor_cu_seqlens
 
     def loop() -> Outputs:
@@ -432,9 +433,11 @@ CONTESTS = {
     "target_loss": losses,
     "mask_sampling": masks,
 }
+"""Operation -> the function that yields its contests for a shape, device and dtype."""
 
 
 def chosen(choice: Choice, device: torch.device) -> Iterator[Contest]:
+    """The contests that `choice` selects, shape by shape."""
     for name, shape in cases.shapes(choice.batch_size).items():
         for op in choice.ops if name in choice.shapes else []:
             yield from CONTESTS[op](shape, device, DTYPES[choice.dtype])

@@ -1,4 +1,4 @@
-"""The table of benchmarks.kernels as pictures: times beside each other, and rates under what the machine reaches at best."""
+"""Pictures of the table of benchmarks.kernels: times side by side, and rates under the machine's measured ceilings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _pyplot() -> Any:
 
 
 def plot_times(records: Sequence[Record], environment: Mapping[str, str], path: Path) -> None:
-    """Every contest's providers by median time, as a multiple of the fastest; the line is the 20th to 80th percentile."""
+    """Draw the median times of each contest as multiples of the fastest, with lines from the 20th to the 80th percentile."""
     plt = _pyplot()
     contests = _contests(records)
     rows = [contests[first : first + _COLUMNS] for first in range(0, len(contests), _COLUMNS)]
@@ -85,7 +85,7 @@ def _bars(axis: Any, contest: Sequence[Record], height: int) -> None:
         label = f"{_short(record['p50_ms'])} ms, {100 * record['share_of_bound']:.0f} %"
         axis.text(max(middle, min(high, room)) + 0.02 * room, index, label, va="center", fontsize=8)
     axis.set_yticks(range(len(contest)), [record["provider"] for record in contest], fontsize=9)
-    axis.set_ylim(height - 0.5, -0.5)  # bars of one height in a row of panels, the fastest on top
+    axis.set_ylim(height - 0.5, -0.5)  # equally high bars in all panels of a row, the fastest on top
     axis.set_xlim(0, room * 1.4)
     axis.set_title(f"{contest[0]['op']}: {contest[0]['part']}\n{contest[0]['shape']}", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
@@ -93,8 +93,11 @@ def _bars(axis: Any, contest: Sequence[Record], height: int) -> None:
 
 
 def plot_roofline(records: Sequence[Record], environment: Mapping[str, str], path: Path) -> None:
-    """Left, what has matrix products: FLOP/byte of the work against the rate reached, under the measured copy and matrix
-    product. Right, what only moves bytes: the rate reached beside the copy's. A pair of panels for each model."""
+    """Draw a pair of panels for each model.
+
+    The left one has the operations with matrix products: FLOP per byte against the rate, under the roofline of the measured
+    copy and matrix product. The right one has those that only move bytes: their rates beside the copy's.
+    """
     plt = _pyplot()
     by_model: dict[str, list[list[Record]]] = {}
     for contest in _contests(records):
@@ -114,9 +117,13 @@ def plot_roofline(records: Sequence[Record], environment: Mapping[str, str], pat
 
 
 def _roof(
-    axis: Any, contests: Sequence[Sequence[Record]], of: Sequence[Record], styles: Mapping[str, dict[str, Any]]
+    axis: Any,
+    contests: Sequence[Sequence[Record]],
+    every_record: Sequence[Record],
+    styles: Mapping[str, dict[str, Any]],
 ) -> None:
-    bandwidth, peak = _ceiling(of, "copy_gb_per_s") / 1e3, _ceiling(of, "matmul_tflop_per_s")  # TB/s, TFLOP/s
+    bandwidth = _ceiling(every_record, "copy_gb_per_s") / 1e3  # TB/s
+    peak = _ceiling(every_record, "matmul_tflop_per_s")
     unit, scale = ("TFLOP/s", 1.0) if peak >= 1 else ("GFLOP/s", 1e3)
     ridge = peak / bandwidth
     intensities = [contest[0]["flops"] / contest[0]["bytes"] for contest in contests]
@@ -134,7 +141,7 @@ def _roof(
     )
     slowest = min([scale * record["tflop_per_s"] for contest in contests for record in contest], default=scale * peak)
     top = 1.6 * scale * peak
-    bottom = slowest / 10 ** (0.6 * log10(top / slowest))  # room for the names under the marks
+    bottom = slowest / 10 ** (0.6 * log10(top / slowest))  # leaves room for the names under the marks
     for contest, intensity in zip(contests, intensities, strict=True):
         for record in contest:
             axis.plot(intensity, scale * record["tflop_per_s"], linestyle="", zorder=3, **styles[record["provider"]])
@@ -154,13 +161,13 @@ def _roof(
     present = {record["provider"] for contest in contests for record in contest}
     marks = [axis.plot([], [], linestyle="", label=name, **styles[name])[0] for name in styles if name in present]
     if marks:
-        side = "left" if ridge < max(intensities) else "right"  # where there are no marks
+        side = "left" if ridge < max(intensities) else "right"  # the side without marks
         axis.legend(handles=marks, loc=f"lower {side}", fontsize=9, framealpha=1, edgecolor="white")
     _grid(axis, axis.xaxis, axis.yaxis)
 
 
-def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]], of: Sequence[Record]) -> None:
-    """A row for each provider, under a row with the name of the contest."""
+def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]], every_record: Sequence[Record]) -> None:
+    """Draw a row for each provider, under a row with the name of the contest."""
     rows = [row for contest in contests for row in (contest[0], *contest)]
     titles = {index for index, row in enumerate(rows) if index == 0 or _key(row) != _key(rows[index - 1])}
     for index, row in enumerate(rows):
@@ -174,7 +181,7 @@ def _bandwidths(axis: Any, contests: Sequence[Sequence[Record]], of: Sequence[Re
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(max(len(rows), 1) - 0.5, -1)
     if contests:
-        copy = _ceiling(of, "copy_gb_per_s")
+        copy = _ceiling(every_record, "copy_gb_per_s")
         axis.axvline(copy, color="#333333", linewidth=1.5, zorder=1)
         axis.text(copy, -1.1, f"copy, {_short(copy)} GB/s", ha="center", va="bottom", fontsize=9)
         axis.set_xlim(min(row["gb_per_s"] for row in rows) / 2, 2 * max(copy, *(row["gb_per_s"] for row in rows)))
@@ -188,7 +195,7 @@ def _key(record: Record) -> tuple[str, ...]:
 
 
 def _ceiling(records: Sequence[Record], name: str) -> float:
-    """It was measured in each contest."""
+    """The median of a ceiling, which every contest measured."""
     return median(record[name] for record in records)
 
 
@@ -201,7 +208,7 @@ def _colour(record: Record) -> str:
 
 
 def _styles(providers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A mark for every provider, ours first."""
+    """Colour and marker of every provider, fastjepa's first."""
     ours = list(dict.fromkeys(name for name in providers if _is_ours(name)))
     rivals = list(dict.fromkeys(name for name in providers if not _is_ours(name)))
     colours = dict(zip([*ours, *rivals], [*_OUR_SHADES[: len(ours)], *_RIVALS], strict=False))

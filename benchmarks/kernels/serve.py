@@ -1,7 +1,8 @@
-"""One side of benchmarks.kernels --compare: contests of the kernels in a given folder, a round of them whenever asked.
+"""One process of benchmarks.kernels --compare: runs the contests of the kernels in a given folder, a round when asked.
 
-Started as `python -m benchmarks.kernels.serve KERNELS CHOICE`. What measures, and what samples the masks, keeps the working
-tree's kernels; the contests alone get the others, so that these may be of an earlier time than the rest.
+benchmarks.kernels.compare starts it as `python -m benchmarks.kernels.serve KERNELS CHOICE`. Only the contests import
+the kernels in that folder. The code that measures and that samples the masks keeps those of the working tree, so that
+kernels can be older than the rest of the repository.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _WARMUP = 3
 
 
 def contests_of(kernels: Path, choice: Choice, device: torch.device) -> Iterator[Contest]:
-    """With fastjepa_kernels imported anew, from that folder.
+    """The contests, with fastjepa_kernels imported anew from the folder `kernels`.
 
     Raises:
         ImportError: the folder lacks what the contests need.
@@ -41,17 +42,17 @@ def contests_of(kernels: Path, choice: Choice, device: torch.device) -> Iterator
     contests: Iterator[Contest] = import_module("benchmarks.kernels.contests").chosen(choice, device)
     for name in imported():
         file = Path(str(sys.modules[name].__file__))
-        if not file.is_relative_to(kernels):  # an installed package fills the gaps of one that goes before it
+        if not file.is_relative_to(kernels):  # the finder of an editable installation fills gaps
             raise ImportError(f"{kernels} has no {name}: it was found in {file}")
     return contests
 
 
 def main() -> None:
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # a JSON object a line
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # for what libraries print
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # for answers, a JSON object a line
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to stderr
 
-    def say(what: object) -> None:
-        print(json.dumps(what), file=channel, flush=True)
+    def send(answer: object) -> None:
+        print(json.dumps(answer), file=channel, flush=True)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contests = contests_of(Path(sys.argv[1]), Choice(**json.loads(sys.argv[2])), device)
@@ -59,10 +60,10 @@ def main() -> None:
     for contest in contests:
         present, missing = contest.contestants(ours_only=True)
         sample_in_turns(present, device, _WARMUP)
-        say({"contest": contest.title, "providers": list(present), "missing": missing})
+        send({"contest": contest.title, "providers": list(present), "missing": missing})
         while sys.stdin.readline() == "round\n":
-            say({name: times[0] for name, times in sample_in_turns(present, device, 1).items()})
-    say({"contest": None})
+            send({name: times[0] for name, times in sample_in_turns(present, device, 1).items()})
+    send({"contest": None})
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What it costs to turn JPEG files into batches: fastjepa.data.Loader beside a torch DataLoader (see __main__)."""
+"""Time of loading: JPEG files to batches beside a torch DataLoader (__main__), listing of large data sets (listing)."""

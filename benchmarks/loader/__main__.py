@@ -1,6 +1,7 @@
-"""python -m benchmarks.loader: from JPEG files to batches of 224 x 224 crops, by fastjepa.data.Loader with each of its
-decoders and by a torch DataLoader with Pillow. All are checked, then timed in turns in one run. The files lie in the page
-cache: it is decoding that is timed, not the disk. --soak and --step are other modes.
+"""Time how JPEG files become batches of 224 x 224 crops: python -m benchmarks.loader
+
+fastjepa.data.Loader with each of its decoders stands beside a torch DataLoader with Pillow. All are checked, then timed in
+turns in one run. The files lie in the page cache, so decoding is timed and not the disk. --soak and --step are other modes.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from fastjepa.profiling.timing import summary
 
 @dataclass
 class Entry:
-    """A contestant at one image size and number of threads or workers, with its times per image, one for each round."""
+    """A contestant at one image size and number of threads (or workers), with its times per image in each round."""
 
     provider: str
     size: Size
     threads: int
     contestant: Ours | Rival
     images: int
-    """Per turn."""
+    """Images of a turn."""
     ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
-    """Of all threads of this process and its workers."""
+    """CPU time of all threads of this process and of its workers."""
 
     def take_turn(self) -> None:
         started, cpu_started = time.perf_counter(), cpu_seconds()
@@ -52,15 +53,17 @@ class Entry:
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process, all threads, and of its living workers (getrusage counts those that have ended)."""
+    """CPU time so far of all threads of this process and of its living workers (getrusage counts only ended ones)."""
     workers = [process.pid for process in multiprocessing.active_children() if process.pid]
-    return time.process_time() + sum(time.clock_gettime(~pid << 3 | 2) for pid in workers)  # as clock_getcpuclockid(3)
+    return time.process_time() + sum(
+        time.clock_gettime(~pid << 3 | 2) for pid in workers
+    )  # a process's clock: clock_getcpuclockid(3)
 
 
 def enter(
     args: argparse.Namespace, folder: Path, device: torch.device, stack: ExitStack
 ) -> tuple[list[Entry], dict[str, str]]:
-    """Everybody who gives the right pixels, ready to be timed; and why the others are not."""
+    """Open all contestants; return those with the right pixels, ready to be timed, and by name why the others are not."""
     missing = {name: problem for name in OURS if (problem := problem_with(name))}
     files = {}
     for size, count in zip(args.sizes, args.images, strict=True):
@@ -70,7 +73,7 @@ def enter(
             f"{count} JPEG files of {_name(size)}: {kilobytes:.0f} kB on average, quality {QUALITY}, in the page cache"
         )
     entries: list[Entry] = []
-    # The DataLoaders first: their workers are forks, which are best made before the others have threads.
+    # DataLoaders come first: their workers are forks, which must be made before the other contestants start threads.
     for provider in (*RIVALS, *OURS):
         for size, threads in [(size, threads) for size in args.sizes for threads in args.threads]:
             if provider in missing:
@@ -85,7 +88,7 @@ def enter(
 
 
 def as_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Medians over the rounds, with 20th and 80th percentiles; within a size and number of threads the cheapest first."""
+    """The table: medians over the rounds with 20th and 80th percentiles; per size and threads, the cheapest first."""
     records = []
     rivals = {(entry.size, entry.threads): summary(entry.cpu_ms).p50 for entry in entries if entry.provider == RIVAL}
     order = list(rivals)
@@ -103,14 +106,13 @@ def as_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
                 "images_per_s": 1e3 / wall.p50,
                 "images_per_s_p20": 1e3 / wall.p80,
                 "images_per_s_p80": 1e3 / wall.p20,
-                "masks_share": statistics.median(contestant.masks_shares) if isinstance(contestant, Ours) else 0.0,
+                "masks_share": statistics.median(contestant.prepare_shares) if isinstance(contestant, Ours) else 0.0,
             }
         )
     return records
 
 
-def report(records: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
-    """Print the table."""
+def print_table(records: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
     for (size, threads), group in itertools.groupby(records, key=lambda r: (r["image_size"], r["threads"])):
         print(f"\n{size}, threads or workers: {threads}")
         print(
@@ -123,13 +125,15 @@ def report(records: Sequence[dict[str, Any]], missing: dict[str, str]) -> None:
                 f"  {r['provider']:<31}{r['cpu_ms_per_image']:>13.2f}{cpu:>13}{r['dataloader_over_this']:>17.2f}"
                 f"{r['images_per_s']:>10.0f}{rate:>12}{100 * r['masks_share']:>6.1f} %"
             )
-    print("\nDataLoader/this: of CPU time per image. masks: their share of the time that preparing a batch takes.")
+    print(
+        "\nDataLoader/this: ratio of CPU time per image. masks: share of a batch's preparation that samples its masks."
+    )
     for name, reason in missing.items():
         print(f"not timed: {name}: {reason}")
 
 
 def compare(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
-    """The default mode."""
+    """Time all contestants, print the table and write it to --output: the default mode."""
     details = environment(device) | {"batch": str(args.batch_size), "rounds": str(args.rounds)}
     print(", ".join(f"{key} {value}" for key, value in details.items()))
     with ExitStack() as stack:
@@ -138,7 +142,7 @@ def compare(args: argparse.Namespace, folder: Path, device: torch.device) -> Non
             for entry in entries:
                 entry.take_turn()
     records = as_records(entries)
-    report(records, missing)
+    print_table(records, missing)
     if args.output:
         from benchmarks.loader.plot import plot
 
@@ -167,21 +171,31 @@ def _size(text: str) -> Size:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", type=_size, default=[(500, 375), (2000, 1500)], help="WIDTHxHEIGHT")
     parser.add_argument(
-        "--images", nargs="+", type=int, default=[256, 64], help="files of each size, all read in a turn"
+        "--images", nargs="+", type=int, default=[256, 64], help="files of each size; a turn reads them all"
     )
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="data.num_threads, and workers")
-    parser.add_argument("--batch_size", type=int, help="default: 32, with --step 8")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, 2],
+        help="numbers of data.num_threads, and of the DataLoader's workers",
+    )
+    parser.add_argument("--batch_size", type=int, help="images (default: 32, with --step 8)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed turns of each, 2 or more (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write loader.csv and loader.png into this folder")
-    parser.add_argument("--soak", type=int, metavar="N", help="instead: the memory of N batches of small images")
-    parser.add_argument("--step", metavar="MODEL", help="instead: training steps on real and on synthetic images")
+    parser.add_argument("--soak", type=int, metavar="N", help="instead print the memory over N batches of small images")
+    parser.add_argument(
+        "--step", metavar="MODEL", help="instead time training steps of MODEL on real and on synthetic images"
+    )
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (8 if args.step else 32)
     if args.rounds < 2:
-        parser.error("--rounds: expected 2 or more")
+        parser.error(f"--rounds {args.rounds}: expected 2 or more, for percentiles")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "images"

@@ -1,8 +1,8 @@
-"""Who takes part: our Loader with each of its decoders, and the torch DataLoader that one would write without it.
+"""The contestants: fastjepa's Loader with each of its decoders, and the torch DataLoader that one would write without it.
 
-Each prepares an epoch of its files per turn and is idle between turns, so that they can be timed in turns, in one process.
-Between turns the DataLoader's workers stay alive, and ours holds what it prefetched: it prepares as many batches in a turn
-as are taken.
+In a turn a contestant prepares one epoch of its files; between turns it is idle, so that all can be timed in turns in one
+process. The DataLoader's workers stay alive between turns. The Loader keeps what it has prefetched, so it prepares as many
+batches in a turn as are taken from it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from torch.utils.data import DataLoader, Dataset
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, Loader, open_dataset, steps_per_epoch
 from fastjepa.data.decode.dali import dali_problem
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 
 Box = tuple[int, int, int, int]
-"""Top, left, height, width."""
+"""Top, left, height, width in pixels."""
 
 CPU = torch.device("cpu")
-# The first reads a file as torchvision's ImageFolder does. The second leaves out convert("RGB") where an image is RGB
-# already: Pillow copies it nevertheless.
+# The first reads a file as torchvision's ImageFolder does. The second omits convert("RGB") where an image already is RGB,
+# because Pillow copies the image even then.
 RIVALS = ("DataLoader + Pillow", "DataLoader + Pillow, no convert")
 RIVAL = RIVALS[0]
 DALI_ON_GPU = "fastjepa DALI, GPU"
 
-# Name -> data settings, and how far the pixels may be from Pillow's, in levels of 255: the largest difference and the mean
-# over a batch. As in tests/data/decode, but that among millions of pixels a few of turbo's are 2 levels off.
+# Name -> data settings, then the largest and the mean difference from Pillow's pixels that are allowed over a batch, in
+# levels of 255. They are those of tests/data/decode, except that a few of turbo's millions of pixels are 2 levels off.
 OURS: dict[str, tuple[dict[str, object], float, float]] = {
     "fastjepa turbo": ({"loader": "turbo"}, 20, 0.5),
     "fastjepa turbo, to fp32": ({"loader": "turbo", "pixels": "normalised"}, 20, 0.5),
@@ -45,19 +48,20 @@ OURS: dict[str, tuple[dict[str, object], float, float]] = {
 
 
 def problem_with(name: str) -> str | None:
-    """Why one of ours cannot take part on this machine, or None."""
+    """The reason why a contestant in OURS cannot take part on this machine, or None."""
     if name == DALI_ON_GPU and not torch.cuda.is_available():
         return "needs a CUDA device"
     return dali_problem() if "DALI" in name else None
 
 
 def open_loader(config: Config, device: torch.device) -> Loader:
-    """The batches of a run that never ends, on one rank."""
+    """A Loader for a run on one rank that never ends."""
     dataset = open_dataset(config.data, "train")
     assert dataset is not None
     return Loader(
         dataset,
         config,
+        method_of(config),
         rank=0,
         world_size=1,
         micro_batch_size=config.global_batch_size,
@@ -70,35 +74,38 @@ def open_loader(config: Config, device: torch.device) -> Loader:
 
 
 class Ours:
-    """fastjepa.data.Loader from end to end, masks included; the batches arrive on `device`."""
+    """fastjepa.data.Loader from file to batch on `device`, masks included."""
 
     def __init__(self, name: str, files: Sequence[Path], batch_size: int, threads: int, device: torch.device) -> None:
         settings, *bounds = OURS[name]
         self._bounds = tuple(bounds)
         self._files, self._batches = files, len(files) // batch_size
         self._data = DataConfig(source=str(files[0].parent), num_threads=threads, **settings)  # type: ignore[arg-type]
-        config = Config(data=self._data, global_batch_size=batch_size)
+        config = Config(data=self._data, objective=IJEPAConfig(), global_batch_size=batch_size)
         self._loader = open_loader(config, CPU if name.endswith("CPU") else device)
-        self.masks_shares: list[float] = []
-        """Of the time that preparing a batch took on its thread: sampling masks."""
+        self.prepare_shares: list[float] = []
+        """The share of each batch's preparation (on its thread) that sampled masks."""
 
     def turn(self) -> None:
         for _ in range(self._batches):
             seconds = next(self._loader).seconds
-            self.masks_shares.append(seconds.masks / sum(seconds))
-        wait(self._loader._pending)  # until it is idle
+            self.prepare_shares.append(seconds.prepare / sum(seconds))
+        wait(self._loader._pending)  # until the Loader is idle
 
     def problem(self, batch: Batch | None = None) -> str | None:
-        """How a batch (None: the next one) differs from what Pillow makes of its files and boxes, or None."""
+        """The difference of a batch (None: the next one) from Pillow's pixels of the same files and boxes, or None."""
         batch = batch or next(self._loader)
-        pairs = zip(batch.sample_ids, batch.boxes.tolist(), strict=True)
+        pairs = zip(batch.sample_ids, batch.boxes[0].tolist(), strict=True)
         expected = torch.stack([crop_by_pillow(self._files[index], box) for index, box in pairs])
-        images = batch.images.cpu().float()
+        assert isinstance(batch.prepared, MaskedImages)
+        images = batch.prepared.images.cpu().float()
         if self._data.pixels == "normalised":
             images = 255 * (images * _column(self._data.std) + _column(self._data.mean))
         difference = (images - expected).abs()
         found, bounds = (difference.max().item(), difference.mean().item()), self._bounds
-        if all(value < bound + 0.01 for value, bound in zip(found, bounds, strict=True)):  # rounding, of fp32 batches
+        if all(
+            value < bound + 0.01 for value, bound in zip(found, bounds, strict=True)
+        ):  # 0.01: rounding of fp32 batches
             return None
         return f"differs from Pillow by {found[0]:.0f} levels at most, {found[1]:.2f} on average; bounds: {bounds}"
 
@@ -132,7 +139,7 @@ class Rival:
 
 
 class _Crops(Dataset[Tensor]):
-    """Random crops, normalised: float32 [3, 224, 224] each."""
+    """Random normalised crops, float32 [3, 224, 224] each."""
 
     def __init__(self, files: Sequence[Path], *, always_convert: bool) -> None:
         config = DataConfig()
@@ -148,7 +155,7 @@ class _Crops(Dataset[Tensor]):
 
 
 def crop_by_pillow(file: Path, box: Box | None = None, *, always_convert: bool = True) -> Tensor:
-    """A file's crop (None: a random one), uint8 [3, 224, 224]."""
+    """The crop of a file at `box` (None: at a random one), uint8 [3, 224, 224]."""
     config = DataConfig()
     image: Image.Image = Image.open(file)
     if always_convert or image.mode != "RGB":
@@ -161,8 +168,11 @@ def crop_by_pillow(file: Path, box: Box | None = None, *, always_convert: bool =
 def random_box(
     width: int, height: int, scale: tuple[float, float] = (0.3, 1.0), aspect: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> Box:
-    """As torchvision documents RandomResizedCrop: a random share of the area and a random width / height (log-uniform),
-    the first of ten that fits; else the largest central box within the limits."""
+    """Draw a box as torchvision documents RandomResizedCrop.
+
+    It has a random share of the area and a random width / height (log-uniform). The first of ten draws that fits is taken;
+    if none fits, the largest central box within the limits.
+    """
     for _ in range(10):
         area = random.uniform(*scale) * width * height
         ratio = math.exp(random.uniform(math.log(aspect[0]), math.log(aspect[1])))

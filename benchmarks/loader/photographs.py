@@ -1,4 +1,4 @@
-"""A folder of JPEG files such as cameras make, from the two photographs that scikit-learn ships."""
+"""JPEG files such as cameras make, from the two photographs that scikit-learn ships."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 Size = tuple[int, int]
-"""Width, height."""
+"""Width and height in pixels."""
 
 QUALITY = 90
-# Standard deviation, in levels of 255. Enlarged photographs are smooth: without noise the files are a third of real ones.
 _NOISE = 4.0
+"""Standard deviation in levels of 255. Enlarged photographs are smooth: without noise, files have a third of a real size."""
 
 
 def make_photographs(folder: Path, size: Size, count: int) -> list[Path]:
-    """Random crops of the photographs, resized to `size`, with noise; baseline, 4:2:0. Sorted by name."""
+    """Write `count` baseline JPEG files (4:2:0): random crops of the photographs, resized to `size`, with noise.
+
+    Returns:
+        Their paths, sorted by name.
+    """
     rng = np.random.default_rng(0)
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The table of benchmarks.loader as a picture: a column for each image size; above images per CPU-second, below images/s."""
+"""The picture of the table of benchmarks.loader: a column for each image size, with images per CPU-second above images/s."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHADES = {"fastjepa": ("#a9cce3", "#1b6ca8", "#0d3b5e"), "DataLoader": ("#d5d8d
 
 
 def plot(records: Sequence[Mapping[str, Any]], environment: Mapping[str, str], path: Path) -> None:
-    """Medians, with a line from the 20th to the 80th percentile; behind each bar, its ratio to the DataLoader's."""
+    """Draw medians as bars with lines from the 20th to the 80th percentile, labelled with the ratio to the DataLoader."""
     import matplotlib as mpl
 
     mpl.use("agg")

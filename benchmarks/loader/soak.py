@@ -1,4 +1,4 @@
-"""--soak: the memory of this process while a Loader prepares very many batches of small images."""
+"""python -m benchmarks.loader --soak: memory of a process whose Loader prepares very many batches of small images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 
 from benchmarks.loader.contestants import DALI_ON_GPU, OURS, open_loader, problem_with
 from benchmarks.loader.photographs import make_photographs
+from benchmarks.units import MIB
 from fastjepa.config import Config, DataConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 
 
 def soak(folder: Path, num_batches: int, batch_size: int, threads: int, device: torch.device) -> dict[str, list[float]]:
-    """Print, and return by decoder, the resident memory in MiB after each tenth of the batches."""
+    """Print the resident memory in MiB after each tenth of the batches, and return it by decoder."""
     files = make_photographs(folder, (160, 120), 4 * batch_size)
     memory: dict[str, list[float]] = {}
     for name in ("fastjepa turbo", DALI_ON_GPU if device.type == "cuda" else "fastjepa DALI, CPU"):
@@ -23,7 +25,9 @@ def soak(folder: Path, num_batches: int, batch_size: int, threads: int, device: 
             continue
         data = DataConfig(source=str(files[0].parent), image_size=96, num_threads=threads, **OURS[name][0])  # type: ignore[arg-type]
         memory[name] = []
-        with closing(open_loader(Config(data=data, global_batch_size=batch_size), device)) as loader:
+        with closing(
+            open_loader(Config(data=data, objective=IJEPAConfig(), global_batch_size=batch_size), device)
+        ) as loader:
             for done in range(1, num_batches + 1):
                 next(loader)
                 if 10 * done // num_batches > len(memory[name]):
@@ -36,4 +40,4 @@ def soak(folder: Path, num_batches: int, batch_size: int, threads: int, device: 
 
 def _resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / MIB

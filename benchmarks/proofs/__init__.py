@@ -1,1 +1,1 @@
-"""Proofs that need no clock: compiled kernels, PTX on the CPU, counts, bytes, equality of the engines."""
+"""Proofs that need no clock: compiled kernels (aot), PTX run on the CPU (ptxsim), counts, bytes, equality of engines."""

@@ -1,10 +1,12 @@
-"""Bytes that a rank sends in a step and bytes of state that it holds, measured and by formula (fastjepa.costs):
+"""Bytes that a rank sends in a step and bytes of state that it holds, measured and by the formulas of fastjepa.plan.zero.
+
 python -m benchmarks.proofs.bytes --output benchmarks/results
 
-A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. What is sent is counted at the
-operators of torch.distributed, below whoever calls them and however: every collective, in every variant, of DeepSpeed or
-ours, is one. What is held is the storage of every floating-point tensor that came to be with the engine and is alive. The
-settings are those of configs/zeroN.json, with buckets and thresholds as small as the model.
+A small model is trained with plain PyTorch and ZeRO 0 to 3 on 1, 2 and 4 ranks of gloo. Bytes sent are counted at the
+operators of torch.distributed, which every collective passes, whether DeepSpeed or fastjepa calls it. Bytes held are
+the storages of all living floating-point tensors that were made with or after the engine. The settings are those of
+configs/zeroN.json, with buckets and thresholds as small as the model. A third column, theory, says what a stage needs
+to send at least (`theory`).
 """
 
 from __future__ import annotations
@@ -29,30 +31,32 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.launch import ROOT, launch
 from fastjepa import distributed
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
+from fastjepa.config import Config, DataConfig, ModelConfig, OptimConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.costs import STAGES, Stage
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
-from fastjepa.plan.zero import ZeroSettings, bytes_sent, bytes_sent_theory, state_bytes
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
+from fastjepa.plan.zero import BF16, FP32, STAGES, Stage, Traffic, ZeroSettings, bytes_sent, parameters_of, state_bytes
 
 ZERO = ZeroSettings(reduce_bucket_size=5_000, stage3_param_persistence_threshold=500, stage3_prefetch_bucket_size=5_000)
 COLUMNS = ("ranks", "stage", "precision", "grad_accum_steps", "quantity", "measured", "formula", "theory")
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts what this rank sends by collectives of the default group, as rings do it.
+    """Counts the bytes that this rank sends in collectives of the default group, if these run as rings.
 
-    `collectives` is their number; `sent` maps gradients (all-reduce, reduce, reduce-scatter), weights (all-gather,
-    broadcast) and small (reductions of 8 bytes or less: norms and flags) to bytes.
+    `collectives` is the number of collectives. `sent` maps three kinds to bytes: gradients (all-reduce, reduce,
+    reduce-scatter), weights (all-gather, broadcast) and small (reductions of 8 bytes or less: norms and flags).
     """
 
-    # Operator -> bytes sent per byte of the whole tensor, in units of (N-1)/N, and what it is good for.
+    # Prefix of the operator's name, bytes sent per byte of the whole tensor in units of (N-1)/N, kind.
     _KINDS = (
         ("allreduce", 2, "gradients"),
         ("reduce_scatter", 1, "gradients"),
-        ("reduce_", 1, "gradients"),  # to one rank, by a chain: on the mean over the ranks
+        ("reduce_", 1, "gradients"),  # a chain to one rank: the mean over the ranks
         ("allgather", 1, "weights"),
         ("broadcast", 1, "weights"),
     )
@@ -69,28 +73,28 @@ class CollectiveCounter(TorchDispatchMode):
 
     def _count(self, name: str, args: Any) -> None:
         world = distributed.world_size()
-        # An input and an output: the larger one is the whole tensor. (Lists of tensors add up to it.)
+        # The larger of input and output is the whole tensor. (A list of tensors adds up to it.)
         sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
         whole = max(sizes, default=0)
         if name.startswith(("barrier", "monitored_barrier")):
             return
         if name.startswith("alltoall") or not any(name.startswith(prefix) for prefix, _, _ in self._KINDS):
-            raise NotImplementedError(f"c10d::{name} is not known: add it to CollectiveCounter")
+            raise NotImplementedError(f"c10d::{name} is unknown: add it to CollectiveCounter")
         self.collectives += 1
         factor, kind = next((f, k) for prefix, f, k in self._KINDS if name.startswith(prefix))
         self.sent["small" if kind == "gradients" and whole <= 8 else kind] += factor * (world - 1) / world * whole
 
 
 def storages() -> dict[int, UntypedStorage]:
-    """Address -> storage of every floating-point tensor that is alive, gradients included.
+    """Map address -> storage for every living floating-point tensor, gradients included.
 
-    While the result is kept, so are the storages: no later one can have the address of one of them.
+    The result keeps the storages alive, so that no later storage can get the address of one of them.
     """
     gc.collect()
     found = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about deprecated classes that are looked at
-        # Not those of other classes: fake tensors, which a compiler left behind, have no memory.
+        warnings.simplefilter("ignore")  # looking at deprecated classes warns
+        # Tensors of other classes are left out: fake tensors, which a compiler leaves behind, have no memory.
         tensors = [x for x in gc.get_objects() if type(x) in (Tensor, Parameter) and x.is_floating_point()]
         tensors += [x.grad for x in tensors if x.is_leaf and x.grad is not None]
     for tensor in tensors:
@@ -101,12 +105,11 @@ def storages() -> dict[int, UntypedStorage]:
 
 
 def small_run(precision: str, accum: int, world: int) -> Config:
+    """A small model, trained on micro batches of two images."""
     return Config(
         data=DataConfig(image_size=32, in_channels=1, mean=(0.5,), std=(0.25,)),
-        model=ModelConfig(
-            patch_size=4, embed_dim=36, depth=3, num_heads=3, predictor_embed_dim=12, predictor_depth=2, init="fan_in"
-        ),
-        masks=MaskConfig(mode="budget", min_keep=2),
+        model=ModelConfig(patch_size=4, embed_dim=36, depth=3, num_heads=3, init="fan_in"),
+        objective=IJEPAConfig(predictor_embed_dim=12, predictor_depth=2, masks=MaskConfig(mode="budget", min_keep=2)),
         optim=OptimConfig(warmup_epochs=0),
         global_batch_size=2 * accum * world,
         micro_batch_size=2,
@@ -115,7 +118,7 @@ def small_run(precision: str, accum: int, world: int) -> Config:
 
 
 def ds_config(stage: Stage, zero: ZeroSettings, folder: Path) -> Path | None:
-    """configs/zeroN.json with the sizes of `zero`."""
+    """Write configs/zeroN.json with the sizes of `zero` into `folder`. None with plain PyTorch."""
     if stage == "torch":
         return None
     settings = json.loads((ROOT / "configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
@@ -130,18 +133,24 @@ def ds_config(stage: Stage, zero: ZeroSettings, folder: Path) -> Path | None:
 
 
 def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
-    """One engine: two steps to warm up, one that is counted, and the state before the last micro batch of a fourth."""
+    """Measure one engine: rows of the table.
+
+    Two steps warm up, a third is counted, and the state is measured before the last micro batch of a fourth.
+    """
     world, rank = distributed.world_size(), distributed.rank()
     sizes = BatchSizes.share(config, world)
     images = torch.rand(sizes.micro, 1, *config.data.image_hw)
     indices = torch.arange(sizes.micro) + rank * sizes.micro
-    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
+    settings = IJEPAConfig.of(config).masks
+    masks = sample_masks(settings, config.grid_h, config.grid_w, seed=0, step=0, sample_indices=indices)
     before = storages()
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config(stage, ZERO, folder))
+    method = method_of(config)
+    settings_of_zero = ds_config(stage, ZERO, folder)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), settings_of_zero)
 
     def micro_steps(count: int) -> None:
         for _ in range(count):
-            engine.micro_step(images, masks)
+            engine.micro_step(MaskedImages(images, masks))
 
     micro_steps(2 * sizes.accum)
     with CollectiveCounter() as counter:
@@ -149,7 +158,7 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     micro_steps(sizes.accum - 1)
     distributed.wait_for_gloo()
     resident = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
-    resident -= sum(buffer.nbytes for buffer in engine.model.buffers())  # positions
+    resident -= sum(buffer.nbytes for buffer in engine.model.buffers())  # position tables
     micro_steps(1)
     masters = {piece.tensor.data_ptr(): piece for piece in engine.pieces()}.values()
     ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
@@ -164,7 +173,7 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
         "state: moments": max(distributed.gather_objects(moments)),
         "state: resident": max(distributed.gather_objects(resident)),
     }
-    if sizes.accum == 1:  # gradients are there within a step only
+    if sizes.accum == 1:  # without accumulation, no gradients are alive between micro steps
         del measured["state: resident"]
     by_formula, by_theory = formulas(stage, config, world), theory(stage, config, world)
     return [
@@ -175,14 +184,14 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
 
 
 def formulas(stage: Stage, config: Config, world: int) -> dict[str, int]:
-    """What fastjepa.costs says of the quantities that are measured."""
+    """The measured quantities by the formulas of fastjepa.plan.zero."""
     bf16, accum = config.precision == "bf16", BatchSizes.share(config, world).accum
     sent = bytes_sent(config, stage, world, accum, bf16=bf16, zero=ZERO)
     state = state_bytes(config, stage, world, bf16=bf16, zero=ZERO)
     return {
         "sent: gradients": round(sent.gradients),
         "sent: weights": round(sent.weights),
-        # With plain PyTorch and ZeRO 0 the average is the target encoder's weights.
+        # With plain PyTorch and ZeRO 0 the target encoder's weights are the average.
         "state: ema": state.ema or state.weights - state.moments // 2,
         "state: moments": state.moments,
         "state: resident": state.resident,
@@ -190,14 +199,32 @@ def formulas(stage: Stage, config: Config, world: int) -> dict[str, int]:
 
 
 def theory(stage: Stage, config: Config, world: int) -> dict[str, int]:
-    """What the stage could do with, of the quantities of which that is known."""
+    """The bytes that a stage needs to send at least."""
     bf16, accum = config.precision == "bf16", BatchSizes.share(config, world).accum
-    sent = bytes_sent_theory(config, stage, world, accum, bf16=bf16)
+    sent = least_traffic(config, stage, world, accum, bf16=bf16)
     return {"sent: gradients": round(sent.gradients), "sent: weights": round(sent.weights)}
 
 
+def least_traffic(config: Config, stage: Stage, gpus: int, accum: int, *, bf16: bool = True) -> Traffic:
+    """Bytes that a rank needs to send in a step, if nothing is padded.
+
+    Stages 1 and 2 reduce-scatter gradients. Each weight is gathered once per use: in the forward and the backward pass of
+    context encoder and predictor, and in the forward pass of the target encoder.
+    """
+    parameters = parameters_of(config)
+    trained, everything, averaged = parameters.trained, parameters.total, parameters.averaged
+    ring, low = (gpus - 1) / gpus, BF16 if bf16 else FP32
+    if stage in ("torch", 0):
+        return Traffic(2 * ring * FP32 * trained, 0.0)
+    if stage == 1:
+        return Traffic(ring * low * trained, ring * low * everything)
+    if stage == 2:
+        return Traffic(ring * low * trained * accum, ring * low * everything)
+    return Traffic(ring * low * trained * accum, ring * low * accum * (2 * trained + averaged))
+
+
 def run_rank(folder: Path, precisions: Sequence[str], accums: Sequence[int]) -> None:
-    """One rank of a launch, one engine after the other. The first rank writes the rows."""
+    """Measure all engines as one rank, one after the other. The first rank writes rows.json into `folder`."""
     distributed.init()
     rows = []
     for precision, accum, stage in itertools.product(precisions, accums, STAGES):
@@ -208,10 +235,10 @@ def run_rank(folder: Path, precisions: Sequence[str], accums: Sequence[int]) -> 
 
 
 def run(world: int, precisions: Sequence[str], accums: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of every stage, on `world` ranks.
+    """Measure every stage on `world` ranks: rows of the table.
 
     Raises:
-        RuntimeError: a rank failed; with what it wrote.
+        RuntimeError: a rank failed; the message has what it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["--precisions", *precisions, "--grad_accum_steps", *map(str, accums)]
@@ -221,10 +248,18 @@ def run(world: int, precisions: Sequence[str], accums: Sequence[int]) -> list[di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.proofs.bytes", description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.proofs.bytes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="default: both"
+    )
+    parser.add_argument("--grad_accum_steps", type=int, nargs="+", default=[1, 2], help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder for bytes.csv")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

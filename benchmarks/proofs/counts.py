@@ -1,19 +1,21 @@
-"""python -m benchmarks.proofs.counts: what one training step does, in figures that are the same on every machine.
+"""Count what one training step does, in figures that are the same on every machine: python -m benchmarks.proofs.counts
 
-Of a small model, for each mode of the masks, precision, activation checkpointing and engine, by part of the step:
+A small model takes a step with each mode of masks, precision, activation checkpointing and engine. The figures, for
+each part of the step:
 
-    flops            of matrix products and attention, by the formulas of torch.utils.flop_counter
-    operators        that compute, write or read back: not views, nor empty memory. On a GPU each launches a kernel or more
-    allocations      new storages that they returned, whatever the allocator makes of it; what they need within is not seen
-    allocated_bytes  of those
-    copied_bytes     written by operators that only bring values elsewhere or into another dtype
-    kept_bytes       of the storages that live when the backward pass begins: what the forward pass keeps for it
-    peak_bytes       of the whole step: the most that lived at a time, weights and optimizer state not counted
-    kernels          launches of our Triton kernels, in the cases named Triton, which carry nothing out: their operators are
-                     those of the GPU path
+    flops            matrix products and attention, by the formulas of torch.utils.flop_counter
+    operators        calls that compute, write or read back, without views and empty memory; on a GPU each launches one
+                     kernel or more
+    allocations      new storages that operators returned, whatever the allocator does; memory inside of them is not seen
+    allocated_bytes  bytes of these storages
+    copied_bytes     bytes written by operators that only move values or change their dtype
+    kept_bytes       bytes of the storages alive when the backward pass begins: what the forward pass keeps for it
+    peak_bytes       most bytes alive at a time in the whole step, without weights and optimizer state
+    kernels          launches of fastjepa's Triton kernels, in the cases named Triton. There the kernels are not run, and the
+                     operators are those of the GPU path
 
-Times differ from run to run, these do not: so CI holds them exactly. --check compares with the committed counts.json and
-names every figure that changed; --output FOLDER writes the file, which accepts the change.
+Unlike times, these figures do not vary from run to run, so CI holds them exactly. --check compares them with the committed
+counts.json and names every figure that changed. --output FOLDER writes the file, which accepts the change.
 """
 
 from __future__ import annotations
@@ -42,31 +44,35 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import fastjepa_kernels
 from benchmarks.launch import ROOT, launch
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from benchmarks.units import MIB
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "counts.json"
 ACCEPT = "python -m benchmarks.proofs.counts --output benchmarks/results"
 
 PARTS = ("context encoder", "target encoder", "predictor", "backward", "optimizer", "other")
-"""As the step names them to the profiler (record_function), and what is outside of them: the loss."""
+"""Parts of the step by their names for the profiler (record_function), and what lies outside of them: the loss."""
 FIGURES = ("flops", "operators", "allocations", "allocated_bytes", "copied_bytes", "kept_bytes")
 
 Counts = dict[str, dict[str, int]]
-"""Part of the step, or "step" for all of it, -> figure -> number."""
+"""Part of the step (or "step" for all of it) -> figure -> number."""
 
 
 def _attention_flops(queries: Tensor, cu_queries: Tensor, cu_keys: Tensor) -> int:
-    """Of packed attention [T, ..., heads, head_dim]: two products for each pair of a query and a key of its sequence."""
+    """FLOPs of packed attention [T, ..., H, head_dim]: two products for each pair of a query and a key of its sequence."""
     pairs = int((cu_queries.diff().long() * cu_keys.diff()).sum())
     return 4 * queries.shape[-2] * queries.shape[-1] * pairs
 
 
-# Formulas that torch.utils.flop_counter does not have, by operator; of its positional arguments.
+# FLOPs as a function of the positional arguments, for operators that torch.utils.flop_counter does not know.
 _FLOPS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_: sdpa_flop_count(q.shape, k.shape, v.shape),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": lambda d_out, q, k, v, *_: sdpa_backward_flop_count(
@@ -82,7 +88,8 @@ _FLOPS: dict[str, Callable[..., int]] = {
     ),
 }
 
-# Operators that change no value, only its place or dtype -> the argument that says how much they write; None: the result.
+# Operators that change no value, only its place or dtype -> index of the argument as large as what they write; None: the
+# result is.
 _COPIES: dict[str, int | None] = {
     "aten::_foreach_copy_": 0,
     "aten::copy_": 0,
@@ -106,16 +113,16 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts the operators that are called inside. Backward passes on the CPU run in the caller's thread, so theirs too."""
+    """Counts the operators called inside, also those of backward passes, which run in the caller's thread on the CPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.parts: Counts = {part: dict.fromkeys(FIGURES, 0) for part in PARTS}
         self.peak_bytes = 0
         self._records: list[str] = []
-        """Names of the profiler's ranges that are open, outermost first."""
+        """Names of the open profiler ranges, outermost first."""
         self._alive: list[tuple[StorageWeakRef, int, str]] = []
-        """Storages made inside, their bytes and part."""
+        """Storages made inside, with their bytes and the part that made them."""
 
     def _part(self) -> str:
         return next((name for name in self._records if name in PARTS), "other")
@@ -129,7 +136,7 @@ class StepCounter(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name
         if func.namespace == "fastjepa":
-            with self:  # its Triton launches are counted by themselves, its PyTorch operators here
+            with self:  # count the PyTorch operators inside; Triton launches are counted by `counted`
                 out = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -161,7 +168,7 @@ class StepCounter(TorchDispatchMode):
                 self.parts[part]["kept_bytes"] += size
 
     def _remember(self, given: list[Tensor], results: list[Tensor]) -> bool:
-        """Whether an operator made storages, which are counted."""
+        """Count the storages that an operator made. Returns whether it made any."""
         known = {x.untyped_storage()._cdata for x in given}
         made = {x.untyped_storage()._cdata: x.untyped_storage() for x in results}
         new = [storage for key, storage in made.items() if key not in known]
@@ -180,7 +187,7 @@ class StepCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train."""
+    """One way to train, of which a step is counted."""
 
     mode: Literal["ragged", "official", "budget"]
     precision: Literal["fp32", "bf16"]
@@ -200,14 +207,14 @@ class Case:
             patch_size=8,
             embed_dim=48,
             depth=3,
-            predictor_embed_dim=24,
-            predictor_depth=2,
             activation_checkpointing=self.checkpointing,
         )
         return Config(
             data=DataConfig(image_size=64),
             model=model,
-            masks=MaskConfig(mode=self.mode, min_keep=4),
+            objective=IJEPAConfig(
+                predictor_embed_dim=24, predictor_depth=2, masks=MaskConfig(mode=self.mode, min_keep=4)
+            ),
             global_batch_size=4,
             precision=self.precision,
         )
@@ -225,11 +232,12 @@ def cases() -> Iterator[Case]:
 def masks_of(case: Case, step: int) -> MaskBatch:
     config = case.config
     indices = torch.arange(config.global_batch_size)
-    return sample_masks(config.masks, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices)
+    settings = IJEPAConfig.of(config).masks
+    return sample_masks(settings, config.grid_h, config.grid_w, seed=0, step=step, sample_indices=indices)
 
 
 def count(case: Case) -> Counts:
-    """The figures of a step. DeepSpeed, which serves one engine a process, gets a process of its own."""
+    """The figures of a step. DeepSpeed allows one engine per process, so its case gets a process of its own."""
     if case.engine != "ZeRO 2":
         return _count_here(case)
     with tempfile.TemporaryDirectory() as folder:
@@ -239,10 +247,10 @@ def count(case: Case) -> Counts:
 
 
 def _count_here(case: Case) -> Counts:
-    """Of the second step, which finds everything made that is made once a run."""
+    """Count the second step: the first one makes what is made once per run."""
     config = case.config
     images = torch.zeros(config.global_batch_size, 3, *config.data.image_hw, dtype=torch.uint8)
-    batches = [masks_of(case, step) for step in range(2)]
+    batches = [MaskedImages(images, masks_of(case, step)) for step in range(2)]
     launches: Counter[str] = Counter()
     with ExitStack() as stack:
         stack.enter_context(fastjepa_kernels.without_requests())
@@ -251,18 +259,19 @@ def _count_here(case: Case) -> Counts:
 
             launches = stack.enter_context(counted())
         ds_config = ROOT / "configs" / "zero2.json" if case.engine == "ZeRO 2" else None
-        engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), torch.device("cpu"), ds_config)
+        method, sizes = method_of(config), BatchSizes.share(config, 1)
+        engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
         if case.engine == "Triton":
             assert isinstance(engine, TorchEngine)
-            engine._passes = engine._forward_and_backward  # a GPU takes the batch whole
-        engine.micro_step(images, batches[0])
+            engine._passes = engine._forward_and_backward  # a GPU takes the batch whole, a CPU in slices
+        engine.micro_step(batches[0])
         _forget_batches()
         launches.clear()
         gc.collect()
-        gc.disable()  # what lives is then a matter of references alone
+        gc.disable()  # so that references alone decide what is alive
         try:
             with StepCounter() as counter:
-                engine.micro_step(images, batches[1])
+                engine.micro_step(batches[1])
         finally:
             gc.enable()
             engine.close()
@@ -272,19 +281,19 @@ def _count_here(case: Case) -> Counts:
 
 
 def _forget_batches() -> None:
-    """What is remembered of a batch's lengths: the step counted is then one on masks not seen before, as in training."""
+    """Clear what the kernels cache of a batch's lengths, so that the counted step sees new masks, as in training."""
     for cached in gc.get_objects():
         if type(cached) is functools._lru_cache_wrapper and cached.__module__.startswith("fastjepa_kernels."):
             cached.cache_clear()
 
 
 def versions() -> dict[str, str]:
-    """Whose operators are counted: with others, other figures are no regression."""
+    """Versions of the packages whose operators are counted: other versions may give other figures."""
     return {"torch": torch.__version__.partition("+")[0], "deepspeed": version("deepspeed")}
 
 
 def changes(before: dict[str, Counts], after: dict[str, Counts]) -> list[str]:
-    """A line for each figure that is not as it was."""
+    """One line for each figure that differs, each new case and each missing one."""
     lines = []
     for case in dict.fromkeys([*before, *after]):
         old, new = before.get(case), after.get(case)
@@ -302,14 +311,14 @@ def changes(before: dict[str, Counts], after: dict[str, Counts]) -> list[str]:
 
 
 def problem_with(recorded: dict[str, Any]) -> str | None:
-    """Why the figures of the file cannot be compared with those of this installation."""
+    """The reason why the file's figures cannot be compared with this installation's, or None."""
     here, there = versions(), recorded["versions"]
     others = [f"{name} {here[name]}, not {there[name]}" for name in here if here[name] != there[name]]
-    return f"counts.json was made with other versions: here is {'; '.join(others)}" if others else None
+    return f"{RESULTS.name} was made with other versions; this installation has {'; '.join(others)}" if others else None
 
 
 def _write(counts: dict[str, Counts], path: Path) -> None:
-    """JSON with a line for each part of a step."""
+    """Write JSON with one line for each part of a step, so that a change is a changed line."""
     blocks = []
     for case, parts in counts.items():
         lines = ",\n".join(f"  {json.dumps(part)}: {json.dumps(figures)}" for part, figures in parts.items())
@@ -318,13 +327,13 @@ def _write(counts: dict[str, Counts], path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _report(case: str, counts: Counts) -> None:
+def _print_row(case: str, counts: Counts) -> None:
     step = counts["step"]
     kernels = sum(counts.get("kernels", {}).values())
     print(
         f"{case:<30}{step['flops'] / 1e6:>10.3f}{step['operators']:>11}{kernels:>9}{step['allocations']:>13}"
-        f"{step['allocated_bytes'] / 2**20:>11.3f}{step['copied_bytes'] / 2**20:>11.3f}"
-        f"{step['kept_bytes'] / 2**20:>11.3f}{step['peak_bytes'] / 2**20:>11.3f}",
+        f"{step['allocated_bytes'] / MIB:>11.3f}{step['copied_bytes'] / MIB:>11.3f}"
+        f"{step['kept_bytes'] / MIB:>11.3f}{step['peak_bytes'] / MIB:>11.3f}",
         flush=True,
     )
 
@@ -335,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m benchmarks.proofs.counts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help=f"compare with {RESULTS.name}: status 1 if anything changed"
+        "--check", action="store_true", help=f"compare with {RESULTS.name}; exit with 1 if a figure changed"
     )
     parser.add_argument("--output", type=Path, help="folder for counts.json")
     parser.add_argument("--case", choices=[case.name for case in cases()], help=argparse.SUPPRESS)
@@ -349,14 +358,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.case and case.name != options.case:
             continue
         counts[case.name] = _count_here(case) if options.case else count(case)
-        _report(case.name, counts[case.name])
+        _print_row(case.name, counts[case.name])
     status = 0
     if options.check:
         recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
         if problem := problem_with(recorded):
             print(f"not compared: {problem}")
         elif changed := changes(recorded["cases"], counts):
-            print("\n".join(["", *changed, f"{len(changed)} figures changed. If that is meant: {ACCEPT}"]))
+            print("\n".join(["", *changed, f"{len(changed)} figures changed. If this is intended: {ACCEPT}"]))
             status = 1
         else:
             print("as recorded")

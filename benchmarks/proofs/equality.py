@@ -1,20 +1,22 @@
-"""Every engine beside a plain trajectory: python -m benchmarks.proofs.equality --output benchmarks/results [--reduced]
+"""Compare every engine with a plain trajectory: python -m benchmarks.proofs.equality --output benchmarks/results [--reduced]
 
-A cell of the matrix is one training of 100 steps: plain torch or ZeRO 0 to 3, fp32 or bf16, 1, 2 or 4 ranks, 1 or 4 micro
-batches, with and without clipping, with and without activation checkpointing. What it ends with, weights and EMA, is held
-to `plain_trajectory`: one process, whole batches, fp32, torch.optim.AdamW, an average by loop. And after every step, on
-every rank: the model's weights are those of the fp32 state rounded to the model's precision, bit for bit (the target
-encoder's: bf16(EMA)), and the EMA is the average of the run's own fp32 weights, kept here in float64, to 1e-6.
+A cell of the matrix is one training of 100 steps: plain torch or ZeRO 0 to 3, fp32 or bf16, 1, 2 or 4 ranks, 1 or 4
+micro batches, with and without clipping, with and without activation checkpointing. Its last weights and EMA are
+compared with those of `plain_trajectory`: one process, whole batches, fp32, torch.optim.AdamW, a loop for the EMA.
+Two more checks follow every step, on every rank. The model's weights must equal the fp32 state rounded to the model's
+precision, bit for bit (the target encoder's: bf16(EMA)). And the EMA must be the average of the run's own fp32
+weights, kept here in float64, to 1e-6.
 
-The bound at fp32 is 1e-5 of each parameter's norm. At bf16 it is derived. A rounding to bf16 is off by at most u = 2^-9 of
-the value. A gradient passes ROUNDINGS of them; as independent errors they add up to sqrt(ROUNDINGS) u of its norm. AdamW's
-update m / (sqrt(v) + eps) has that error in m and, at most, in sqrt(v): twice as much in the quotient. Weights that sum up
-such updates are off by at most that share of the path that they went, the sum of the norms of their updates:
+The bound at fp32 is 1e-5 of each parameter's norm. The bound at bf16 is derived. A rounding to bf16 changes a value
+by at most u = 2^-9 of it. A gradient passes ROUNDINGS roundings; as independent errors they add up to sqrt(ROUNDINGS)
+u of its norm. AdamW's update m / (sqrt(v) + eps) has that error in m and, at most, in sqrt(v): twice as much in the
+quotient. Weights add up such updates, so their error is at most that share of their path, the sum of the norms of
+their updates:
 
     |w - w_reference| <= 2 sqrt(ROUNDINGS) u path
 
-of which the EMA, an average of weights, cannot be further off. It is a bound of first order (that the gradients of the two
-trajectories differ by rounding only), so what was measured stands beside it.
+The error of the EMA, an average of weights, cannot be larger. The bound is of first order: it assumes that the
+gradients of the two trajectories differ by rounding only. So the measured errors stand beside it.
 """
 
 from __future__ import annotations
@@ -39,29 +41,33 @@ from torch import Tensor
 
 from benchmarks.launch import launch
 from fastjepa import distributed
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, OptimConfig
+from fastjepa.config import Config, DataConfig, ModelConfig, OptimConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.base import Engine
 from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.masks import sample_masks
+from fastjepa.objectives.ijepa.objective import IJEPAObjective, MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import build_objective, method_of
 from fastjepa.optim.schedule import Schedule, set_schedule
 
 STEPS = 100
 REDUCED_STEPS = 20
 GLOBAL_BATCH = 16  # 4 ranks x 4 micro batches
 CLIP_GRAD = 0.05
-# Adam divides a gradient by its own size, rounding noise too: at the usual 1e-8, elements whose gradient is zero but for
-# rounding (the bias of the keys, which adds the same to all scores of a query) take full steps in a random direction, and
-# fp32 trajectories are 1e-3 apart after 100 steps. At this eps, a hundredth of a usual gradient, they are 4e-7 apart.
-# It also makes the scale of the gradient count, to which Adam is blind otherwise.
+# Adam divides a gradient by its own size, even if it is rounding noise. At the usual 1e-8, elements whose exact
+# gradient is zero (the bias of the keys, which adds the same to all scores of a query) take full steps in a random
+# direction, and fp32 trajectories are 1e-3 apart after 100 steps. At this eps, a hundredth of a usual gradient, they
+# are 4e-7 apart. It also makes the scale of the gradient matter, which Adam cancels otherwise.
 EPS = 1e-4
 FP32_BOUND = 1e-5
 EMA_BOUND = 1e-6
 
-# From the pixels to a weight's gradient: in each of 2 + 2 blocks 12 roundings forward (norm, qkv, scores, weights, sum over
-# values, projection, residual, norm, fc1, gelu, fc2, residual) and as many backward; 12 in each of the target encoder's 2
-# blocks; 8 at the embeddings, the final norms and the predictor's projections, forward and backward.
+# Roundings from the pixels to a weight's gradient: in each of 2 + 2 blocks 12 roundings forward (norm, qkv, scores,
+# weights, sum over values, projection, residual, norm, fc1, gelu, fc2, residual) and as many backward; 12 in each of
+# the target encoder's 2 blocks; 8 at the embeddings, the final norms and the predictor's projections, forward and
+# backward.
 ROUNDINGS = 4 * 24 + 2 * 12 + 2 * 8
 ENGINES = ("torch", "zero0", "zero1", "zero2", "zero3")
 
@@ -77,13 +83,11 @@ Fault = Literal[
 
 
 def trajectory_config(*, clip_grad: float | None = None, micro: int | None = None, **changes: Any) -> Config:
-    """A model of width 24 on a 6 x 8 grid, every dimension another number; 4 images a step."""
+    """A model of width 24 on a 6 x 8 grid, with a different number for every dimension, and 4 images per step."""
     config = Config(
         data=DataConfig(image_size=(24, 32), in_channels=2, mean=(0.5, 0.5), std=(0.25, 0.25)),
-        model=ModelConfig(
-            patch_size=4, embed_dim=24, depth=2, num_heads=3, predictor_embed_dim=12, predictor_depth=2, init="fan_in"
-        ),
-        masks=MaskConfig(min_keep=2),
+        model=ModelConfig(patch_size=4, embed_dim=24, depth=2, num_heads=3, init="fan_in"),
+        objective=IJEPAConfig(predictor_embed_dim=12, predictor_depth=2, masks=MaskConfig(min_keep=2)),
         optim=OptimConfig(warmup_epochs=1, lr=3e-3, eps=EPS, ema_momentum=(0.9, 1.0), clip_grad=clip_grad),
         global_batch_size=4,
         micro_batch_size=micro,
@@ -97,28 +101,33 @@ def schedule(config: Config) -> Schedule:
     return Schedule(config.optim, steps_per_epoch=10, total_steps=STEPS)
 
 
-def batch(config: Config, step: int, rows: Iterable[int] | None = None) -> tuple[Tensor, MaskBatch]:
-    """Images and masks of a step: those at `rows` of the global batch, or all."""
+def batch(config: Config, step: int, rows: Iterable[int] | None = None) -> MaskedImages:
+    """Images and masks of a step, for the given rows of the global batch (None: all)."""
     generator = torch.Generator().manual_seed(step)
     height, width = config.data.image_hw
     images = torch.randn(config.global_batch_size, config.data.in_channels, height, width, generator=generator)
     chosen = torch.arange(config.global_batch_size) if rows is None else torch.tensor(list(rows))
     indices = chosen + step * config.global_batch_size
-    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
-    return images[chosen], masks
+    settings = IJEPAConfig.of(config).masks
+    masks = sample_masks(settings, config.grid_h, config.grid_w, seed=1, step=step, sample_indices=indices)
+    return MaskedImages(images[chosen], masks)
 
 
 @dataclass(frozen=True)
 class Trajectory:
     state: dict[str, Tensor]
-    """The last weights, and the EMA under the target encoder's names."""
+    """The last weights; the EMA stands under the target encoder's names."""
     path: dict[str, float]
-    """Per weight, the sum of the norms of its updates."""
+    """The sum of the norms of the updates, for each weight."""
 
 
 def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = None) -> Trajectory:
-    """torch.optim.AdamW, an average by loop, one process, whole batches, fp32; with a mistake, to see that it shows."""
-    model = build_model(config)
+    """Train with torch.optim.AdamW and a loop for the EMA, in one process, on whole batches, in fp32.
+
+    A `fault` plants a mistake, which shows whether the comparison would find it.
+    """
+    model = build_objective(method_of(config))
+    assert isinstance(model, IJEPAObjective)
     model.target_encoder.requires_grad_(False)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [p for p in trained.values() if p.ndim > 1]
@@ -154,7 +163,7 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
             total = [torch.zeros_like(p) for p in trained.values()]
             for micro in range(4):
                 size = config.global_batch_size // 4
-                model(*batch(config, step, range(micro * size, (micro + 1) * size))).backward()
+                model(batch(config, step, range(micro * size, (micro + 1) * size))).loss.backward()
                 clip()
                 for sum_, p in zip(total, trained.values(), strict=True):
                     assert p.grad is not None
@@ -163,7 +172,7 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
             for sum_, p in zip(total, trained.values(), strict=True):
                 p.grad = sum_
         else:
-            loss = model(*batch(config, step, rows))
+            loss = model(batch(config, step, rows)).loss
             factor = {"gradients summed over 2 ranks": 2, "accumulation without dividing": 4}.get(fault or "", 1)
             (loss * factor).backward()
             clip()
@@ -180,20 +189,20 @@ def plain_trajectory(config: Config, steps: int = STEPS, fault: Fault | None = N
 
 
 def relative_errors(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Per parameter, by norm."""
+    """The norm of the difference over the norm of the expected value, for each parameter."""
     assert mine.keys() == expected.keys()
     return {name: ((mine[name] - x).norm() / x.norm()).item() for name, x in expected.items()}
 
 
 def allowed(cell: Cell, reference: Trajectory) -> dict[str, float]:
-    """Largest relative error of each parameter; see the top of this file."""
+    """The largest relative error allowed for each parameter, as derived at the top of this file."""
     if cell.precision == "fp32":
         return dict.fromkeys(reference.state, FP32_BOUND)
     bounds = {}
-    tokens = batch(cell.config(), 0)[1].predictor.total // (cell.world * cell.accum)
+    tokens = batch(cell.config(), 0).masks.predictor_lengths.total // (cell.world * cell.accum)
     for name, x in reference.state.items():
-        # Where weights are bf16, PyTorch's LayerNorm on the CPU sums up their gradient over the tokens in bf16: a rounding
-        # for each (a sum of ones stops at 256).
+        # Where weights are bf16, PyTorch's LayerNorm on the CPU sums their gradient over the tokens in bf16, with one
+        # rounding per token (a sum of ones stops at 256).
         in_bf16 = "norm" in name and cell.engine in ("zero1", "zero2", "zero3")
         share = 2 * math.sqrt(ROUNDINGS + (tokens if in_bf16 else 0)) * 2.0**-9
         bounds[name] = share * reference.path[name.replace("target_encoder", "context_encoder")] / x.norm().item()
@@ -203,22 +212,22 @@ def allowed(cell: Cell, reference: Trajectory) -> dict[str, float]:
 def engine_steps(
     engine: Engine, config: Config, sizes: BatchSizes, rank: int, world: int, first: int, last: int
 ) -> None:
-    """Steps `first` to `last` - 1 of the trajectory, the batches shared out over micro batches and ranks."""
+    """Take the steps `first` to `last` - 1 of the trajectory, their batches divided into micro batches and among ranks."""
     for step in range(first, last):
         set_schedule(engine.param_groups, schedule(config).at(step))
         for micro in range(sizes.accum):
             start = (micro * world + rank) * sizes.micro
-            images, masks = batch(config, step, range(start, start + sizes.micro))
-            engine.micro_step(images.to(engine.device), masks.to(engine.device))
+            micro_batch = batch(config, step, range(start, start + sizes.micro))
+            engine.micro_step(micro_batch.to(engine.device))
 
 
 def full_state(engine: Engine) -> dict[str, Tensor]:
-    """fp32 weights (EMA for the target encoder), put together from the pieces of all ranks, on every rank's CPU."""
-    shapes = engine.parameter_shapes()
+    """The fp32 weights (for the target encoder: the EMA), assembled from the pieces of all ranks on every rank's CPU."""
+    shapes = engine.shapes()
     flat = torch.zeros(sum(math.prod(shape) for shape in shapes.values()), device=engine.device)
     state = dict(zip(shapes, flat.split([math.prod(shape) for shape in shapes.values()]), strict=True))
-    if engine.writes_state:
-        for piece in engine.pieces():
+    for piece in engine.pieces():
+        if piece.written:
             state[piece.name][piece.start : piece.start + piece.numel] = piece.view(piece.tensor)
     if distributed.world_size() > 1:
         dist.all_reduce(flat)  # every element is 0 on all ranks but one
@@ -226,8 +235,10 @@ def full_state(engine: Engine) -> dict[str, Tensor]:
 
 
 def wrong_weights(engine: Engine, state: dict[str, Tensor]) -> int:
-    """How many of the model's parameters on this rank are not, bit for bit, those of `state` in the model's precision. Where
-    stage 3 shards one, this rank's share is compared, and all of it where it is whole at the moment."""
+    """Count the model's parameters on this rank that differ in any bit from `state` in the model's precision.
+
+    Of a parameter that stage 3 shards, this rank's share is compared, and the whole where it is gathered at the moment.
+    """
     wrong, rank = 0, distributed.rank()
     for name, param in engine.model.named_parameters():
         expected = state[name].to(param.device, param.dtype).flatten()
@@ -249,7 +260,7 @@ class OwnAverage:
         self._average = {n: x.double() for n, x in state.items() if n.startswith("target_encoder.")}
 
     def error_after(self, state: dict[str, Tensor], momentum: float) -> float:
-        """Move on by the weights of `state`; the largest relative error, by norm, of a parameter's EMA in it."""
+        """Update the average with the weights of `state`; return the largest relative error of a parameter's EMA in it."""
         for name, average in self._average.items():
             weight = state[name.replace("target_encoder", "context_encoder")]
             average.mul_(momentum).add_(weight.double(), alpha=1 - momentum)
@@ -259,6 +270,8 @@ class OwnAverage:
 
 @dataclass(frozen=True)
 class Cell:
+    """One training of the matrix."""
+
     engine: str
     precision: Literal["fp32", "bf16"]
     world: int
@@ -284,7 +297,7 @@ def all_cells() -> list[Cell]:
 
 
 def reduced_cells() -> list[Cell]:
-    """Three cells of every engine, which together hold each value of each dimension."""
+    """Three cells of every engine, which together have every value of every dimension."""
     return [
         cell
         for engine in ENGINES
@@ -298,7 +311,7 @@ def reduced_cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Row:
-    """A cell's outcome. Errors are relative, by norm, of the worst parameter."""
+    """The outcome of a cell. Errors are relative errors, by norm, of the worst parameter."""
 
     cell: Cell
     weight_error: float
@@ -306,9 +319,9 @@ class Row:
     of_bound: float
     """The largest error as a share of what is allowed for that parameter."""
     own_ema_error: float
-    """EMA beside the float64 average of the run's own weights: the largest of all steps and ranks."""
+    """Error of the EMA against the float64 average of the run's own weights, the largest over all steps and ranks."""
     wrong_weights: int
-    """Parameters that were not the rounded fp32 state, summed over steps and ranks."""
+    """Number of parameters that differed from the rounded fp32 state, summed over steps and ranks."""
     seconds: float
 
     @property
@@ -320,7 +333,7 @@ class Row:
 
 
 def run_cell(cell: Cell, reference: Trajectory, steps: int, folder: Path) -> Row:
-    """Train a cell, as one of its ranks; every rank gets the row."""
+    """Train a cell as one of its ranks. Every rank gets the row."""
     started = time.perf_counter()
     config = cell.config()
     rank, world = distributed.rank(), distributed.world_size()
@@ -330,7 +343,8 @@ def run_cell(cell: Cell, reference: Trajectory, steps: int, folder: Path) -> Row
         ds_config = folder / f"{cell.engine}.rank{rank}.json"
         stage = int(cell.engine.removeprefix("zero"))
         ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}))
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
     state = full_state(engine)
     average, own_error, wrong = OwnAverage(state), 0.0, 0
     for step in range(steps):
@@ -353,7 +367,7 @@ def run_cell(cell: Cell, reference: Trajectory, steps: int, folder: Path) -> Row
 
 
 def run_rank(folder: Path) -> None:
-    """One rank of a launch: the cells of its world size, one engine after the other. The first rank writes the rows."""
+    """Run the cells of this world size as one rank, one after the other. The first rank writes the rows."""
     torch.set_num_threads(1)
     distributed.init()
     steps, cells = _read(folder)
@@ -377,7 +391,7 @@ def _read(folder: Path) -> tuple[int, list[Cell]]:
 
 
 def run(cells: list[Cell], steps: int, folder: Path) -> list[Row]:
-    """All cells, by one launch per world size (start-up takes seconds), side by side, through files in `folder`."""
+    """Run all cells, in one launch per world size (start-up takes seconds), side by side, with files in `folder`."""
     (folder / "wanted.json").write_text(json.dumps({"steps": steps, "cells": [asdict(cell) for cell in cells]}))
     worlds = sorted({cell.world for cell in cells})
     with ThreadPoolExecutor(len(worlds)) as pool:
@@ -395,14 +409,14 @@ def run(cells: list[Cell], steps: int, folder: Path) -> list[Row]:
     return sorted(rows, key=lambda row: cells.index(row.cell))
 
 
-def report(rows: list[Row], steps: int) -> str:
-    """The rows in short, as Markdown: the worst of each engine and precision; then what mistakes would have looked like."""
+def as_markdown(rows: list[Row], steps: int) -> str:
+    """Summarise the rows in Markdown: the worst of each engine and precision, then the errors of planted mistakes."""
     lines = [
         f"# Equality: {sum(row.holds for row in rows)} of {len(rows)} cells hold",
         "",
-        f"Relative errors after {steps} steps, by norm, of the worst parameter of the worst cell. `of bound`: as a share of",
-        "what is allowed. `own EMA`: the EMA beside a float64 average of the run's own weights, at the worst step.",
-        "`wrong weights`: parameters that were not the rounded fp32 state, over all steps and ranks.",
+        f"Relative errors after {steps} steps, by norm, of the worst parameter of the worst cell. `of bound`: the error as",
+        "a share of what is allowed. `own EMA`: the error of the EMA against a float64 average of the run's own weights, at",
+        "the worst step. `wrong weights`: parameters that differed from the rounded fp32 state, over all steps and ranks.",
         "",
         "| engine | precision | cells | weights | EMA | of bound | own EMA | wrong weights |",
         "|---|---|---|---|---|---|---|---|",
@@ -419,10 +433,8 @@ def report(rows: list[Row], steps: int) -> str:
             )
     lines += [
         "",
-        "Mistakes in the plain trajectory, held to it in the same way. Below 1, those of the EMA show in `own EMA`, the",
-    ]
-    lines += [
-        "others at fp32 only:",
+        "Mistakes planted in the plain trajectory, compared with it in the same way. One that stays below 1 of the bf16",
+        "bound shows in `own EMA` if it concerns the EMA, and else at fp32 only:",
         "",
         f"| mistake | error (allowed at fp32: {FP32_BOUND:g}) | of the bf16 bound |",
         "|---|---|---|",
@@ -434,8 +446,11 @@ def report(rows: list[Row], steps: int) -> str:
 
 
 def fault_error(fault: Fault, steps: int) -> tuple[float, float]:
-    """How far a mistake leads a plain trajectory from the right one: the relative error of the worst parameter, and the
-    largest as a share of what is allowed at bf16."""
+    """The error that a mistake causes in a plain trajectory.
+
+    Returns:
+        The largest relative error of a parameter, and the largest error as a share of what is allowed at bf16.
+    """
     cell = Cell("torch", "bf16", 1, 4, fault == "every micro batch clipped by itself", False)
     config = replace(cell, precision="fp32").config()
     right, wrong = plain_trajectory(config, steps), plain_trajectory(config, steps, fault)
@@ -444,7 +459,11 @@ def fault_error(fault: Fault, steps: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.proofs.equality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, help="folder for equality.csv and equality.md")
     parser.add_argument("--reduced", action="store_true", help=f"15 cells of {REDUCED_STEPS} steps, as in the tests")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
@@ -454,7 +473,7 @@ def main() -> None:
         run_rank(args.rank_in)
         return
     if args.output is None:
-        parser.error("--output is required")
+        parser.error("--output is missing: expected a folder for equality.csv and equality.md")
     cells, steps = (reduced_cells(), REDUCED_STEPS) if args.reduced else (all_cells(), STEPS)
     with tempfile.TemporaryDirectory() as folder:
         rows = run(cells, steps, Path(folder))
@@ -463,7 +482,7 @@ def main() -> None:
         writer = csv.DictWriter(file, rows[0].as_dict())
         writer.writeheader()
         writer.writerows(row.as_dict() for row in rows)
-    text = report(rows, steps)
+    text = as_markdown(rows, steps)
     (args.output / "equality.md").write_text(text)
     print(text)
     if not all(row.holds for row in rows):

@@ -131,8 +131,9 @@ class ModelConfig:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     init: Literal["official", "depth_rescale", "fan_in"] = "official"
-    """official: std 0.02 everywhere, as the released models were trained; depth_rescale: residual outputs of block l also
-    divided by sqrt(2 l); fan_in: std 1/sqrt(fan_in) with that rescale, which narrow models (32-64) need not to collapse."""
+    """official: normal weights of std 0.02, not cut, as the released models were trained. depth_rescale: the same, with the
+    residual outputs of block l divided by sqrt(2 l). fan_in: normal of std 1/sqrt(fan_in), cut at two standard deviations
+    (which leaves 0.88/sqrt(fan_in)), with that rescale: narrow models (32 to 64) collapse without it."""
     activation_checkpointing: bool = False
     """Of each transformer block keep only its input for backward, which computes the rest again: the same numbers in much
     less memory, for one more forward pass of the context encoder's and the predictor's blocks."""

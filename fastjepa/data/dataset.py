@@ -1,8 +1,8 @@
-"""The images of a data set as a table that fits any source: a name each, a label or none, and where its bytes lie.
+"""The list of images of a data set, in one form for all sources: a name, a label or none, and where the bytes lie.
 
-Bytes are a file of their own (folders, lists) or a span of a larger one (tar shards, Arrow files), so reading is the same
-for every source: open, read at an offset, close. No file stays open, no process holds more than the table, and the table
-of a large set is memory-mapped (`sources.index`): 14 million names are 0.6 GB of page cache that all ranks share.
+An image is a file of its own (folders, lists) or a span of a larger file (tar shards, Arrow files). So every source is read
+in the same way: open, read at an offset, close. No file stays open, and a process holds nothing but the list. The list of a
+large data set is memory-mapped (`sources.index`): 14 million names are 0.6 GB of page cache, which all ranks share.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastjepa.data.decode.images import BadImage, describe
+from fastjepa.data.image_errors import BadImage, reason_of
 
 Ints = npt.NDArray[np.int64]
 
-# Errors that pass, of network file systems and of processes with many open files: the image is not to blame.
-_PASSING = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
-_ATTEMPTS, _PAUSE = 3, 0.2
+# Errors of network file systems, and of processes with many open files, that may pass: the image is not to blame.
+_PASSING_ERRORS = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT)
+_ATTEMPTS, _PAUSE = 3, 0.2  # reads of one image; seconds between two of them
 
-_AT_ONCE = 1 << 16  # strings that are Python objects at a time: millions of them would take gigabytes
+# Strings that are Python objects at the same time: millions of them would take gigabytes.
+_STRINGS_AT_ONCE = 1 << 16
 
 
 def printable(path: str | bytes) -> str:
@@ -38,25 +39,26 @@ def printable(path: str | bytes) -> str:
 
 
 class Strings:
-    """An immutable sequence of byte strings without NUL: two arrays, which can be memory-mapped."""
+    """An immutable sequence of byte strings without NUL, kept in two arrays that can be memory-mapped."""
 
     def __init__(self, text: npt.NDArray[np.uint8], ends: Ints) -> None:
         """
         Args:
-            text: the strings, a NUL between each two.
+            text: the strings, with a NUL between each two.
             ends: int64 [n], where each string ends in `text`.
         """
         self.text, self.ends = text, ends
 
     @staticmethod
     def of(strings: Iterable[bytes]) -> Strings:
-        """
+        """Copy `strings` into the two arrays.
+
         Raises:
             ValueError: a string holds a NUL.
         """
         text, ends = bytearray(), [np.empty(0, np.int64)]
         iterator = iter(strings)
-        while some := list(islice(iterator, _AT_ONCE)):
+        while some := list(islice(iterator, _STRINGS_AT_ONCE)):
             lengths = np.fromiter(map(len, some), np.int64, len(some))
             ends.append(len(text) + np.cumsum(lengths + 1) - 1)
             text += b"\0".join(some)
@@ -75,29 +77,31 @@ class Strings:
         return self.text[start : int(self.ends[index])].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
-        for first in range(0, len(self), _AT_ONCE):
-            last = min(first + _AT_ONCE, len(self)) - 1
+        for first in range(0, len(self), _STRINGS_AT_ONCE):
+            last = min(first + _STRINGS_AT_ONCE, len(self)) - 1
             start = int(self.ends[first - 1]) + 1 if first else 0
             yield from self.text[start : int(self.ends[last])].tobytes().split(b"\0")
 
 
 class Spans(NamedTuple):
-    """Where the samples lie in the files that hold many."""
+    """Where n samples lie in files that hold many of them."""
 
     files: Strings
-    """Relative to the data set's root, or absolute."""
+    """The files, relative to the data set's root or absolute."""
     file: npt.NDArray[np.int32]
-    """[n]: the number of the file; -1: the sample is a file of its own, at its name."""
+    """[n]: the index into `files`; -1: the sample is a file of its own, at its name."""
     start: Ints
-    """[n]: the sample's first byte in the file."""
+    """[n]: the sample's first byte in its file."""
     size: Ints
-    """[n]: its bytes; -1: as many as the file has, which is of one image then."""
+    """[n]: the sample's bytes; -1: all bytes of the file, which then holds one image."""
 
 
 def _read(path: bytes, start: int, size: int, max_bytes: int) -> bytes:
-    """`size` bytes of a file (-1: all of it) from `start` on. Unbuffered: in one call, as a rule, and the interpreter's lock
-    is free meanwhile."""
-    # A pipe would be waited for, for ever.
+    """Read `size` bytes of a file (-1: all of it) from `start` on.
+
+    The read is unbuffered: one call, as a rule, during which the interpreter's lock is free.
+    """
+    # O_NONBLOCK: opening a pipe would wait for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         status = os.fstat(descriptor)
@@ -118,15 +122,18 @@ def _read(path: bytes, start: int, size: int, max_bytes: int) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """The images of one split of a source. A sample's identity is its index. The order is stable: files by their names, or
-    as a pattern or a list has them; and what one file holds as it stands there."""
+    """The images of one split of a source. A sample's identity is its index.
+
+    The order is stable: files are sorted by their names, or stand as a pattern or a list has them; the samples within a
+    file stand as the file has them.
+    """
 
     root: str
     """The folder that names and files are relative to."""
     names: Strings
-    """Unique. Of files: their path. Of others: file and member or row, as `shard-000.tar/0001.jpg`."""
+    """Unique names: the path of an image file, or file and member or row, as in `shard-000.tar/0001.jpg`."""
     labels: Ints | None
-    """int64 [n], indices into class_names; None: the source gives no labels."""
+    """int64 [n], indices into `class_names`; None: the source gives no labels."""
     class_names: tuple[str, ...]
     spans: Spans | None = None
     """None: every sample is a file of its own, at its name."""
@@ -144,10 +151,10 @@ class ImageDataset:
         return hashlib.sha256(self.names.text.data).hexdigest()
 
     def read(self, index: int, max_bytes: int) -> bytes:
-        """The encoded image.
+        """Read the encoded image.
 
         Raises:
-            BadImage: it cannot be read (missing, unreadable, cut short), is empty, or larger than `max_bytes`.
+            BadImage: it cannot be read (missing, unreadable, cut short), is empty, or is larger than `max_bytes`.
         """
         name, start, size = self.names[index], 0, -1
         if self.spans is not None and (file := int(self.spans.file[index])) >= 0:
@@ -158,15 +165,16 @@ class ImageDataset:
                 data = _read(path, start, size, max_bytes)
                 break
             except OSError as error:
-                if error.errno not in _PASSING or attempt == _ATTEMPTS - 1:
-                    raise BadImage(describe(error)) from error
+                if error.errno not in _PASSING_ERRORS or attempt == _ATTEMPTS - 1:
+                    raise BadImage(reason_of(error)) from error
                 time.sleep(_PAUSE)
         if not data:
             raise BadImage("empty file")
         return data
 
     def labels_by(self, class_names: tuple[str, ...]) -> Ints | None:
-        """The labels as indices into another set's class names; classes that it lacks come behind them."""
+        """The labels as indices into the class names of another data set. Classes that it lacks are numbered after those
+        that it has."""
         if self.labels is None:
             return None
         unknown = [name for name in self.class_names if name not in class_names]

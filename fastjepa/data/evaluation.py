@@ -13,7 +13,7 @@ from torch import Tensor
 from fastjepa.config import DataConfig
 from fastjepa.data.dataset import ImageDataset, Ints
 from fastjepa.data.decode.choice import choose_decoder
-from fastjepa.data.decode.images import BadImages
+from fastjepa.data.image_errors import BadImages
 from fastjepa.data.order import central_boxes
 from fastjepa.data.reader import fetch, sizes_of
 

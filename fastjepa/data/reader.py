@@ -15,7 +15,8 @@ from torch import Tensor
 from fastjepa.config import DataConfig
 from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.dataset import ImageDataset, Ints
-from fastjepa.data.decode.images import BadImages, Decoder, EncodedImage, read_header
+from fastjepa.data.decode.images import Decoder, EncodedImage, read_header
+from fastjepa.data.image_errors import BadImages
 from fastjepa.data.order import Boxes, crop_boxes, flips, replacement
 from fastjepa.data.threads import for_each
 

@@ -1,23 +1,28 @@
-"""Work on the images of a batch, shared out over threads."""
+"""Work on the images of a batch, shared out over the threads of a pool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from fastjepa.data.decode.images import BadImage
+from fastjepa.data.image_errors import BadImage
 
 
 def for_each(work: Callable[[int], None], count: int, pool: Executor, num_threads: int) -> dict[int, str]:
-    """Run work(0) to work(count - 1) on the pool's threads. Returns the reasons of those that raised BadImage, by number."""
+    """Run work(0) to work(count - 1) on `num_threads` threads of the pool, and wait for all of them.
+
+    Returns:
+        Number -> reason of every call that raised BadImage, in ascending order. Any other error is raised.
+    """
     bad: dict[int, str] = {}
 
-    def share(first: int) -> None:  # one task per thread: a task costs as much as a small image
-        for position in range(first, count, num_threads):
+    # A thread gets every num_threads-th number as one task: a task of its own would cost as much as a small image.
+    def run_share(first: int) -> None:
+        for number in range(first, count, num_threads):
             try:
-                work(position)
+                work(number)
             except BadImage as error:
-                bad[position] = str(error)
+                bad[number] = str(error)
 
-    list(pool.map(share, range(num_threads)))
+    list(pool.map(run_share, range(num_threads)))
     return dict(sorted(bad.items()))

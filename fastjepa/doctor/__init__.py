@@ -1,5 +1,7 @@
-"""fastjepa doctor: what limits a run, and what stands in its way.
+"""fastjepa doctor: finds what limits a run and what keeps it from starting.
 
-Facts are gathered (`probes`, in processes of their own: a probe may crash or hang), then judged by pure functions
-(`installation`, `run`), then printed (`__main__`). Nothing is written, but to --json and to the cache of lists of images.
+`examine` goes through it in order: probes gather facts, each in a process of its own, since a probe may crash or hang
+(`probe_process`, `probe_installation`, `probe_run`); pure functions judge the facts (`judge_installation`, `judge_run`,
+`limits`) and suggest settings (`suggest`); `diagnosis` holds the result and formats it. The only files written are --json
+and the cache of image lists.
 """

@@ -1,6 +1,7 @@
-"""fastjepa doctor [--config RUN.yaml] [section.key=value ...]: what limits a run, and what stands in its way.
+"""The command line: fastjepa doctor [--config RUN.yaml] [section.key=value ...]
 
-Exit status: 0: nothing does; 1: there are problems, with which the run would not start or give wrong results; 2: an error.
+Exit status: 0 if there are no problems; 1 if there are some, with which the run would not start or give wrong results; 2 if
+the arguments or the configuration are wrong.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from fastjepa.doctor import installation
+from fastjepa.config import command_line
+from fastjepa.doctor import judge_installation
 from fastjepa.doctor.diagnosis import Report, format_report
-from fastjepa.doctor.probes import Running, say
+from fastjepa.doctor.host_facts import gather_host_facts
+from fastjepa.doctor.probe_process import ProbeProcess, print_progress
 from fastjepa.errors import ConfigError, FastjepaError
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fastjepa doctor",
-        description="What limits a run, and what stands in its way. Nothing of the run is written.",
+        description="Find what limits a run and what keeps it from starting. The run's folder is left as it is.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
-    parser.add_argument("--config", help="YAML file of the run, or a shipped one by name (default: default)")
-    parser.add_argument("--ds_config", help="DeepSpeed JSON that the run is started with; without it: plain PyTorch")
-    parser.add_argument("--ranks", type=int, help="of the run, on this machine (default: one for each GPU, or one)")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the report there too")
+    command_line.add_run_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="ranks of the run on this machine (default: one per GPU, or one)")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the report to this file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
     if args.ranks is not None and args.ranks < 1:
@@ -38,37 +39,39 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    """
+    """Examine the installation, and then the run, unless the installation has problems.
+
     Raises:
         ConfigError: the configuration, or the DeepSpeed JSON, is wrong.
     """
-    say("looking at the installation")
-    host = installation.look_at_host()
-    names = ["pytorch", "deepspeed", "dali", *(["apex"] if host.apex_is_there else [])]
+    print_progress("checking the installation")
+    host = gather_host_facts()
+    names = ["pytorch", "deepspeed", "dali", *(["apex"] if host.has_apex else [])]
     with ExitStack() as stack:
-        probes = {name: stack.enter_context(Running(name)) for name in names}
+        probes = {name: stack.enter_context(ProbeProcess(name)) for name in names}
         pytorch = probes["pytorch"].outcome()
-        findings = [*installation.judge_host(host), *installation.judge_pytorch(pytorch, host)]
+        findings = [*judge_installation.judge_host(host), *judge_installation.judge_pytorch(pytorch, host)]
         if any(finding.level == "problem" for finding in findings):
-            return Report(installation=findings, verdict="not known: the installation has to be mended first")
-        from fastjepa.doctor.examine import examine_run  # here, not above: it needs a torch that works
-        from fastjepa.train import resolve_config
+            return Report(installation=findings, verdict="unknown: repair the installation first, then run this again")
+        # These import torch, which works: the probe did it.
+        from fastjepa.doctor.examine import examine_run
+        from fastjepa.objectives.registry import load_config
 
-        config = resolve_config(argparse.Namespace(**vars(args), resume=None))
+        config = load_config(command_line.config_file(args), args.overrides)
         outcomes = {name: probe.outcome() for name, probe in probes.items()}
     return examine_run(config, args, host, outcomes, findings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    # Under a launcher one rank looks at what all would do; what it starts is alone.
-    ranks, rank = int(os.environ.pop("WORLD_SIZE", "0")), int(os.environ.pop("RANK", "0"))
+    # Under a launcher, rank 0 examines the run for all ranks. The probes must not take themselves for ranks of it.
+    world_size, rank = int(os.environ.pop("WORLD_SIZE", "0")), int(os.environ.pop("RANK", "0"))
     if rank:
         return 0
-    args.ranks = args.ranks or ranks or None
+    args.ranks = args.ranks or world_size or None
     try:
         if args.json:
-            _write(args.json, "", "a")  # an error comes now, not after a minute
+            _write(args.json, "", "a")  # fails now if it must, not after a minute of measuring
         report = examine(args)
         print(format_report(report), flush=True)
         if args.json:

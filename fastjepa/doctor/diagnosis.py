@@ -1,4 +1,4 @@
-"""What the doctor found, for people and as JSON."""
+"""The result of an examination: findings, verdict and suggestions, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from fastjepa.doctor.installation import Finding
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fastjepa.doctor.suggest import Suggestion
 
-_WIDTH, _NAMES = 118, 21
+_WIDTH, _NAME_WIDTH = 118, 21
 _LEVELS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM"}
+
+Level = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    level: Level
+    """problem: the run would not start, or give wrong results. warning: it would be slower, or may end early."""
+    found: str
+    advice: str = ""
+    """What was expected, and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +33,16 @@ class Report:
     run: list[Finding] = field(default_factory=list)
     verdict: str
     duration: str | None = None
+    """How long the run takes with the suggestions, as a sentence; None: unknown."""
     limit: str | None = None
-    """loader, step, cores, communication or memory; None: not known."""
+    """loader, step, cores, communication or memory; None: unknown."""
     suggestions: list[Suggestion] = field(default_factory=list)
     command: str | None = None
-    """What starts the run, with the suggestions."""
+    """The command that starts the run with the suggestions."""
     yaml: str = ""
-    """The suggestions, as lines of the configuration's file."""
+    """The suggestions as lines of the configuration's file."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What was measured and reckoned."""
+    """All figures, measured and estimated."""
 
     @property
     def problems(self) -> int:
@@ -55,20 +66,20 @@ def format_report(report: Report) -> str:
         if report.yaml:
             lines += ["", "  As lines of the run's YAML file:", "", textwrap.indent(report.yaml.rstrip(), "    ")]
     if report.command:
-        once = ", once the problems are mended" if report.problems else ""
+        once = ", once the problems are solved" if report.problems else ""
         lines += ["", f"To start the run{once}:", "", f"    {report.command}"]
     count = report.problems
-    found = f"{count} problem{'s' * (count != 1)}: the run would not start, or give wrong results"
-    lines += ["", found if count else "no problems"]
+    found = f"{count} problem{'s' * (count != 1)} found: the run would not start, or give wrong results"
+    lines += ["", found if count else "no problems found"]
     return "\n".join(lines)
 
 
 def _table(findings: Sequence[Finding]) -> Iterator[str]:
     for finding in findings:
-        head = f"  {_LEVELS[finding.level]:<9}{finding.name:<{_NAMES}}"
-        yield from _paragraph(head + finding.found, " " * (11 + _NAMES))
+        head = f"  {_LEVELS[finding.level]:<9}{finding.name:<{_NAME_WIDTH}}"
+        yield from _paragraph(head + finding.found, " " * (11 + _NAME_WIDTH))
         if finding.advice:
-            yield from _paragraph(" " * (11 + _NAMES) + f"-> {finding.advice}", " " * (14 + _NAMES))
+            yield from _paragraph(" " * (11 + _NAME_WIDTH) + f"-> {finding.advice}", " " * (14 + _NAME_WIDTH))
 
 
 def _paragraph(text: str, indent: str) -> list[str]:

@@ -35,7 +35,7 @@ MAX_PIXEL_GRID = 32
 
 
 def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
-    """A part of a run's newest checkpoint that turns images [B, C, H, W] into features [B, N, D].
+    """A part of a run's newest checkpoint that turns images [B, C, H, W] into features [B, N, D], in evaluation mode.
 
     Args:
         run_folder: output_dir of a run.
@@ -53,10 +53,11 @@ def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
     weights = load_weights(newest, name)
     encoder = build_objective(method).part(name)
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    lacking = [name for name in missing if name != "pos_embed"]  # fixed, made anew
+    buffers = {name for name, _ in encoder.named_buffers()}
+    lacking = [name for name in missing if name not in buffers]  # older files hold no position tables: made anew
     if lacking or unexpected:
         raise CheckpointError(f"{newest} is of another model: it lacks {lacking} and has {unexpected} too many")
-    return encoder
+    return encoder.eval()
 
 
 def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:

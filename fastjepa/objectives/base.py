@@ -149,7 +149,8 @@ class _EqualLengths(NamedTuple):
     of_each: Any
 
     def tokens(self) -> Tokens:
-        return self.of_each  # type: ignore[no-any-return]
+        found: Tokens = self.of_each
+        return found
 
 
 class Part(NamedTuple):
@@ -160,6 +161,12 @@ class Part(NamedTuple):
     module: nn.Module
     averages: str | None = None
     """The name of the part, listed before this one, whose EMA this part is. It has no gradients then."""
+
+
+def describe_parts(parts: Sequence[Part], evaluated: str) -> dict[str, str]:
+    """What each part is, in words, for those who read its weights."""
+    roles = {part.name: f"EMA of {part.averages}" if part.averages else "trained" for part in parts}
+    return {name: f"{role}, evaluated" if name == evaluated else role for name, role in roles.items()}
 
 
 class Output(NamedTuple):
@@ -214,6 +221,8 @@ class Method(ABC):
 
     stages: tuple[str, ...] = ()
     """Names of the stretches of the forward pass, as `torch.profiler.record_function` marks them, in their order."""
+    savings: tuple[str, ...] = ()
+    """Boolean settings, as `objective.key`, that leave out work without changing any number."""
     evaluated: str
     """The name of the part that represents an image: a module from images [B, C, H, W] to features [B, N, D]."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,6 +45,11 @@ class ShardedState(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, list[int]]:
         """The shape of every parameter and state buffer by name, whole even where ZeRO shards it."""
+
+    @property
+    @abstractmethod
+    def constants(self) -> Mapping[str, Tensor]:
+        """Buffers that are never trained (position tables), fp32 on the CPU, by name: readers of the weights need them."""
 
     @abstractmethod
     def publish_weights(self) -> None:

@@ -72,11 +72,11 @@ def adamw_ema_(
     state = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     copies = {"param_copy": param_copy, "ema_copy": ema_copy}
     scalars = {"step": step, "lr": lr, "weight_decay": weight_decay, "ema_momentum": ema_momentum}
-    _check("adamw_ema_", implementation, param, state, {"grad": grad}, copies)
+    _check(implementation, param, state, {"grad": grad}, copies)
     for name, flag in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         if flag is not None and not isinstance(flag, Tensor):
             raise ValueError(f"adamw_ema_: {name} is {flag!r}, expected a tensor of no dimensions")
-    _check_scalars("adamw_ema_", param.device, {**scalars, "grad_scale": grad_scale, "found_inf": found_inf})
+    _check_scalars(param.device, {**scalars, "grad_scale": grad_scale, "found_inf": found_inf})
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_ema_: betas are {betas}, expected two numbers in [0, 1)")
     if not isinstance(step, Tensor) and step < 1:
@@ -103,9 +103,7 @@ def adamw_ema_(
 _Tensors = Mapping[str, Tensor | None]
 
 
-def _check(
-    function: str, implementation: str, param: Tensor, state: _Tensors, grads: _Tensors, copies: _Tensors
-) -> None:
+def _check(implementation: str, param: Tensor, state: _Tensors, grads: _Tensors, copies: _Tensors) -> None:
     wide = (torch.float32, torch.float64) if implementation == "torch" else (torch.float32,)
     same = (param.dtype,) if param.dtype in wide else (torch.float32,)
     for tensors, dtypes in ((state, same), (grads, (*same, *_HALF)), (copies, _HALF)):
@@ -115,17 +113,17 @@ def _check(
             if x.dtype not in dtypes or x.shape != param.shape or x.device != param.device:
                 expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise ValueError(
-                    f"{function}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}, "
+                    f"adamw_ema_: {name} is {x.dtype} {tuple(x.shape)} on {x.device}, "
                     f"expected {expected} {tuple(param.shape)} on {param.device}"
                 )
             if not x.is_contiguous():
-                raise ValueError(f"{function}: {name} has strides {x.stride()}, expected contiguous {tuple(x.shape)}")
+                raise ValueError(f"adamw_ema_: {name} has strides {x.stride()}, expected contiguous {tuple(x.shape)}")
 
 
-def _check_scalars(function: str, device: torch.device, scalars: Mapping[str, float | Tensor | None]) -> None:
+def _check_scalars(device: torch.device, scalars: Mapping[str, float | Tensor | None]) -> None:
     for name, x in scalars.items():
         if isinstance(x, Tensor) and (x.dim() > 0 or x.device != device):
-            raise ValueError(f"{function}: {name} is {tuple(x.shape)} on {x.device}, expected () on {device}")
+            raise ValueError(f"adamw_ema_: {name} is {tuple(x.shape)} on {x.device}, expected () on {device}")
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:

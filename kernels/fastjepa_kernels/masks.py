@@ -1,4 +1,4 @@
-"""What mask sampling takes and gives: the rules of a step's masks, and the packed masks of a batch.
+"""The input and output of mask sampling: the rules of a step's masks, and the packed masks of a batch.
 
 Shapes: B images, N patches in raster order, M target blocks; T_c, T_t, T_u and T_p tokens in all contexts, targets,
 unions of targets and predictor sequences.

@@ -44,7 +44,7 @@ class Ragged:
 
     @staticmethod
     def from_lengths(lengths: Tensor) -> Ragged:
-        """Build from lengths, integers [num_seqs]. It reads two numbers, so call it where the lengths lie on the CPU."""
+        """Build from lengths, integers [num_seqs]. It reads two numbers back, so the lengths should lie on the CPU."""
         cu_seqlens = torch.zeros(lengths.numel() + 1, dtype=torch.int32, device=lengths.device)
         torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
         max_seqlen = int(lengths.max()) if lengths.numel() else 0
@@ -66,7 +66,7 @@ class Ragged:
         return torch.repeat_interleave(ids, self.lengths(), output_size=self.total)
 
     def slice(self, first: int, stop: int) -> tuple[Ragged, slice]:
-        """Sequences first to stop - 1, and their rows in the whole. It reads two numbers, so call it on the CPU."""
+        """Sequences first to stop - 1, and their rows in the whole. It reads two lengths, which should lie on the CPU."""
         cu_seqlens = self.cu_seqlens[first : stop + 1]
         begin, end = int(cu_seqlens[0]), int(cu_seqlens[-1])
         return Ragged(cu_seqlens - begin, self.max_seqlen, end - begin), slice(begin, end)

@@ -1,4 +1,4 @@
-"""The baseline that fastjepa is held to is the same training: loss, gradients, and weights and EMA after steps."""
+"""benchmarks.baseline trains as fastjepa does: the same loss and gradients, and the same weights and EMA after steps."""
 
 import sys
 
@@ -33,11 +33,13 @@ def test_same_loss_and_gradients(mode: str) -> None:
             torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_same_weights_and_average_after_steps(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also as the engine computes large batches: one image at a time, products by oneDNN. The settings make decay and
-    average show in three steps."""
-    if not whole:
+@pytest.mark.parametrize("whole_batch", [True, False])
+def test_same_weights_and_ema_after_steps(whole_batch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If not `whole_batch`, the engine computes as for large batches: one image at a time, with products by oneDNN.
+
+    The settings make weight decay and EMA show within three steps.
+    """
+    if not whole_batch:
         monkeypatch.setattr(slices, "_ACTIVATIONS", 1)
         monkeypatch.setattr(sys.modules["fastjepa_kernels.linear"], "_SMALL", 0)
     optim = OptimConfig(warmup_epochs=0, weight_decay=1.0, ema_momentum=(0.5, 1.0))
@@ -56,6 +58,6 @@ def test_same_weights_and_average_after_steps(whole: bool, monkeypatch: pytest.M
     theirs = dict(plain.named_parameters())
     for name, p in engine.model.named_parameters():
         a, b = p.detach(), theirs[name].detach()
-        if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding, which AdamW enlarges
+        if name.endswith("qkv.bias"):  # leave out the keys' bias: its gradient is only rounding, which AdamW enlarges
             a, b = (x.view(3, -1)[::2] for x in (a, b))
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)

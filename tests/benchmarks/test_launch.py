@@ -1,4 +1,4 @@
-"""benchmarks.launch: what a test or a benchmark hears of its ranks."""
+"""benchmarks.launch reports ranks that fail or do not end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks.launch import launch
 
 
-def test_what_ranks_wrote_before_they_failed_is_in_the_error() -> None:
+def test_the_error_has_the_output_of_failed_ranks() -> None:
     with pytest.raises(RuntimeError, match="a rank failed") as error:
         launch("json.tool", 2, "no such file")
     for rank in (0, 1):

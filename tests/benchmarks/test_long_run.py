@@ -1,4 +1,4 @@
-"""The long run's figures: what they are made of."""
+"""The figures of benchmarks.long_run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_tenths_show_a_leak_and_a_slowdown() -> None:
     assert figures["step_ms"] == [1.0] * 5 + [2.0] * 5
 
 
-def test_disk_counts_what_is_there(tmp_path: Path) -> None:
+def test_disk_counts_checkpoints_files_and_bytes(tmp_path: Path) -> None:
     for name in ("step_1", "step_2"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "shard").write_bytes(bytes(100))

@@ -1,4 +1,4 @@
-"""benchmarks.scaling: measured growth beside the formula's."""
+"""benchmarks.scaling measures growth beside the formula's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_the_exponent_is_that_of_the_power_law() -> None:
+def test_the_exponent_of_a_power_law_is_found() -> None:
     xs = [1.0, 2.0, 4.0, 8.0]
     assert scaling.exponent(xs, [3 * x**1.7 for x in xs]) == pytest.approx(1.7)
 
 
-def test_ranks_share_a_step_and_points_stand_beside_their_formula(
+def test_two_ranks_share_the_memory_of_a_step_and_formulas_agree_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scaling.main([*SMALL, "--axes", "ranks", "--steps", "2", "--output", str(tmp_path)])

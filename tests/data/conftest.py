@@ -1,11 +1,10 @@
-"""Small configurations, image folders and photographs for the tests of data."""
+"""Small configurations, image folders and photographs for the data tests."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -13,20 +12,20 @@ from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data.decode.dali import dali_problem
 from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from tests.support.image_files import Pixels
 
 NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
-Pixels = npt.NDArray[np.uint8]
 
 
 @pytest.fixture(params=["turbo", pytest.param("dali", marks=NEEDS_DALI)])
 def loader_name(request: pytest.FixtureRequest) -> str:
-    """Each decoder in turn; DALI only where it is installed."""
+    """The value of data.loader for each decoder in turn; DALI only where it is installed."""
     return str(request.param)
 
 
 @pytest.fixture
 def make_config() -> Callable[..., Config]:
-    """Makes the settings of a run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
+    """Makes the configuration of a run on 32 x 32 grey images and a 4 x 4 grid; keywords go to DataConfig."""
 
     def make(**data: object) -> Config:
         settings = {"image_size": 32, "in_channels": 1, "mean": (0.5,), "std": (0.25,), "num_threads": 2, **data}
@@ -43,7 +42,7 @@ def make_config() -> Callable[..., Config]:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder that no other test uses."""
+    """An empty cache folder for each test."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("FASTJEPA_CACHE", str(folder))
     return folder
@@ -51,7 +50,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes n grey PNG files of different sizes and pixels, `images/000.png` and so on, and returns the folder."""
+    """Writes n grey PNG files of different sizes and pixels, `images/000.png`, ...; returns the folder."""
 
     def write(n: int) -> Path:
         folder = tmp_path / "images"
@@ -74,7 +73,7 @@ def photograph() -> Pixels:
 
 @pytest.fixture(scope="session")
 def write_invalid_name() -> Callable[[Path, bytes], bytes]:
-    """Moves a file to a name that is not UTF-8; skips the test where the file system has no such names."""
+    """Moves a file to a name that is not UTF-8, or skips where the file system has no such names."""
 
     def move(path: Path, name: bytes) -> bytes:
         target = os.fsencode(path.parent) + b"/" + name

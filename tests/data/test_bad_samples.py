@@ -27,7 +27,7 @@ def test_several_ranks_name_a_sample_once_and_count_together(tmp_path: Path) -> 
         second.add(index, "why")
     assert names(path) == ["3.jpg", "5.jpg", "7.jpg"]
     assert len(first) == len(second) == 3
-    assert first.reason(7) is None  # it may be good by now: each process finds out for itself
+    assert first.reason(7) is None  # each process finds out for itself: the image may be good by now
     resumed = BadSamples(DATASET, 1.0, path)
     assert len(resumed) == 3
     resumed.add(7, "why")
@@ -62,14 +62,14 @@ def test_half_a_line_of_a_killed_process_costs_no_other_line(tmp_path: Path) -> 
     assert path.read_text().endswith('"reason": "why"}\n')
 
 
-def test_more_than_the_share_is_an_error_for_all_that_meet_one(tmp_path: Path) -> None:
+def test_more_bad_samples_than_the_share_are_an_error_on_every_rank_that_meets_one(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     first, second = (BadSamples(DATASET, 0.002, path) for _ in range(2))
     first.add(1, "a")
     first.add(2, "a")
     with pytest.raises(DataError, match=r"images: 3 of 1000 images are bad, more than data.max_bad_share = 0.002"):
         second.add(3, "a")
-    for index in (4, 1):  # also one that it knows
+    for index in (4, 1):  # a new one, and one that it knows
         with pytest.raises(DataError, match=r"the latest are 1\.jpg, 2\.jpg, 3\.jpg.*bad\.jsonl names them all"):
             first.add(index, "a")
 
@@ -90,12 +90,12 @@ def test_a_single_bad_sample_stops_no_run_however_small() -> None:
         bad.add(0, "why")
 
 
-def test_without_a_share_the_first_bad_sample_is_an_error() -> None:
+def test_with_a_share_of_zero_the_first_bad_sample_is_an_error() -> None:
     with pytest.raises(DataError, match="1 of 1000"):
         BadSamples(DATASET, 0.0, None).add(1, "a")
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_the_count_goes_on(
+def test_a_file_that_cannot_be_written_is_logged_once_and_the_count_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "no folder").touch()

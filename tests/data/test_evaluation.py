@@ -1,4 +1,4 @@
-"""Images for evaluation are central crops in the given order; bad ones are left out and named."""
+"""Images for evaluation: central, in the given order, and bad ones left out by name."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_bad_images_are_left_out_and_named(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Headers or decoding reveal bad ones, and one batch has no others; good ones keep their pixels."""
+    """Some are found by their header and some while decoding, and one batch is all bad; the others keep their own pixels."""
     monkeypatch.setattr(evaluation, "_AT_ONCE", 4)
     folder = image_folder(12)
-    for i in range(12):  # each of one grey level, by which they can be told apart
+    for i in range(12):  # plain images, by which they can be told apart
         Image.new("L", (40, 40), 10 * i).save(folder / f"{i:03d}.png")
     for i in (1, 8, 9, 10, 11):
         content = b"" if i % 2 else (folder / f"{i:03d}.png").read_bytes()[:60]

@@ -3,13 +3,10 @@
 import gc
 import itertools
 import json
-import logging
 import os
-import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +19,7 @@ from torch import Tensor
 
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
-from fastjepa.data.decode import choice
 from fastjepa.data.decode.choice import choose_decoder
-from fastjepa.data.decode.cpu import TurboDecoder
-from fastjepa.data.decode.dali import dali_problem
 from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
 from fastjepa.data.reader import sizes_of
@@ -107,9 +101,7 @@ def samples(batches: list[Batch]) -> list[tuple[int, bytes, tuple[list[int], boo
 
 
 def test_an_epoch_holds_each_image_once(image_folder: ImageFolder, make_config: MakeConfig) -> None:
-    epochs = load(
-        image_folder(37), make_config(loader="turbo"), stop=6
-    )  # an epoch is 3 steps of 12; one image is left out
+    epochs = load(image_folder(37), make_config(loader="turbo"), stop=6)  # 3 steps of 12; one image is left out
     for batches in (epochs[:3], epochs[3:]):
         assert len(set(np.concatenate([batch.sample_ids for batch in batches]))) == 36
     assert [b.sample_ids.tolist() for b in epochs[:3]] != [b.sample_ids.tolist() for b in epochs[3:]]
@@ -309,7 +301,7 @@ def test_a_folder_of_bad_images_only_is_an_error_that_says_so(
         load(folder, make_config(loader=loader_name))
 
 
-# The threads
+# Threads
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -327,7 +319,7 @@ def test_an_error_in_the_thread_is_raised_with_its_traceback(
     with pytest.raises(ZeroDivisionError, match="at step 0") as caught:
         next(loader)
     assert "fail_to_prepare" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-    assert list(loader) == []  # closed
+    assert list(loader) == []  # the loader is closed
 
 
 @pytest.mark.parametrize("how", ["close", "with", "garbage collection", "error"])
@@ -393,39 +385,6 @@ def test_memory_does_not_grow_with_the_steps(
     # A leak of the images alone would be 400 x 12 x 3 x 64 x 64 bytes = 59 MB.
     assert prepared(batch).images.nbytes * 400 > 58e6
     assert grown < 20e6
-
-
-# The choice of the decoder
-
-
-def test_on_a_cpu_auto_is_turbo_which_is_logged_once(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert isinstance(choose_decoder(make_config().data, CPU, 4, ThreadPoolExecutor(1)), TurboDecoder)
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert message == "images are decoded by libjpeg-turbo and Pillow (data.loader = auto on a cpu device)"
-
-
-def test_without_dali_auto_is_turbo_on_a_gpu_too_and_the_reason_is_logged_once(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    # For systems without a build the package index has an empty version 0.0.0, which can be imported.
-    placeholder = types.ModuleType("nvidia.dali")
-    placeholder.__version__ = "0.0.0"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
-    monkeypatch.setitem(sys.modules, "nvidia.dali", placeholder)
-    assert "placeholder" in str(dali_problem())
-    choice._use_dali.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            assert not choice._use_dali("auto", "cuda")
-    (message,) = [message for message in caplog.messages if "decoded by" in message]
-    assert "Pillow" in message
-    assert "placeholder" in message
-    with pytest.raises(ValueError, match=r"data\.loader = dali: .*placeholder.*fastjepa\[dali\].*turbo"):
-        choose_decoder(make_config(loader="dali").data, CPU, 4, ThreadPoolExecutor(1))
-    choice._use_dali.cache_clear()
 
 
 # With a GPU

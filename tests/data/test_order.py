@@ -1,4 +1,4 @@
-"""Order, crops and flips are pure functions, and crops are distributed as in the published algorithm."""
+"""Order and crops: pure, exact, and distributed as the published algorithm says."""
 
 import math
 from collections.abc import Iterator
@@ -30,10 +30,12 @@ Box = tuple[int, int, int, int]
 def random_resized_crop(
     height: int, width: int, config: DataConfig, draws: Iterator[tuple[float, float, float, float]]
 ) -> Box:
-    """The crop of one image by torchvision's RandomResizedCrop.get_params, written from its documentation.
+    """RandomResizedCrop.get_params of torchvision for one image, written from its documentation.
 
     Args:
-        draws: numbers in [0, 1) for area, aspect, top and left, for each attempt.
+        height, width: of the image.
+        config: the crop settings.
+        draws: for each attempt, numbers in [0, 1) for area, aspect, top and left.
     """
     assert config.crop_scale is not None
     (s0, s1), (r0, r1) = config.crop_scale, config.crop_aspect
@@ -101,7 +103,7 @@ def test_crop_boxes_equal_a_loop_over_the_same_random_numbers(scale: tuple[float
 
 
 def test_large_crops_begin_and_end_at_multiples_of_their_scale() -> None:
-    """Apart from that they equal the crops without DCT scaling: smaller and shifted by less than k pixels."""
+    """The boxes are those without DCT scaling, with every side rounded down to a multiple of k."""
     rng = np.random.default_rng(0)
     indices = np.arange(2000)
     sizes = rng.integers(60, 1200, (2000, 2)).astype(np.int32)
@@ -117,14 +119,14 @@ def test_large_crops_begin_and_end_at_multiples_of_their_scale() -> None:
 
 
 def _statistics(boxes: npt.NDArray[np.int_] | npt.NDArray[np.int32]) -> list[npt.NDArray[np.float64]]:
-    """Top, left, area and aspect ratio of each box."""
+    """Top, left, area and aspect ratio."""
     top, left, height, width = boxes.astype(np.float64).T
     return [top, left, height * width, width / height]
 
 
 @pytest.mark.parametrize("size", [(375, 500), (120, 400)])
 def test_crop_boxes_have_the_distribution_of_the_algorithm(size: tuple[int, int]) -> None:
-    """Two-sample Kolmogorov-Smirnov tests at level 0.001 compare them with a loop on NumPy's generator."""
+    """A loop with NumPy's generator is the reference, in two-sample Kolmogorov-Smirnov tests at level 0.001."""
     config = DataConfig()
     n = 4000
     rng = np.random.default_rng(1)
@@ -181,7 +183,7 @@ def test_flips_have_their_probability_and_depend_on_seed_epoch_and_index_only() 
     np.testing.assert_array_equal(flips(DataConfig(flip=0.3), seed=0, epoch=0, indices=indices[7:9]), drawn(0.3)[7:9])
     for other in (drawn(0.5, seed=1), drawn(0.5, epoch=1)):
         assert 0.45 < (drawn(0.5) == other).mean() < 0.55
-    # Flips are independent of crops: neither area nor position tells whether a crop is mirrored.
+    # Independent of the crop: neither its first area nor its first position tells whether it is mirrored.
     boxes = crop_boxes(
         DataConfig(), seed=0, epoch=0, indices=indices, sizes=np.tile(np.array([[375, 500]], np.int32), (10_000, 1))
     )
@@ -190,7 +192,7 @@ def test_flips_have_their_probability_and_depend_on_seed_epoch_and_index_only() 
 
 
 def test_replacements_are_spread_over_the_data_set() -> None:
-    """If one image replaced them all, a lost shard would be replaced by copies of it."""
+    """A lost shard must not be replaced by one and the same image."""
     chosen = [replacement(index, 1, seed=3, epoch=2, num_images=50) for index in range(1000, 6000)]
     counts = np.bincount(chosen, minlength=50)
     assert 0.001 < chi2.sf(float(((counts - 100) ** 2 / 100).sum()), 49) < 0.999

@@ -1,7 +1,5 @@
-"""A run that is killed at random moments and resumed on other numbers of ranks sees what an uninterrupted one sees.
-
-From every kind of source these are the same images, crops, flips, pixels and masks, each exactly once.
-"""
+"""Killed at random moments and resumed on another number of ranks, a run sees what an uninterrupted one sees, from every
+source: the same images, crops, flips, pixels and masks, each exactly once."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from PIL import Image
 from tests.workers import loader
 from tests.workers.loader import GLOBAL_BATCH, STEPS
 
-NUM_IMAGES = 50  # an epoch has four steps, which leave two images out
+NUM_IMAGES = 50  # four steps an epoch; two images are left out of each
 BAD = (7, 31)
 
 
@@ -40,7 +38,6 @@ def encoded_images() -> list[bytes]:
 
 
 def make_source(kind: str, folder: Path) -> str:
-    """Writes the images as a source of this kind; returns what data.source is to be."""
     images = encoded_images()
     if kind in ("folder", "list"):
         for i, data in enumerate(images):
@@ -78,7 +75,7 @@ class Run:
         folder.mkdir()
 
     def go(self, world_size: int, start_step: int, *, kill_after: int | None) -> dict[int, list[Any]]:
-        """Start the ranks; kill them (SIGKILL) once one has done `kill_after` steps, wherever the others are.
+        """Run, and kill all ranks (SIGKILL) once one of them has done `kill_after` steps, wherever the others are.
 
         Returns:
             Step -> images in the order of the global batch, for the steps that all ranks did.
@@ -105,12 +102,12 @@ class Run:
 
 
 def _steps(path: Path) -> dict[int, Any]:
-    """What a rank wrote, by step, without its last line, which may be incomplete."""
+    """What a rank wrote, step by step; its last line may be incomplete."""
     return dict(json.loads(line) for line in path.read_text().split("\n")[:-1]) if path.exists() else {}
 
 
 @pytest.mark.parametrize("kind", ["folder", "list", "shards", "arrow", "parquet"])
-def test_a_killed_run_resumed_on_other_ranks_sees_what_an_uninterrupted_one_sees(kind: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_on_other_ranks_a_run_sees_what_an_uninterrupted_one_sees(kind: str, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     source = make_source(kind, tmp_path / "source")
     loader.main(source, tmp_path / "whole.jsonl", 0, 1, 0)
@@ -127,6 +124,6 @@ def test_a_killed_run_resumed_on_other_ranks_sees_what_an_uninterrupted_one_sees
     for epoch in range(STEPS // (NUM_IMAGES // GLOBAL_BATCH)):
         first = epoch * (NUM_IMAGES // GLOBAL_BATCH)
         ids = [image[0] for step in range(first, first + 4) for image in whole[step]]
-        assert len(ids) - len(set(ids)) <= len(BAD)  # only stand-ins for bad images repeat one
+        assert len(ids) - len(set(ids)) <= len(BAD)  # each image at most once, but for those that stand in for bad ones
     names = [json.loads(line)["name"] for line in (tmp_path / "killed" / "bad_samples.jsonl").read_text().splitlines()]
     assert len(names) == len(set(names)) == len(BAD)

@@ -1,4 +1,4 @@
-"""What tests of kernels share: the error that a kernel may have, and sequence lengths that break kernels."""
+"""Helpers for the tests of kernels: the error that a kernel may have, and sequence lengths that break kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused optimizer step: equal to torch.optim.AdamW and a plain average; and why the average is kept in fp32."""
+"""The fused optimizer step equals torch.optim.AdamW and a plain average; an average in bf16 would lose its updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight
 
 
 def state_of(n: int, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The tensors of an update under way, by the names of the arguments and in their order."""
+    """The tensors of an update in mid-training, by the names of the arguments and in their order."""
     generator = torch.Generator().manual_seed(n)
     values = [torch.randn(n, generator=generator, dtype=dtype) for _ in range(5)]
     state = dict(zip(("param", "grad", "exp_avg", "exp_avg_sq", "ema"), values, strict=True))
@@ -44,7 +44,7 @@ def test_many_steps_equal_torch_adamw_and_a_plain_average() -> None:
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000])
-def test_any_size_gradients_of_any_dtype_scaled_and_copies(
+def test_any_size_and_gradient_dtype_with_scaled_gradients_and_copies(
     n: int, grad_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.import_module("fastjepa_kernels.adamw_ema"), "_CHUNK", 16)
@@ -63,7 +63,7 @@ def test_any_size_gradients_of_any_dtype_scaled_and_copies(
     assert torch.equal(ema_copy, state["ema"].half())
 
 
-def test_without_an_average_it_is_adamw() -> None:
+def test_without_an_average_the_weights_are_the_same() -> None:
     with_average, alone = state_of(20), state_of(20)
     adamw_ema_(**with_average, **HYPER, step=3)
     untouched = alone.pop("ema").clone()
@@ -94,8 +94,8 @@ def test_hyper_parameters_may_be_tensors() -> None:
 
 
 @pytest.mark.parametrize(("momentum", "lost"), [(0.99, 0.3), (0.9996, 0.9)])
-def test_an_average_kept_in_bf16_loses_its_updates_and_ours_does_not(momentum: float, lost: float) -> None:
-    """500 steps of a drifting weight: relative error of the average's displacement against fp64."""
+def test_an_average_in_bf16_would_lose_updates_that_ours_keeps(momentum: float, lost: float) -> None:
+    """Follow a drifting weight for 500 steps and hold the average's displacement to that in fp64."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4096, generator=generator)
     drift = 1e-4 * torch.randn(4096, generator=generator)
@@ -135,7 +135,7 @@ X = torch.zeros(4)
         ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
     ],
 )
-def test_wrong_arguments_are_named(wrong: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_by_name(wrong: dict[str, Any], message: str) -> None:
     right = dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq", "ema"), X)
     with pytest.raises(ValueError, match=f"adamw_ema_: {message}"):
         adamw_ema_(**{**right, **HYPER, "step": 1, **wrong})
@@ -156,5 +156,5 @@ def test_apex_follows_the_reference() -> None:
         request({})
     exact = adamw_ema_reference(**before, **HYPER, step=7, grad_scale=0.3)
     for name, truth in zip(("param", "exp_avg", "exp_avg_sq", "ema"), exact, strict=True):
-        # It computes 1 - beta in fp32.
+        # apex computes 1 - beta in fp32.
         torch.testing.assert_close(state[name].cpu().double(), truth, rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: they can be captured in CUDA graphs and compiled, and never wait for the host."""
+"""Tests that need a GPU: the operations can be captured in CUDA graphs and compiled, and the host never waits for them."""
 
 from collections.abc import Callable, Iterator
 
@@ -31,17 +31,17 @@ def _operations() -> dict[str, _Operation]:
         return torch.randn(*shape, device=device, generator=generator).bfloat16().requires_grad_()
 
     images = torch.randint(0, 256, (4, 3, 224, 224), device=device, dtype=torch.uint8)
-    qkv, tokens = rows(masks.context.total, 3, 6, 64), rows(masks.context.total + 196, 384)
-    predictions, features = rows(masks.target.total, 384), rows(masks.union.total, 384).detach()
+    qkv, tokens = rows(masks.context_lengths.total, 3, 6, 64), rows(masks.context_lengths.total + 196, 384)
+    predictions, features = rows(masks.target_lengths.total, 384), rows(masks.union_lengths.total, 384).detach()
     table = torch.randn(196, 384, device=device, generator=generator)
-    context_tokens = rows(masks.context.total, 384)
+    context_tokens = rows(masks.context_lengths.total, 384)
 
     def differentiated(function: Callable[..., Tensor], x: Tensor, *args: object) -> tuple[Tensor, ...]:
         out = function(x, *args)
         return out.detach(), *torch.autograd.grad(out.float().square().sum(), x)
 
     return {
-        "block_attention": lambda: differentiated(block_attention_packed, qkv, masks.context),
+        "block_attention": lambda: differentiated(block_attention_packed, qkv, masks.context_lengths),
         "masked_gather": lambda: differentiated(masked_gather, tokens, masks.predictor_rows),
         "gather_patches": lambda: (gather_patches(images, masks.context_indices, 16, dtype=torch.bfloat16),),
         "gather_add": lambda: differentiated(gather_add, context_tokens, table, masks.context_indices % 196),
@@ -60,10 +60,10 @@ def no_synchronisation() -> Iterator[Callable[[str], None]]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_operation_never_waits_for_the_host(
+def test_the_host_never_waits_for_an_operation(
     operation: _Operation, no_synchronisation: Callable[[str], None]
 ) -> None:
-    operation()  # the first call may: it compiles, and tries configurations
+    operation()  # during the first call the host may wait: it compiles, and tries configurations
     torch.cuda.synchronize()
     no_synchronisation("error")
     operation()
@@ -83,11 +83,11 @@ def test_a_captured_operation_gives_the_same_numbers_when_replayed(operation: _O
 
 def test_an_operation_compiles_into_one_graph_with_the_same_numbers() -> None:
     masks = _SHAPE.masks.to(torch.device("cuda"))
-    qkv = torch.randn(masks.context.total, 3, 6, 64, device="cuda").bfloat16()
+    qkv = torch.randn(masks.context_lengths.total, 3, 6, 64, device="cuda").bfloat16()
     table = torch.randn(196, 384, device="cuda")
 
     def several() -> Tensor:
-        tokens = block_attention_packed(qkv, masks.context).flatten(1)
+        tokens = block_attention_packed(qkv, masks.context_lengths).flatten(1)
         tokens = gather_add(tokens, table, masks.context_indices % 196)
         predictions = masked_gather(tokens, masks.predictor_target_rows % len(tokens))
         return target_loss(predictions, table, masks.target_indices % 196)

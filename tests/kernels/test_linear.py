@@ -1,4 +1,4 @@
-"""linear, by each implementation, against the formula in fp64."""
+"""linear: each implementation against the formula in fp64."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from fastjepa_kernels import implementations, linear, request
 
 @pytest.fixture(params=["onednn", "torch"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Also those that are chosen with AVX-512 only: they are right, if not fast, on every CPU."""
+    """Every implementation, also the one chosen with AVX-512 only: it is right, if not fast, on every CPU."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     if problem := implementations("linear", "cpu", torch.float32)[request.param]:
         pytest.skip(problem)
     return str(request.param)
 
 
-@pytest.mark.parametrize("rows", [1, 600])  # small products take another way
+@pytest.mark.parametrize("rows", [1, 600])  # PyTorch computes products as small as the first one
 def test_values_and_gradients_are_those_of_the_formula(implementation: str, rows: int) -> None:
     request({"linear": implementation})
     try:
@@ -38,40 +38,39 @@ def test_values_and_gradients_are_those_of_the_formula(implementation: str, rows
         request({})
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_inputs_that_require_a_gradient_get_one() -> None:
     x, weight, bias = torch.randn(600, 256), torch.randn(320, 256, requires_grad=True), torch.randn(320)
     linear(x, weight, bias).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
 
 
-def test_under_autocast_it_is_as_pytorchs() -> None:
+def test_under_autocast_the_result_is_pytorchs() -> None:
     x, weight, bias = torch.randn(600, 256), torch.randn(320, 256), torch.randn(320)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("rows", [1, 600])
-def test_with_a_buffer_the_weights_gradient_ends_there(implementation: str, rows: int) -> None:
-    """Whoever multiplies: the buffer is the weight's .grad, to which autograd adds otherwise."""
+def test_the_gradient_of_a_weight_is_added_to_its_buffer(implementation: str, rows: int) -> None:
+    """The buffer is the weight's .grad, to which autograd adds where oneDNN does not."""
     request({"linear": implementation})
     try:
         x, weight, bias = torch.randn(rows, 256), torch.randn(320, 256, requires_grad=True), torch.randn(320)
-        weight.grad = torch.ones_like(weight)
-        weight.grad_buffer = buffer = weight.grad  # type: ignore[attr-defined]
-        linear(x, weight, bias).sum().backward()
+        weight.grad = buffer = torch.ones_like(weight)
+        linear(x, weight, bias, buffer).sum().backward()
         assert weight.grad is buffer
         torch.testing.assert_close(buffer, 1 + x.sum(0).expand(320, 256), rtol=1e-4, atol=1e-3)
     finally:
         request({})
 
 
-def test_a_buffer_that_is_not_the_gradient_any_more_is_left_alone(implementation: str) -> None:
+def test_a_buffer_that_is_no_longer_the_gradient_is_left_alone(implementation: str) -> None:
     request({"linear": implementation})
     try:
         weight = torch.randn(320, 256, requires_grad=True)
-        weight.grad_buffer = buffer = torch.zeros(320, 256)  # type: ignore[attr-defined]
-        linear(torch.ones(600, 256), weight, torch.zeros(320)).sum().backward()
+        buffer = torch.zeros(320, 256)
+        linear(torch.ones(600, 256), weight, torch.zeros(320), buffer).sum().backward()
         assert not buffer.any()
         assert weight.grad is not None
         assert bool((weight.grad == 600).all())

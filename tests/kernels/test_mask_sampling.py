@@ -1,4 +1,4 @@
-"""Mask sampling on the host: equal to the plain twin in every number, and what the rules promise."""
+"""Mask sampling on the host equals the plain twin in every number, and keeps what the rules promise."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_masks_of_many_images_are_those_of_the_plain_loop(strategy: str, mode: s
 @cheap
 @given(any_rules(), ids)
 def test_masks_keep_the_rules(rules: MaskRules, ids: list[int]) -> None:
-    """Context and targets are disjoint, unless so few tokens were left that target blocks were given up; each sequence is
-    sorted, in its own image, and as long as the rules allow."""
+    """Context and targets are disjoint, unless target blocks were given up because too few tokens were left. Each sequence
+    is sorted, lies in its own image, and is no longer than the rules allow."""
     masks = mask_sampling(rules, seed=1, step=2, sample_indices=torch.tensor(ids))
     m, n = rules.num_target_blocks, rules.num_patches
     contexts = sequences(masks.context_indices, masks.context_cu_seqlens)
@@ -110,8 +110,8 @@ def test_masks_keep_the_rules(rules: MaskRules, ids: list[int]) -> None:
         assert len({len(target) for target in targets}) == 1
 
 
-def test_hard_rules_make_target_blocks_be_given_up() -> None:
-    """So that the tests with them see both sides of the rule."""
+def test_hard_rules_give_up_target_blocks_in_some_images() -> None:
+    """Tests with these rules must see images that give up target blocks and images that do not."""
     rules = hard_rules("ragged")
     masks = mask_sampling(rules, seed=2**63 + 5, step=7, sample_indices=torch.arange(130))
     contexts = sequences(masks.context_indices, masks.context_cu_seqlens)
@@ -121,7 +121,7 @@ def test_hard_rules_make_target_blocks_be_given_up() -> None:
 
 
 def test_hard_rules_need_from_one_to_many_attempts() -> None:
-    """The host draws the first attempt of all images, then 20 at a time for those that still have no context."""
+    """The host draws one attempt for all images, then 20 at a time for those without a context. Test all these cases."""
     rules = hard_rules("ragged")
     attempts = set()
     for sample in range(130):
@@ -132,7 +132,7 @@ def test_hard_rules_need_from_one_to_many_attempts() -> None:
     assert {1, 2, 3, 21, 41} <= attempts
 
 
-def test_of_equal_words_the_earlier_patch_wins() -> None:
+def test_the_earlier_patch_wins_where_two_words_are_equal() -> None:
     word = mask_words_reference(DOMAIN_BLOCK_POSITION, TIED_SAMPLE, 0, 0)
     words = [word() for _ in range(196)]
     tied = sorted(words)[48]
@@ -189,7 +189,7 @@ def test_rules_without_valid_masks_are_refused(strategy: str, wrong: dict[str, A
 
 @pytest.mark.parametrize("name", PackedMasks._fields)
 def test_a_wrong_entry_would_be_seen(name: str) -> None:
-    """Negative control of the comparison that the tests share."""
+    """A negative control of the comparison that the tests share."""
     numbers: Any = {"seed": 0, "step": 0, "sample_indices": torch.arange(2)}
     rules = mask_rules("multiblock", "ragged", 7, 6)
     masks, expected = mask_sampling(rules, **numbers), mask_sampling_reference(rules, **numbers)

@@ -1,4 +1,4 @@
-"""Patches and gathers on PyTorch, against their plain twins."""
+"""Patches and gathers on PyTorch against their plain twins."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_patch_rows_times_the_flat_weight_is_the_convolution() -> None:
 
 
 def layouts(images: Tensor) -> dict[str, Tensor]:
-    """The same pixels, as a decoder, a loader or a crop of a larger image may leave them."""
+    """The same pixels in the layouts that a decoder, a loader or a crop of a larger image may leave."""
     b, c, h, w = images.shape
     larger = torch.zeros(b, c, h + 3, w + 5, dtype=images.dtype)
     larger[:, :, 1 : h + 1, 2 : w + 2] = images
@@ -66,27 +66,27 @@ def test_kept_patches_are_read_and_normalised(layout: str, dtype: torch.dtype, k
     assert_close_to_reference(result, plain.to(torch.float32 if dtype == torch.uint8 else dtype), exact)
 
 
-def test_floating_pixels_are_copied_if_no_normalisation_is_asked_for() -> None:
+def test_floating_pixels_are_copied_without_mean_and_std() -> None:
     images = torch.randn(2, 3, 8, 12, dtype=torch.float16)
     indices = torch.tensor([3, 7])
     assert torch.equal(gather_patches(images, indices, 4), patchify_reference(images, 4)[indices])
 
 
-def test_bytes_become_numbers_from_0_to_1_and_the_dtype_that_is_asked_for() -> None:
+def test_bytes_become_numbers_from_0_to_1_in_the_requested_dtype() -> None:
     images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).view(1, 1, 2, 2)
     result = gather_patches(images, None, 2, dtype=torch.bfloat16)
     assert torch.equal(result, torch.tensor([[0, 0.2, 1, 0.4]], dtype=torch.bfloat16))
 
 
-def test_mean_and_std_are_sent_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU would be waited for each time, which a CUDA graph forbids."""
+def test_mean_and_std_are_sent_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending them makes the host wait for a GPU, which the capture of a CUDA graph forbids."""
     images = torch.randint(256, (2, 3, 8, 12), dtype=torch.uint8)
     rows = gather_patches(images, None, 4, mean=MEAN, std=STD)
     monkeypatch.setattr(torch, "tensor", None)
     assert torch.equal(gather_patches(images, None, 4, mean=MEAN, std=STD), rows)
 
 
-def test_images_are_left_as_they_are() -> None:
+def test_normalisation_does_not_change_the_images() -> None:
     images = torch.rand(1, 3, 4, 4)
     before = images.clone()
     gather_patches(images, None, 4, mean=MEAN, std=STD)  # the one patch is a view of the image
@@ -106,7 +106,7 @@ def test_kept_patches_are_gathered_without_patchifying_all(monkeypatch: pytest.M
 
 @given(st.data())
 @settings(deadline=None, max_examples=60)
-def test_any_gather_and_its_gradient_are_those_of_indexing(data: st.DataObject) -> None:
+def test_any_gather_and_its_gradient_equal_those_of_indexing(data: st.DataObject) -> None:
     num_rows, width, gap = (data.draw(st.integers(low, 9)) for low in (1, 1, 0))
     indices = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), max_size=30)), dtype=torch.int64)
     rows = torch.randn(num_rows, width + gap, dtype=torch.float64)[:, :width].requires_grad_()
@@ -143,7 +143,7 @@ def test_half_tokens_and_a_wide_table_make_a_wide_sum() -> None:
 
 @given(st.data())
 @settings(deadline=None, max_examples=60)
-def test_any_patch_of_any_image_is_found(data: st.DataObject) -> None:
+def test_any_patch_of_any_image_and_layout_is_gathered(data: st.DataObject) -> None:
     b, c, grid_h, grid_w, p = (data.draw(st.integers(1, 4)) for _ in range(5))
     images = torch.randn(b, c, grid_h * p, grid_w * p)
     layout = layouts(images)[data.draw(st.sampled_from(list(layouts(images))))]
@@ -180,12 +180,12 @@ ROWS, INDICES, IMAGES = torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64), to
         (lambda: gather_add(ROWS[:3], ROWS.clone().requires_grad_(), INDICES), "table requires a gradient"),
     ],
 )
-def test_what_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused_by_name(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_a_table_that_is_trained_elsewhere_may_be_added_without_gradients() -> None:
+def test_without_gradients_the_table_may_be_a_trained_one() -> None:
     with torch.no_grad():
         out = gather_add(ROWS[:3], torch.ones(2, 4, requires_grad=True), INDICES)
     assert torch.equal(out, torch.ones(3, 4))

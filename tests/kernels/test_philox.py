@@ -5,8 +5,8 @@ import numpy as np
 from fastjepa_kernels.philox import philox4x32, uniform_int, unit_interval
 
 
-def test_philox_known_answers() -> None:
-    """Known-answer vectors of the Random123 distribution (philox4x32, 10 rounds)."""
+def test_known_answers() -> None:
+    """The words equal the known-answer vectors of the Random123 distribution (philox4x32, 10 rounds)."""
     ones = 0xFFFFFFFF
     cases = [
         ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

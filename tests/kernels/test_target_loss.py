@@ -1,4 +1,4 @@
-"""The target loss on PyTorch, against its plain twin and PyTorch's own losses."""
+"""The target loss on PyTorch against its plain twin and PyTorch's own losses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @given(st.data())
 @settings(deadline=None, max_examples=20)
-def test_any_loss_and_its_gradient_are_those_of_the_plain_twin(kind: dict[str, Any], data: st.DataObject) -> None:
+def test_any_loss_and_its_gradient_equal_those_of_the_plain_twin(kind: dict[str, Any], data: st.DataObject) -> None:
     num_features, width = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
     rows = torch.tensor(data.draw(st.lists(st.integers(0, num_features - 1), min_size=1, max_size=20)))
     features = 3 * torch.randn(num_features, width, dtype=torch.float64) + 1
@@ -52,7 +52,11 @@ def test_the_gradient_is_the_derivative(kind: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("predictions_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("features_dtype", [torch.bfloat16, torch.float32])
-def test_half_precision_is_computed_in_single(predictions_dtype: torch.dtype, features_dtype: torch.dtype) -> None:
+def test_half_precision_inputs_are_computed_in_fp32(
+    predictions_dtype: torch.dtype, features_dtype: torch.dtype
+) -> None:
+    # The bound is the error of the twin's one number. With one seed in twenty-five that is exact by chance, or nearly.
+    torch.manual_seed(1)
     predictions, features = torch.randn(40, 96).to(predictions_dtype), (5 + torch.randn(30, 96)).to(features_dtype)
     rows = torch.randint(30, (40,))
     plain, exact = (
@@ -67,7 +71,7 @@ def test_without_rows_features_are_taken_in_order() -> None:
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
-def test_the_mean_of_nothing_is_what_pytorch_says(loss: Any) -> None:
+def test_the_mean_of_nothing_is_nan_as_in_pytorch(loss: Any) -> None:
     empty = torch.zeros(0, 4)
     plain = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}[loss](empty, empty)
     assert math.isnan(plain)
@@ -93,6 +97,6 @@ TOKENS, ROWS = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
         (lambda: target_loss(TOKENS, TOKENS, ROWS, loss="l1"), "loss is 'l1', expected smooth_l1 or l2"),  # type: ignore[arg-type]
     ],
 )
-def test_what_does_not_fit_is_named(call: Callable[[], Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused_by_name(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""How a run is started: SLURM's variables, ranks that meet or say why not, and one plain line on every rank."""
+"""Whole runs from the command line: under SLURM's scripts, on ranks that differ, and on GPUs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml")]
 
 
 def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment, in which Python finds the package, with `variables`."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     return {**os.environ, "PYTHONPATH": path, **variables}
 
 
-def test_no_message_gives_up_before_the_watchdog(tmp_path: Path) -> None:
-    """In whichever group, DeepSpeed's too."""
+def test_no_group_times_out_before_the_watchdog_speaks(tmp_path: Path) -> None:
+    """This holds for every process group, DeepSpeed's included."""
     look = """
 import torch.distributed as dist
 def micro_step(*_):
@@ -50,10 +51,10 @@ deepspeed_engine.DeepSpeedEngine.micro_step = micro_step
         assert set(timeouts) == {10000.0}
 
 
-def test_a_host_with_other_sources_and_settings_is_one_line_on_every_rank(
+def test_a_host_with_other_sources_and_settings_is_refused_in_one_line_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], record: Record
 ) -> None:
-    """The whole way, from the command line to what is printed. Rank 0 is this process."""
+    """The test covers the whole way from the command line to the printed line. Rank 0 is this process."""
     shutil.copytree(ROOT / "fastjepa", tmp_path / "fastjepa", ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
     (tmp_path / "fastjepa" / "errors.py").open("a").write("# edited on one host\n")
     ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
@@ -84,7 +85,7 @@ def test_a_host_with_other_sources_and_settings_is_one_line_on_every_rank(
 
 
 SRUN = """#!{python}
-# Starts two tasks on one node, as srun does; and once they train SLURM's signal of the time limit comes.
+# Starts two tasks on one node, as srun does, and sends them SLURM's signal of the time limit once they train.
 import os, pathlib, subprocess, sys, time
 command = sys.argv[1:]
 while command[0].startswith("--"):
@@ -104,7 +105,7 @@ sys.exit(max(task.wait() for task in tasks))
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A copy of the repository as the sbatch scripts see it, with an srun and an scontrol of our own in bin/."""
+    """A copy of the repository as the sbatch scripts see it, with an scontrol (and room for an srun) of the test in bin/."""
     for name in ("fastjepa", "kernels", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     programs = {
@@ -124,7 +125,7 @@ def write_program(path: Path, text: str) -> None:
 
 
 def sbatch(cluster: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The shell of a job has the SLURM variables of it too: they make no ranks."""
+    """Run a script as sbatch does: its shell has SLURM variables too, which must not make it a rank."""
     job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
     return subprocess.run(
         ["bash", str(ROOT / "configs/slurm" / script), *arguments],
@@ -141,7 +142,9 @@ def test_the_slurm_script_trains_on_all_tasks_until_the_time_is_up_and_queues_it
     cluster: Path, record: Record
 ) -> None:
     script = (ROOT / "configs/slurm/train.sbatch").read_text()
-    (name,) = re.findall(r"^#SBATCH --signal=(\w+)@\d+ ", script, re.MULTILINE)  # B: would be for the script alone
+    (name,) = re.findall(
+        r"^#SBATCH --signal=(\w+)@\d+ ", script, re.MULTILINE
+    )  # "B:" would send it to the script alone
     write_program(cluster / "bin/srun", SRUN.format(python=sys.executable, signal=int(signal.Signals[f"SIG{name}"])))
     done = sbatch(cluster, "train.sbatch", "--config", write_recipe(cluster), "epochs=40", "output_dir=run")
     assert done.returncode == 75, done.stderr[-3000:]
@@ -153,7 +156,7 @@ def test_the_slurm_script_trains_on_all_tasks_until_the_time_is_up_and_queues_it
     assert step_of(newest) == int(step)
     assert (cluster / "scontrol.log").read_text() == "requeue 7\n"
     record(
-        f"the time limit of a SLURM job draws near ({name} to both tasks, from an srun that the test plays)",
+        f"the time limit of a SLURM job draws near ({name} to both tasks, from a simulated srun)",
         "checkpoint of the step in which it came; exit status 75; the script queues the job again",
         "nothing",
     )
@@ -161,9 +164,7 @@ def test_the_slurm_script_trains_on_all_tasks_until_the_time_is_up_and_queues_it
 
 @pytest.mark.parametrize("script", ["train.sbatch", "single_gpu.sbatch"])
 @pytest.mark.parametrize("status", [75, 1, 0])
-def test_the_slurm_scripts_queue_again_what_was_preempted_and_nothing_else(
-    script: str, status: int, cluster: Path
-) -> None:
+def test_the_slurm_scripts_queue_only_preempted_jobs_again(script: str, status: int, cluster: Path) -> None:
     write_program(cluster / "bin/srun", f"#!/bin/sh\nexit {status}\n")
     done = sbatch(cluster, script)
     assert done.returncode == status
@@ -222,6 +223,6 @@ def test_a_rank_that_is_killed_does_not_leave_the_other_waiting_in_nccl(rank: in
     fault = at_step(9, "os.kill(os.getpid(), signal.SIGKILL)", rank=rank)
     results = ended(start(fault, [*DEBUG, "hang_timeout=20", f"output_dir={tmp_path}"], world=2))
     status, message = results[1 - rank]
-    # Noticed by the ranks' exchange over the host, or, if the rank is in a kernel that never ends, by the watchdog.
+    # The exchange of the ranks over the host notices it; or, if the rank waits in a kernel that never ends, the watchdog.
     assert status in (1, EXIT_STATUS), message
     assert "lost contact with the other ranks" in message or f"Least far: rank {rank}" in message

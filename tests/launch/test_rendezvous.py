@@ -43,6 +43,8 @@ def test_ranks_of_one_host_need_a_gpu_each_or_none(gpu_ids: Sequence[str], alike
     assert (contradiction(cards) is None) == alike
     on_two_hosts = [Card(card.rank, 2, "ab"[card.rank], {}, gpu_id=card.gpu_id) for card in cards]
     assert contradiction(on_two_hosts) is None
+    beside_another_host = [*cards, Card(2, 2, "b", {}, gpu_id="c")]
+    assert (contradiction(beside_another_host) is None) == alike
 
 
 def test_gpus_of_different_models_are_no_contradiction() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_sources_differ_when_a_line_or_the_name_of_a_file_does(package: Path) ->
 
 def test_a_package_that_is_not_installed_is_a_fact_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise versions.PackageNotFoundError(name)
+        raise PackageNotFoundError(name)
 
     monkeypatch.setattr(versions, "version", missing)
     assert versions_and_settings(small_config(), None)["triton"] == "not installed"

@@ -1,9 +1,8 @@
-"""The contract of an objective: a method that is not part of fastjepa trains, resumes, is profiled, planned and evaluated."""
+"""The contract of an objective: a method from outside trains, resumes, and is profiled, planned and evaluated."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +40,10 @@ optim: {warmup_epochs: 0.25, lr: 1e-2, ema_momentum: [0.9, 1.0]}
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy is a method of this file's tests only."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     register("toy", ToyConfig, Toy)
-    yield
 
 
 def recipe(folder: Path, precision: str = "fp32") -> str:

@@ -108,7 +108,12 @@ def test_figures_are_those_of_all_ranks(clock: Clock, monkeypatch: pytest.Monkey
     other.update_data(3.0, {"read": 0.25})
     clock.seconds = 98.0
     sums: list[torch.Tensor] = []
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: sums.append(values) or values.tolist())
+
+    def keep(values: torch.Tensor) -> list[float]:
+        sums.append(values)
+        return values.tolist()
+
+    monkeypatch.setattr(distributed, "sum_over_ranks", keep)
     other.summary()
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: (values + sums[0]).tolist())
     line = meter.summary()

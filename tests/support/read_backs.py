@@ -1,4 +1,4 @@
-"""Counts on a CPU what a GPU's host would wait for."""
+"""Count, on a CPU, the operations for which the host would wait if the tensors were on a GPU."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ _INDEX = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_i
 
 
 class ReadBacks(TorchDispatchMode):
-    """Counts, by the file that asks: values read back, constants sent to the device, results whose sizes are values."""
+    """A mode that counts, by the file that calls them, operations for which a GPU's host waits.
+
+    These are values read back, constants sent to the device, and results whose sizes depend on values.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_file: Counter[str] = Counter()
+        """Counts by the last folder and the name of a file: engine/base.py."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.name(), kwargs or {}
@@ -44,5 +48,5 @@ class ReadBacks(TorchDispatchMode):
             frame = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename and frame.f_back:
                 frame = frame.f_back
-            self.by_file[Path(frame.f_code.co_filename).name] += 1
+            self.by_file["/".join(Path(frame.f_code.co_filename).parts[-2:])] += 1
         return func(*args, **kwargs)

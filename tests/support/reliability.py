@@ -1,8 +1,8 @@
-"""The fault table: runs the tests that inject faults, and 50 kills at random moments, and writes what was seen.
+"""Write the fault table, from the tests that inject faults and from 50 kills at random moments.
 
     python -m tests.support.reliability [--output docs/reliability.md] [--kills 50]
 
-A row comes from a test (`record`), after its assertions held: what happened and what was lost is measured or asserted there.
+A test adds a row with the fixture `record` after its assertions held; it measured or asserted what happened and was lost.
 """
 
 from __future__ import annotations
@@ -21,17 +21,24 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.launch import ROOT
+from benchmarks.launch import ROOT, free_port
 from fastjepa.checkpoint.format import latest
 from tests.support.tiny_run import write_recipe
 
-TESTS = ("tests/test_faults.py", "tests/checkpoint/test_restore.py", "tests/launch/test_launch.py")
 Record = Callable[[str, str, str], None]
-"""The fixture `record`."""
+"""Type of the fixture `record`."""
+
+
+def files_of_faults() -> list[Path]:
+    """Return the test files that fill the table, which are those that use `record`: whole runs first, then by name."""
+    files = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if "record: Record" in path.read_text(encoding="utf-8")
+    ]
+    return sorted(files, key=lambda path: (len(path.parts), path))
 
 
 class Rows:
-    """A pytest plugin that collects them."""
+    """A pytest plugin that collects the rows."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
@@ -42,19 +49,28 @@ class Rows:
 
 
 class Kills(NamedTuple):
+    """What a run that was killed again and again came to."""
+
     kills: int
     within_saves: int
-    """How many left a checkpoint half written."""
+    """Number of kills that left a checkpoint half written."""
     repeated: int
-    """Steps that were trained again, over all kills."""
+    """Number of steps that were trained again, summed over all kills."""
     equal: bool
-    """Whether the end is that of the undisturbed run, to the last bit."""
+    """True if the last checkpoint equals that of the undisturbed run, to the last bit."""
 
 
 def survive_kills(folder: Path, arguments: list[str], *, kills: int, steps: int, seed: int) -> Kills:
-    """A run on two ranks, of which one or both are killed (SIGKILL) again and again, beside an undisturbed one.
+    """Train on two ranks twice: undisturbed, and killing one rank or both (SIGKILL) again and again.
 
     A checkpoint is written every third step, so that many kills hit a save.
+
+    Args:
+        folder: folder of both runs.
+        arguments: command line of the run.
+        kills: number of kills.
+        steps: number of steps of the run; it must last longer than the kills.
+        seed: seed of the moments and of the choice of ranks.
     """
     rng = random.Random(seed)
     arguments = [*arguments, f"epochs={steps / 8}", "checkpoint_interval=3"]
@@ -89,8 +105,6 @@ def survive_kills(folder: Path, arguments: list[str], *, kills: int, steps: int,
 
 
 def _start(arguments: list[str]) -> list[subprocess.Popen[bytes]]:
-    from benchmarks.launch import free_port
-
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "fastjepa" / "train.py"), *arguments]
@@ -106,7 +120,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _steps(run: Path) -> int:
-    """Steps that metrics.jsonl tells of; the lines begin with them."""
+    """Return the step of the last line of metrics.jsonl. The line may be incomplete, but it begins with the step."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     return int(lines[-1].partition('"step": ')[2].partition(",")[0] or 0) if lines else 0
@@ -114,8 +128,8 @@ def _steps(run: Path) -> int:
 
 HEAD = """# What a run survives
 
-Written by `python -m tests.support.reliability`: every row is a test that injected the fault into a small run on CPUs, and
-whose assertions held. On GPUs nothing was tried yet.
+Written by `python -m tests.support.reliability`. Every row is a test that injected the fault into a small run on CPUs and
+whose assertions held. Nothing was tried on GPUs yet.
 
 | fault | what happened | what was lost |
 |---|---|---|
@@ -128,7 +142,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     options = parser.parse_args()
     plugin = Rows()
-    if pytest.main([*(str(ROOT / path) for path in TESTS), "-q", "-p", "no:cacheprovider"], plugins=[plugin]) != 0:
+    if pytest.main([*map(str, files_of_faults()), "-q", "-p", "no:cacheprovider"], plugins=[plugin]) != 0:
         return 1
     zero2 = ["--ds_config", str(ROOT / "configs" / "zero2.json")]
     for engine, more in {"plain PyTorch": [], "ZeRO 2": zero2}.items():

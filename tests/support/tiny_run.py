@@ -1,4 +1,4 @@
-"""A run of seconds and how to start it as processes, for the tests of the command line, of launches and of faults."""
+"""A run that takes seconds, and how to start it as processes, for tests of the command line, launches and faults."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ log_interval: 1
 checkpoint_interval: 4
 evaluate: false
 data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
-model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
-masks: {min_keep: 3}
+model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, init: fan_in}
+objective: {predictor_embed_dim: 16, predictor_depth: 1, masks: {min_keep: 3}}
 optim: {warmup_epochs: 0.25}
 """
-# Runs train.main after changing what the fault needs; FAULT is code.
+# Runs train.main after FAULT, which is code that injects a fault.
 FAULTY = """
 import os, signal, sys, time
+from dataclasses import replace
 import torch
 from fastjepa import distributed, train
 from fastjepa.engine import deepspeed_engine, torch_engine
@@ -36,7 +37,10 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 def write_recipe(folder: Path, *lines: str) -> str:
-    """A configuration, with more `lines`, beside 70 grey images of different sizes, without labels: 8 steps an epoch."""
+    """Write run.yaml, with more `lines`, and 70 grey images of different sizes without labels; return the path of run.yaml.
+
+    An epoch has 8 steps.
+    """
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     for index in range(70):
@@ -47,21 +51,21 @@ def write_recipe(folder: Path, *lines: str) -> str:
 
 
 def at_step(step: int, action: str, rank: int = 0) -> str:
-    """Code: do this once, on one rank, before the first micro batch of a step (counted from 0) of a TorchEngine."""
+    """Return code that runs `action` on one rank, before the micro batch of a step (counted from 0) of a TorchEngine."""
     return f"""
 plain, steps = torch_engine.TorchEngine.micro_step, 0
-def micro_step(self, images, masks):
+def micro_step(self, batch):
     global steps
     steps += 1
     if steps == {step} + 1 and distributed.rank() == {rank}:
         {action}
-    return plain(self, images, masks)
+    return plain(self, batch)
 torch_engine.TorchEngine.micro_step = micro_step
 """
 
 
 def start(fault: str, arguments: list[str], world: int = 1) -> list[subprocess.Popen[str]]:
-    """The ranks of a run with a fault."""
+    """Start the ranks of a run with a fault, which is code; an empty string for none."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     if world > 1:
         env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -79,11 +83,12 @@ def start(fault: str, arguments: list[str], world: int = 1) -> list[subprocess.P
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    """Exit status and messages of every rank."""
+    """Wait for the processes; return the exit status and the messages of each."""
     messages = [process.communicate(timeout=100)[1] for process in processes]
     return [(process.returncode, message) for process, message in zip(processes, messages, strict=True)]
 
 
 def metrics(run: Path, *keys: str) -> list[list[Any]]:
+    """Read the values of `keys` from each line of metrics.jsonl."""
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     return [[line[key] for key in keys] for line in lines]

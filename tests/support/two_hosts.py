@@ -1,7 +1,9 @@
-"""python -m tests.support.two_hosts: every launcher on two hosts, and what is said when they do not come together.
+"""Run every launcher on two hosts, and check the messages when the hosts do not come together.
 
-The hosts are two network namespaces, joined by a pair of virtual interfaces, if this process may make them (root). Where it
-may not, both are this machine, which says nothing of the network between them.
+    python -m tests.support.two_hosts
+
+The hosts are two network namespaces, joined by a pair of virtual interfaces, if this process may make them (as root). If it
+may not, both hosts are this machine, and the network between hosts is not tested.
 """
 
 from __future__ import annotations
@@ -28,8 +30,10 @@ ZERO = ["--ds_config", str(ROOT / "configs" / "zero2.json")]
 
 @dataclass
 class Host:
+    """A machine that can start a command."""
+
     prefix: list[str]
-    """What to write before a command for it to run there."""
+    """Words before a command that make it run on this host."""
     address: str
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -103,9 +107,10 @@ def srun(node: int, master: str, port: int, tasks: int = 2) -> dict[str, str]:
 
 
 def ssh_and_pdsh(hosts: list[Host], folder: Path) -> dict[str, str]:
-    """For DeepSpeed's launcher to start both hosts from one: an ssh and a pdsh of our own, which know them by their order.
+    """Write an ssh and a pdsh with which DeepSpeed's launcher starts both hosts from one; return the PATH to find them.
 
-    As with the real ones the command is read by a shell there, and only what is exported comes along.
+    They know the hosts by their order. As with the real programs, a shell on the host reads the command, and only variables
+    that the launcher exports arrive there.
     """
     reach = [
         [*host.prefix, "env", "-i", f"PATH={os.environ['PATH']}", f"HOME={folder}"]
@@ -113,7 +118,7 @@ def ssh_and_pdsh(hosts: list[Host], folder: Path) -> dict[str, str]:
         for host in hosts
     ]
     programs = {
-        "ssh": f"#!/bin/sh\necho {hosts[0].address}\n",  # asked for nothing but the first host's address
+        "ssh": f"#!/bin/sh\necho {hosts[0].address}\n",  # the launcher asks it only for the first host's address
         "pdsh": f"""#!{sys.executable}
 import subprocess, sys
 words = " ".join(sys.argv[sys.argv.index("-w") + 2 :])
@@ -142,7 +147,7 @@ def check(name: str, good: bool, detail: str) -> bool:
 
 
 def trains(hosts: list[Host], folder: Path) -> Iterator[bool]:
-    """Each launcher's run beside that of a single process."""
+    """Check that each launcher's run has the losses of a single process."""
     config = ["--config", str(ROOT / "configs" / "debug.yaml"), *SMALL]
     hostfile = folder / "hosts.txt"
     hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
@@ -173,7 +178,7 @@ def trains(hosts: list[Host], folder: Path) -> Iterator[bool]:
 
 
 def fails(hosts: list[Host], folder: Path) -> Iterator[bool]:
-    """What each host says when they do not come together."""
+    """Check what each host says when the two do not come together."""
     base = [
         sys.executable,
         TRAIN,
@@ -182,7 +187,7 @@ def fails(hosts: list[Host], folder: Path) -> Iterator[bool]:
         *SMALL,
         f"output_dir={folder}/failed",
     ]
-    # A copy of the package with one file more: another version, as far as the ranks can tell.
+    # A copy of the package with one more file, which the ranks must take for another version.
     other = folder / "other"
     shutil.copytree(ROOT / "fastjepa", other / "fastjepa", ignore=shutil.ignore_patterns("__pycache__"))
     (other / "fastjepa" / "changed.py").write_text("# one file more\n")
@@ -190,7 +195,7 @@ def fails(hosts: list[Host], folder: Path) -> Iterator[bool]:
     old_base = [sys.executable, str(other / "fastjepa" / "train.py"), *base[2:]]
     a, b = hosts
     master = a.address
-    # By name: host, command, variables of its launcher and more variables, of each process; what all must say.
+    # Name -> for each process its host, command, variables of its launcher and further variables; the message of all.
     cases: dict[str, tuple[list[tuple[Host, list[str], dict[str, str], dict[str, str]]], str]] = {
         "second host absent": ([(a, base, srun(0, master, 0), {})], r"rank 1 of 2 did not come to"),
         "first host absent": ([(b, base, srun(1, master, 0), {})], r"rank 1 on \S+ could not reach"),

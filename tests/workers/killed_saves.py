@@ -1,8 +1,9 @@
-"""Saves checkpoints in the background, as a run does, in child processes that are killed: before every file operation of a
-save and of the deletion after it, and at random bytes of every file.
+"""Save checkpoints in the background, as a run does, in child processes that are killed.
 
-usage: worker_killed_saves FOLDER
-Writes results.json there, an entry per kill.
+The kills come before every file operation of a save and of the deletion after it, and at random bytes of every file.
+
+usage: python -m tests.workers.killed_saves FOLDER [KILLS_PER_FILE]
+It writes results.json there, with an entry for each kill.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from fastjepa.checkpoint import restore, writer
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, latest
-from tests.checkpoint.test_restore import assert_identical, state_of, torch_engine, train
+from tests.support.checkpoints import assert_identical, state_of, torch_engine, train
 
 STEPS = {"the next step": 2, "the same step again": 1}
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -31,7 +32,7 @@ FILES = ("rank_00000.safetensors", "index.json", "model.safetensors", "SHA256SUM
 
 
 class Saves:
-    """Of two states, number 1 and number 2."""
+    """Saves of two states of an engine, number 1 and number 2."""
 
     def __init__(self) -> None:
         self._engines = {1: train(torch_engine(), 0, 1), 2: train(torch_engine(seed=1), 0, 2)}
@@ -39,10 +40,10 @@ class Saves:
         self._reader = torch_engine()
 
     def save(self, run: Path, step: int, number: int, before: Callable[[], None] = lambda: None) -> int:
-        """Save a state in a child process that first does `before`: in the background, only the newest kept.
+        """Save a state in the background, in a child process that first calls `before`; only the newest checkpoint is kept.
 
         Returns:
-            The signal that ended it, or 0.
+            The signal that ended the child, or 0.
         """
         child = os.fork()
         if child == 0:
@@ -58,7 +59,7 @@ class Saves:
         return os.WTERMSIG(status)
 
     def loaded(self, run: Path) -> int:
-        """The number of the state that the newest checkpoint holds, to the last bit."""
+        """Load the newest checkpoint, check that it is one of the states to the last bit, and return that state's number."""
         newest = latest(run)
         assert newest is not None
         number = restore.load(newest, self._reader).config["number"]
@@ -68,7 +69,7 @@ class Saves:
 
 
 def before_operation(number: int, log: Path) -> Callable[[], None]:
-    """Ends the process before the file operation of that number, which it writes to `log`."""
+    """Return a function that makes the process end before its file operation `number`, whose name it writes to `log`."""
 
     def arm() -> None:
         seen = 0
@@ -88,7 +89,7 @@ def before_operation(number: int, log: Path) -> Callable[[], None]:
 
 
 def at_byte(name: str, byte: int) -> Callable[[], None]:
-    """Ends the process when it has written so many bytes of a file, and would write another."""
+    """Return a function that makes the process end when it writes beyond `byte` bytes of the file `name`."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and Path(str(arguments[0])).name in (name, f".{name}.tmp"):
@@ -103,7 +104,11 @@ def at_byte(name: str, byte: int) -> Callable[[], None]:
 
 
 def kill_at_operations(saves: Saves, folder: Path, step: int) -> list[tuple[str, int]]:
-    """Over state 1 of step 1, state 2 of `step`: before which operation it was killed, and what loads then."""
+    """Save state 1 at step 1, then kill the save of state 2 at `step` before each of its operations in turn.
+
+    Returns:
+        For each kill the operation before which it came, and the number of the state that loads afterwards.
+    """
     outcomes: list[tuple[str, int]] = []
     for number in range(1, 1000):
         run = folder / str(number)
@@ -111,14 +116,14 @@ def kill_at_operations(saves: Saves, folder: Path, step: int) -> list[tuple[str,
         if saves.save(run, step, 2, before_operation(number, folder / "event")) == 0:
             return outcomes
         outcomes.append(((folder / "event").read_text(), saves.loaded(run)))
-        assert saves.save(run, step, 2) == 0  # what was left behind is not in the way, and gone afterwards
+        assert saves.save(run, step, 2) == 0  # the remains do not hinder it, and it removes them
         assert sorted(path.name for path in run.iterdir()) == ["latest", f"step_{step:08d}"]
         shutil.rmtree(run)
     raise AssertionError("no save came through")
 
 
 def kill_at_bytes(saves: Saves, run: Path, kills_per_file: int) -> list[dict[str, Any]]:
-    """One run, whose saves are killed at random bytes of every file in turn; every seventh comes through."""
+    """Kill the saves of one run at random bytes of each file in turn; after every seventh kill a save comes through."""
     rng = random.Random(0)
     step = 1
     assert saves.save(run, step, 1) == 0
@@ -151,7 +156,9 @@ def kill_at_bytes(saves: Saves, run: Path, kills_per_file: int) -> list[dict[str
 def main(folder: Path, kills_per_file: int = 8) -> None:
     torch.set_num_threads(1)
     saves = Saves()
-    writer.save(folder / "first", torch_engine(), RunState(1, {}, {}))  # imports what saves import
+    writer.save(
+        folder / "first", torch_engine(), RunState(1, {}, {})
+    )  # so that the imports of a save are no operations of the killed ones
     results: dict[str, Any] = {
         "operations": {name: kill_at_operations(saves, folder / str(step), step) for name, step in STEPS.items()},
         "bytes": kill_at_bytes(saves, folder / "bytes", kills_per_file),

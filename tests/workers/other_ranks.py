@@ -1,6 +1,7 @@
-"""One rank of test_faults: goes on with a run on two ranks, by ZeRO 2 and then by ZeRO 3, stopped by a signal each time.
+"""One of two ranks of a test of tests/test_faults.py, which continue a run with ZeRO 2 and then with ZeRO 3.
 
-usage: worker_other_ranks RECIPE RUN
+usage: python -m tests.workers.other_ranks RECIPE RUN
+A signal stops each of the two parts.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import torch
 from benchmarks.launch import ROOT
 from fastjepa import distributed
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.data import Batch, open_dataset
 from fastjepa.engine.build import build_engine
 from fastjepa.errors import Preempted
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.run.folder import RunFolder
 from fastjepa.run.meter import Meter
 from fastjepa.run.stop_request import StopRequest
@@ -33,7 +33,7 @@ CONFIGS = ROOT / "configs"
 
 
 class Seeing(Trainer):
-    """Writes what each of its steps saw (identity, crop, pixels and masks of every image) to seen_RANK.jsonl."""
+    """A trainer that writes what each step saw (identity, crop, pixels and masks of every image) to seen_RANK.jsonl."""
 
     signal_in_step: int | None = None
 
@@ -51,16 +51,17 @@ class Seeing(Trainer):
 
 
 def go_on(recipe: str, run: Path, stage: int | None, signal_in_step: int | None) -> None:
-    """Train, with plain PyTorch or ZeRO, up to the signal or to the end."""
-    # eps: as in benchmarks.proofs.equality, which says why.
+    """Train with plain PyTorch (None) or a stage of ZeRO, up to the signal or to the end of the run."""
+    # optim.eps is that of benchmarks.proofs.equality, which explains it.
     config = load_config(recipe, [f"output_dir={run}", "keep_last=100", "optim.eps=1e-4"])
     sizes = BatchSizes.share(config, distributed.world_size())
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
     folder, dataset = RunFolder(run), open_dataset(config.data, "train")
     assert dataset is not None
     folder.create()
-    trainer = Seeing(config, dataset, engine, sizes, folder)
+    trainer = Seeing(method, dataset, engine, sizes, folder)
     trainer.signal_in_step = signal_in_step
     with contextlib.suppress(Preempted), StopRequest() as stop_request:
         trainer.run(stop_request)

@@ -1,7 +1,9 @@
-"""One rank of test_faults: by every engine four steps of two micro batches. On the second rank the loss of step 2 is NaN in
-the first of them, that of step 3 in the second.
+"""One of two ranks of a test of tests/test_faults.py: four steps of two micro batches with every engine.
 
-usage: worker_skipped FOLDER
+On rank 1 the loss is NaN in the first micro batch of step 1 and in the second one of step 2 (steps count from 0).
+
+usage: python -m tests.workers.skipped FOLDER
+Rank 0 writes results.json there.
 """
 
 from __future__ import annotations
@@ -16,14 +18,12 @@ from benchmarks.proofs.equality import engine_steps, trajectory_config
 from fastjepa import distributed
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.base import Engine
-from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.objective import build_model
-from tests.support.small import finish_with
+from tests.support.small import engine_of, finish_with
 from tests.test_faults import bad_loss
 
 
 def state(engine: Engine) -> list[torch.Tensor]:
-    """Copies of all that a step changes on this rank: weights, EMA and moments, and what the model computes with."""
+    """Copy all that a step changes on this rank: weights, EMA and moments, and the weights that the model computes with."""
     tensors = [
         piece.view(tensor)
         for piece in engine.pieces()
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
             sizes = BatchSizes.share(config, world)
             assert sizes.accum == 2
             ds_config = None if name == "torch" else ROOT / "configs" / f"{name}.json"
-            engine = build_engine(build_model(config), config, sizes, device, ds_config)
+            engine = engine_of(config, sizes, device, ds_config)
             engine_steps(engine, config, sizes, rank, world, 0, 1)
             before, counts = state(engine), [(engine.optimizer.updates, int(engine.skipped_in_a_row()))]
             changed = []

@@ -1,1 +1,1 @@
-"""What can be known of the Triton kernels without a GPU: python -m benchmarks.proofs.aot."""
+"""The Triton kernels compiled ahead of time, and checked without a GPU: python -m benchmarks.proofs.aot."""

@@ -1,7 +1,7 @@
-"""python -m benchmarks.proofs.aot: compile every kernel of training for GPUs that are not here; hold it to limits.py.
+"""Compile every kernel of training for absent GPUs and check it against limits.py: python -m benchmarks.proofs.aot
 
-Writes aot.json, aot.md and aot.png. With --check, for CI, nothing is written and less is compiled: the sizes of ViT-B/16 and
-H/14 for NVIDIA's GPUs, in all configurations for sm_90 and else in the first. Exits with 1 if a limit is broken.
+Writes aot.json, aot.md and aot.png. --check, which CI uses, writes nothing and compiles less: the sizes of ViT-B/16 and H/14
+for NVIDIA's GPUs, in all configurations for sm_90 and in the first one for the others. Exits with 1 if a limit is broken.
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ _CHECKED_CONFIGS = ("sm_90",)
 
 def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET is set: it replaces the compiler, unset it")
-    from benchmarks.proofs.aot import output, report
+        raise SystemExit("TRITON_INTERPRET is 1, which replaces the compiler by an interpreter: unset it")
+    from benchmarks.proofs.aot import output, variants
 
     assert __doc__
-    parser = argparse.ArgumentParser("python -m benchmarks.proofs.aot", description=__doc__.partition(": ")[2])
-    parser.add_argument("--targets", nargs="+", choices=report.TARGETS, help="default: all")
-    parser.add_argument("--ops", nargs="+", choices=TRITON_OPERATIONS, default=TRITON_OPERATIONS)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.proofs.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", choices=variants.TARGETS, help="GPUs to compile for (default: all)")
+    parser.add_argument(
+        "--ops", nargs="+", choices=TRITON_OPERATIONS, default=TRITON_OPERATIONS, help="operations (default: all)"
+    )
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
     )
-    parser.add_argument("--check", action="store_true", help="CI's selection, and no files")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder (default: %(default)s)")
+    parser.add_argument("--check", action="store_true", help="compile CI's selection and write no files")
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results"), help="folder for the files (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
 
     started = time.perf_counter()
-    targets = options.targets or (_CHECKED_TARGETS if options.check else report.TARGETS)
+    targets = options.targets or (_CHECKED_TARGETS if options.check else variants.TARGETS)
     all_configs = _CHECKED_CONFIGS if options.check else targets
-    cases = [case for case in report.select(options.ops) if not options.check or case.model in _CHECKED_MODELS]
-    result = report.compile_all(cases, targets, all_configs=all_configs, jobs=options.jobs)
+    cases = [case for case in variants.select(options.ops) if not options.check or case.model in _CHECKED_MODELS]
+    result = variants.compile_all(cases, targets, all_configs=all_configs, jobs=options.jobs)
     if not options.check:
         output.write(result, options.output)
     kernels = {variant.kernel for variant in result.variants}

@@ -1,7 +1,7 @@
-"""The calls by which training uses the kernels: every kernel, configuration and specialisation that a GPU would meet.
+"""The calls by which training uses the kernels: all kernels, configurations and specialisations that a GPU would compile.
 
-A case calls a public function as the trainer does, on tensors of a small batch that nothing ever fills: widths, lengths and
-dtypes decide what is compiled, the number of images does not. Its work is that of `BATCH_SIZE` images.
+A case calls a public function as the trainer does, on uninitialised tensors of a small batch: widths, lengths and
+dtypes decide what is compiled, the number of images does not. The work of a case is that of `BATCH_SIZE` images.
 """
 
 from __future__ import annotations
@@ -28,14 +28,24 @@ _RECORDED_PARAMS = 1 << 20
 
 @dataclass(frozen=True)
 class Case:
+    """One call of an operation: forward, and backward if it is trained."""
+
     op: str
     name: str
-    """Begins with the model."""
+    """The model, then where the call happens in it."""
     dtype: torch.dtype
     run: Callable[[], Tensor | None]
-    """The forward pass. A result that requires a gradient is differentiated."""
+    """Runs the forward pass. If there is a backward pass, the result is differentiated."""
     forward: Work
+    """Work of the forward pass."""
     backward: Work | None = None
+    """Work of the backward pass; None: there is none."""
+
+    def passes(self) -> Iterator[tuple[str, Work]]:
+        """The name and the work of each pass."""
+        yield "forward", self.forward
+        if self.backward is not None:
+            yield "backward", self.backward
 
     @property
     def model(self) -> str:
@@ -48,9 +58,9 @@ class Case:
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """Call it outside of `launches.caught` first: it samples masks."""
+    """Every case. The first call must be outside of `launches.caught`, because it samples masks."""
     full, small = shapes(BATCH_SIZE), shapes(_RECORDED_BATCH_SIZE)
-    for batch_size, known in ((BATCH_SIZE, full), (_RECORDED_BATCH_SIZE, small)):  # the other head dims: 128 and 88
+    for batch_size, known in ((BATCH_SIZE, full), (_RECORDED_BATCH_SIZE, small)):  # two more head dims: 128, 88
         known["Ti/16"] = Shape("Ti/16", "vit_tiny", 16, 14, 384, batch_size)
         known["g/16"] = Shape("g/16", "vit_giant", 16, 14, 384, batch_size)
     cases: list[Case] = []
@@ -77,13 +87,13 @@ def _attention(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
         return block_attention_packed(qkv, lengths)
 
     def attend_subset(queries: Ragged, keys: Ragged, heads: int, head_dim: int) -> Tensor:
-        """As the last blocks do: queries of the tokens that count, keys and values from one projection."""
+        """Attend as the last blocks do: queries only of the tokens that are needed, keys and values from one projection."""
         q = torch.empty(queries.total, heads, head_dim, dtype=dtype, requires_grad=True)
         k, v = torch.empty(keys.total, 2, heads, head_dim, dtype=dtype, requires_grad=True).unbind(1)
         return block_attention(q, k, v, queries, keys)
 
-    def case(name: str, of: Callable[[Shape], tuple[Ragged, Ragged]], head_dim: int, *, trained: bool) -> Case:
-        (queries, keys), (few_queries, few_keys) = of(full), of(small)
+    def case(name: str, lengths: Callable[[Shape], tuple[Ragged, Ragged]], head_dim: int, *, trained: bool) -> Case:
+        (queries, keys), (few_queries, few_keys) = lengths(full), lengths(small)
         sizes = (full.num_heads, head_dim)
         if few_queries is few_keys:
             run = partial(attend_packed, few_keys, *sizes)
@@ -102,12 +112,12 @@ def _attention(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
         return lengths, lengths
 
     yield case("target", lambda s: twice(grid(s)), full.head_dim, trained=False)
-    yield case("target, last block", lambda s: (s.masks.union, grid(s)), full.head_dim, trained=False)
-    yield case("context", lambda s: twice(s.masks.context), full.head_dim, trained=True)
-    yield case("predictor", lambda s: twice(s.masks.predictor), full.predictor_head_dim, trained=True)
+    yield case("target, last block", lambda s: (s.masks.union_lengths, grid(s)), full.head_dim, trained=False)
+    yield case("context", lambda s: twice(s.masks.context_lengths), full.head_dim, trained=True)
+    yield case("predictor", lambda s: twice(s.masks.predictor_lengths), full.predictor_head_dim, trained=True)
     yield case(
         "predictor, last block",
-        lambda s: (s.masks.target, s.masks.predictor),
+        lambda s: (s.masks.target_lengths, s.masks.predictor_lengths),
         full.predictor_head_dim,
         trained=True,
     )
@@ -124,32 +134,32 @@ def _gathers(full: Shape, small: Shape) -> Iterator[Case]:
         return gather_add(tokens, torch.empty(num_positions, width, dtype=dtype), indices % num_positions)
 
     def sources(shape: Shape) -> int:
-        """Rows that the predictor's sequences are gathered from."""
-        return shape.masks.context.total + shape.num_patches
+        """Number of rows that the predictor's sequences are gathered from."""
+        return shape.masks.context_lengths.total + shape.num_patches
 
     width = full.predictor_width
     yield Case(
         "masked_gather",
         f"{full.name} rows of the targets",
         dtype,
-        partial(gather, small.masks.predictor.total, width, small.masks.predictor_target_rows, True),
-        work.gather_work(full.masks.target.total, width, 2),
-        work.gather_backward_work(full.masks.target.total, full.masks.predictor.total, width, 2),
+        partial(gather, small.masks.predictor_lengths.total, width, small.masks.predictor_target_rows, True),
+        work.gather_work(full.masks.target_lengths.total, width, 2),
+        work.gather_backward_work(full.masks.target_lengths.total, full.masks.predictor_lengths.total, width, 2),
     )
     yield Case(
         "masked_gather",
         f"{full.name} predictor sequences",
         dtype,
         partial(gather, sources(small), width, small.masks.predictor_rows, False),
-        work.gather_work(full.masks.predictor.total, width, 2),
-        work.gather_backward_work(full.masks.predictor.total, sources(full), width, 2),
+        work.gather_work(full.masks.predictor_lengths.total, width, 2),
+        work.gather_backward_work(full.masks.predictor_lengths.total, sources(full), width, 2),
     )
     yield Case(
         "masked_gather",
         f"{full.name} context positions",
         dtype,
         partial(add, full.width, small.masks.context_indices, full.num_patches),
-        work.gather_add_work(full.masks.context.total, full.width, 2),
+        work.gather_add_work(full.masks.context_lengths.total, full.width, 2),
     )
 
 
@@ -157,13 +167,12 @@ def _patches(full: Shape, small: Shape) -> Iterator[Case]:
     def gather(pixels: torch.dtype, indices: Tensor | None) -> None:
         size = small.image_size
         images = torch.empty(small.batch_size, 3, size, size, dtype=pixels)
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-        gather_patches(images, indices, small.patch_size, mean=mean, std=std, dtype=torch.bfloat16)
+        gather_patches(images, indices, small.patch_size, mean=work.MEAN, std=work.STD, dtype=torch.bfloat16)
 
     values = 3 * full.patch_size**2
     for pixels, name in ((torch.uint8, "uint8"), (torch.float32, "float32")):
         for kept, indices, count in (
-            ("context", small.masks.context_indices, full.masks.context.total),
+            ("context", small.masks.context_indices, full.masks.context_lengths.total),
             ("all", None, full.batch_size * full.num_patches),
         ):
             yield Case(
@@ -206,11 +215,11 @@ def _optimizer(full: Shape) -> Iterator[Case]:
 
 def _loss(full: Shape, small: Shape, dtype: torch.dtype) -> Iterator[Case]:
     def loss() -> Tensor:
-        predictions = torch.empty(small.masks.target.total, small.width, dtype=dtype, requires_grad=True)
-        features = torch.empty(small.masks.union.total, small.width, dtype=dtype)
+        predictions = torch.empty(small.masks.target_lengths.total, small.width, dtype=dtype, requires_grad=True)
+        features = torch.empty(small.masks.union_lengths.total, small.width, dtype=dtype)
         return target_loss(predictions, features, small.masks.union_rows)
 
-    rows = full.masks.target.total
+    rows = full.masks.target_lengths.total
     yield Case(
         "target_loss",
         full.name,

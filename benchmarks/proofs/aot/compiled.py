@@ -1,7 +1,7 @@
-"""What the compiler made of a kernel, read from its machine code: nothing here needs a GPU or a CUDA toolkit.
+"""Read what the compiler made of a kernel from its machine code, without a GPU or a CUDA toolkit.
 
-The disassembler is the one inside the triton wheel. What the code does not say, ptxas's log does: the registers, the bytes
-spilled, and whether it had to serialize asynchronous matrix instructions.
+The disassembler is the one inside the triton wheel. ptxas's log has what the code does not show: registers, spilled
+bytes, and whether ptxas had to serialize asynchronous matrix instructions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.runtime.cache import get_cache_manager
 
 
 class Processor(NamedTuple):
-    """What one streaming multiprocessor (AMD: compute unit) holds; CUDA C++ programming guide, compute capabilities."""
+    """Resources of a streaming multiprocessor, from the CUDA C++ programming guide, section on compute capabilities."""
 
     warps: int
     blocks: int
@@ -41,49 +41,50 @@ PROCESSORS = {
 }
 GFX942_SHARED_BYTES = 64 << 10
 GFX942_WARPS = 32  # of 64 lanes, on four SIMD units
-REGISTER_UNIT = 256  # registers are handed to a warp in such units, shared memory to a block in the next
-SHARED_UNIT = 128
-SHARED_RESERVED = 1024  # per block, by the driver
+REGISTER_UNIT = 256  # a warp gets registers in multiples of it
+SHARED_UNIT = 128  # a block gets bytes of shared memory in multiples of it
+SHARED_RESERVED = 1024  # bytes per block that the driver takes
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Of one kernel in one configuration for one target."""
+    """One kernel in one configuration, compiled for one target."""
 
     kernel: str
     target: str
     num_warps: int
     registers: int
-    """Of a thread; AMD: vector registers, accumulators included."""
+    """Registers of a thread (AMD: vector registers, accumulators included)."""
     spill_bytes: int
-    """Stored and loaded, in the code (not times the trips of a loop)."""
+    """Bytes spilled by stores and loads in the code, each counted once even in a loop."""
     stack_bytes: int
     shared_bytes: int
     tensor_memory_columns: int
     fits: bool
-    """The target can run it: shared and tensor memory suffice, and the code is not the stub that ptxas leaves if not."""
+    """True if the target can run it: shared and tensor memory suffice, and the code is not the stub of a failed ptxas."""
     blocks_per_sm: int
     limited_by: str
     instructions: int
     mma: int
     mma_family: str
     loads: dict[int, int]
-    """Instructions that read global memory, by the bytes that each thread gets, asynchronous copies included."""
+    """Bytes per thread -> number of instructions that read global memory, asynchronous copies included."""
     stores: dict[int, int]
+    """The same for instructions that write global memory."""
     async_copies: int
     wide_fraction: float
-    """The share of global reads and writes that move 16 bytes a thread or more."""
+    """Share of the global reads and writes that move at least 16 bytes per thread."""
     notes: tuple[str, ...]
-    """Of ptxas, on code that works and is slow."""
+    """ptxas's remarks on code that works but is slow."""
     compile_seconds: float
 
 
 def blocks_per_sm(
     processor: Processor, num_warps: int, registers: int, shared_bytes: int, columns: int
 ) -> dict[str, int]:
-    """How many blocks of a kernel one multiprocessor holds, by each of its resources."""
+    """The number of a kernel's blocks that fit into each resource of a multiprocessor; the least of them is resident."""
     registers_per_warp = math.ceil(max(registers, 1) * 32 / REGISTER_UNIT) * REGISTER_UNIT
-    warps = processor.registers // registers_per_warp // 4 * 4  # handed out to four schedulers alike
+    warps = processor.registers // registers_per_warp // 4 * 4  # four schedulers hold equally many
     shared = math.ceil((shared_bytes + SHARED_RESERVED) / SHARED_UNIT) * SHARED_UNIT
     limits = {
         "warps": processor.warps // num_warps,
@@ -98,16 +99,16 @@ def blocks_per_sm(
 
 @dataclass(frozen=True)
 class Facts:
-    """What is kept of a compilation: the log and the time are lost otherwise, disassembling takes half a second."""
+    """The facts that are kept of a compilation: log and time would be lost, and disassembling takes half a second."""
 
     log: str
     seconds: float
     opcodes: dict[str, int]
-    """How often the machine code has each."""
+    """Opcode -> how often it stands in the machine code."""
 
 
 class Compilations:
-    """Sees every compilation inside `watched` and keeps its facts in Triton's cache, beside the kernel."""
+    """Watches compilations inside `watched` and keeps their facts in Triton's cache, beside the kernel."""
 
     _FILE = "facts.json"
 
@@ -116,7 +117,7 @@ class Compilations:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Triton prints ptxas's log, if told to: what is printed inside is not shown."""
+        """Collect the facts of what is compiled inside. Triton prints ptxas's log, so nothing printed inside is shown."""
         before = knobs.nvidia.dump_ptxas_log, knobs.compilation.listener
         knobs.nvidia.dump_ptxas_log, knobs.compilation.listener = True, self._compiled
         try:
@@ -138,9 +139,9 @@ class Compilations:
             get_cache_manager(metadata["hash"]).put(json.dumps(asdict(facts)), self._FILE, binary=False)
 
     def facts(self, kernel: Any) -> Facts:
-        """Of a kernel that was compiled inside `watched`, or by somebody else before."""
+        """The facts of a kernel, whether it was compiled inside `watched` or by another process before."""
         cache = get_cache_manager(kernel.hash)
-        if cache.get_file(self._FILE) is None:  # Triton's cache had it from another process: once more, watched
+        if cache.get_file(self._FILE) is None:  # another process compiled it: compile it again, watched
             always, knobs.compilation.always_compile = knobs.compilation.always_compile, True
             try:
                 with self.watched():
@@ -148,15 +149,15 @@ class Compilations:
             finally:
                 knobs.compilation.always_compile = always
         path = cache.get_file(self._FILE)
-        assert path is not None, f"{kernel.metadata.name} compiled to another hash the second time"
+        assert path is not None, f"{kernel.metadata.name} has another hash when compiled again"
         return Facts(**json.loads(Path(path).read_text()))
 
 
 def _options(kernel: Any) -> dict[str, Any]:
-    """As they were passed to the compiler: what has been through JSON has lists for tuples.
+    """The options that were passed to the compiler, as tuples again where JSON made lists of them.
 
-    But for extern_libs, which Triton adds itself: paths within the installation that compiled the kernel first, which may be
-    gone. It hashes what they hold, not where they lie.
+    extern_libs is left out, because Triton adds it itself. It names paths in the installation that compiled the
+    kernel first, which may be gone; Triton hashes what these files hold, not where they lie.
     """
     fields = kernel.metadata._asdict()
     del fields["extern_libs"]
@@ -176,7 +177,7 @@ def _amd_opcodes(assembly: Path) -> dict[str, int]:
 
 
 def _bytes_per_thread(opcode: str) -> int:
-    """Of a memory instruction such as LDG.E.128.CONSTANT or STG.E.U16."""
+    """Bytes per thread of a memory instruction such as LDG.E.128.CONSTANT or STG.E.U16."""
     for part in opcode.split(".")[1:]:
         if part in ("64", "128", "256"):
             return int(part) // 8
@@ -188,14 +189,14 @@ def _bytes_per_thread(opcode: str) -> int:
 
 
 _MMA_FAMILIES = {"mma": r"[HIQDO]MMA", "wgmma": r"[HIQ]GMMA", "tcgen05": r"UT[A-Z]*MMA"}
-_BULK = "UTMA|UBLKCP"  # the tensor memory accelerator: whole rows by one thread
+_BULK = "UTMA|UBLKCP"  # the tensor memory accelerator, which moves whole rows for one thread
 _SLOW = re.compile(r"(?:warning|info)\s*:\s*(.*(?:Potential|serializ|setmaxnreg).*)")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
 
 def analyse(kernel: Any, target: str, facts: Facts) -> Compiled:
-    """Read a triton CompiledKernel; `facts` as `Compilations.facts` gives them."""
+    """Analyse a triton CompiledKernel with its facts from `Compilations.facts`."""
     return _analyse_amd(kernel, target, facts) if target.startswith("gfx") else _analyse_nvidia(kernel, target, facts)
 
 
@@ -225,8 +226,8 @@ def _limiters(limits: dict[str, int]) -> str:
 def _analyse_nvidia(kernel: Any, target: str, facts: Facts) -> Compiled:
     metadata, processor = kernel.metadata, PROCESSORS[target]
     spills, used = _SPILLS.search(facts.log), _REGISTERS.search(facts.log)
-    assert spills, f"no spills in ptxas's log of {metadata.name}: {facts.log!r}"
-    assert used, f"ptxas did not say what it used for {metadata.name}: {facts.log!r}"
+    assert spills, f"ptxas's log of {metadata.name} says nothing of spills: {facts.log!r}"
+    assert used, f"ptxas's log of {metadata.name} says nothing of registers: {facts.log!r}"
     opcodes, registers = facts.opcodes, int(used[1])
     columns = getattr(metadata, "tmem_size", None) or 0
     limits = blocks_per_sm(processor, metadata.num_warps, registers, metadata.shared, columns)
@@ -270,7 +271,7 @@ def _amd_widths(opcodes: dict[str, int], kind: str) -> dict[int, int]:
 
 
 def _analyse_amd(kernel: Any, target: str, facts: Facts) -> Compiled:
-    """LLVM writes what it used into the assembly; its occupancy is in waves per SIMD, of which a compute unit has four."""
+    """Read what LLVM writes into the assembly. Its occupancy is in waves per SIMD unit; a compute unit has four of these."""
     metadata, text = kernel.metadata, kernel.asm["amdgcn"]
 
     def stated(pattern: str) -> int:
@@ -312,6 +313,6 @@ def _analyse_amd(kernel: Any, target: str, facts: Facts) -> Compiled:
 
 
 def resident_fraction(compiled: Compiled) -> float:
-    """Of the warps that one multiprocessor can hold."""
+    """Resident warps as a share of those that a multiprocessor can hold."""
     most = PROCESSORS[compiled.target].warps if compiled.target in PROCESSORS else GFX942_WARPS
     return compiled.blocks_per_sm * compiled.num_warps / most

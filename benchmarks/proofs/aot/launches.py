@@ -1,7 +1,7 @@
-"""Catch Triton launches on a machine without a GPU: what a launcher passes is what gets compiled, recorded or simulated.
+"""Catch Triton launches on a machine without a GPU, to compile, record, count or simulate them.
 
-The launchers of fastjepa_kernels are called as on a GPU, with CPU tensors. Every launch is compiled for the target with the
-specialisation that the JIT derives from its arguments (types, divisibility), so a report cannot drift from the code.
+The launchers of fastjepa_kernels are called as on a GPU, with CPU tensors. Every launch is compiled for a target with the
+specialisation that the JIT derives from its arguments (types, divisibility), so that a report cannot drift from the code.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from triton.runtime.jit import JITFunction
 
 from fastjepa_kernels.selection import emulated_triton
 
-_RUN = JITFunction.run  # as it is outside of all catches, which may be nested
+_RUN = JITFunction.run  # the original, even inside of nested catches
 
 
 def parse_target(name: str) -> GPUTarget:
-    """ "sm_90" or "gfx942" as Triton's target."""
+    """Triton's target for a name such as "sm_90" or "gfx942"."""
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64)
@@ -34,18 +34,18 @@ class Launch:
     """One launch of a compiled kernel."""
 
     kernel: Any
-    """triton.compiler.CompiledKernel."""
+    """A triton.compiler.CompiledKernel."""
     name: str
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
-    """What is passed at run time (not the constexprs), in order."""
+    """Arguments that are passed at run time (not the constexprs), in order."""
     constexprs: dict[str, Any]
     config: Config | None
-    """The autotuner's choice, where there is one."""
+    """The autotuner's configuration; None for a kernel without an autotuner."""
 
 
 class _Driver:
-    """What the JIT asks a driver for when it compiles; nothing is ever loaded."""
+    """Answers what the JIT asks a driver when it compiles. Nothing is ever loaded."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -54,30 +54,30 @@ class _Driver:
         return parse_target(self.target)
 
     def get_current_device(self) -> str:
-        return self.target  # the key of the JIT's cache: one for each target
+        return self.target  # the key of the JIT's cache, so that targets do not share kernels
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_device_interface(self) -> Any:
-        raise RuntimeError("a launch was to be timed without a GPU")
+        raise RuntimeError("a kernel cannot be timed: there is no GPU")
 
 
 @contextmanager
 def caught(
     target: str, on_launch: Callable[[Launch], None], *, all_configs: bool = False, config: int = 0
 ) -> Iterator[None]:
-    """Inside, Triton kernels take CPU tensors, and every launch is compiled for `target` and handed to `on_launch`.
+    """Let Triton kernels take CPU tensors inside; compile every launch for `target` and hand it to `on_launch`.
 
     Args:
         target: "sm_80", "sm_90", "sm_100", "gfx942", ...
         on_launch: called in place of the launch.
-        all_configs: call it for every configuration of an autotuned kernel; else for one of them.
-        config: which one: an index into the (pruned) configurations, modulo their number.
+        all_configs: call it for every configuration of an autotuned kernel, not for one of them.
+        config: which one that is: an index into the (pruned) configurations, modulo their number.
     """
     outside = JITFunction.run, Autotuner.run
     active = driver._active
-    chosen: list[Config | None] = [None]  # by the autotuner around the launch, innermost last
+    chosen: list[Config | None] = [None]  # configurations of the autotuners around the launch, innermost last
 
     def run_caught(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = _RUN(self, *args, grid=grid, warmup=True, **kwargs)
@@ -120,7 +120,7 @@ def caught(
 
 @contextmanager
 def recorded(target: str, *, all_configs: bool = False) -> Iterator[list[Launch]]:
-    """The launches made inside, compiled and not carried out: outputs hold whatever `torch.empty` left there."""
+    """Yield the launches made inside. They are compiled but not run, so outputs hold whatever `torch.empty` left there."""
     launches: list[Launch] = []
     with caught(target, launches.append, all_configs=all_configs):
         yield launches
@@ -128,7 +128,7 @@ def recorded(target: str, *, all_configs: bool = False) -> Iterator[list[Launch]
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often each kernel is launched inside. Nothing is compiled or carried out, as for `recorded`, but it is quick."""
+    """Yield how often each kernel is launched inside. Nothing is compiled or run, so this is quick."""
     launches: Counter[str] = Counter()
     outside = JITFunction.run, Autotuner.run
 
@@ -148,7 +148,7 @@ def counted() -> Iterator[Counter[str]]:
 
 @contextmanager
 def simulated(target: str, *, config: int = 0) -> Iterator[list[Any]]:
-    """Have benchmarks.proofs.ptxsim run the launches on CPU tensors; yields its counts, one entry per launch."""
+    """Run the launches made inside on CPU tensors by benchmarks.proofs.ptxsim. Yields its counts, one entry per launch."""
     from benchmarks.proofs import ptxsim
 
     counts: list[Any] = []

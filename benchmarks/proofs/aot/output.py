@@ -1,4 +1,4 @@
-"""The report as files: aot.json has everything, aot.md what one reads, aot.png the overview."""
+"""The report as files: aot.json with everything, aot.md to read, aot.png as an overview."""
 
 from __future__ import annotations
 
@@ -9,32 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_cases import Work
 from benchmarks.proofs.aot.cases import BATCH_SIZE, Case
-from benchmarks.proofs.aot.report import TARGETS, Report, Variant
 from benchmarks.proofs.aot.roofline import PEAKS, bound
+from benchmarks.proofs.aot.variants import TARGETS, Report, Variant
 
-_LEGEND = f"""# What is known of the Triton kernels without a GPU
+_LEGEND = f"""# The Triton kernels, compiled and checked without a GPU
 
-Made by `python -m benchmarks.proofs.aot` with triton {version("triton")}: each kernel, configuration and specialisation that
-training launches, compiled for each target. No time below was measured.
+Made by `python -m benchmarks.proofs.aot` with triton {version("triton")}: every kernel, configuration and
+specialisation that training launches, compiled for each target. No time below was measured.
 
-**Bounds**: bytes that must cross the memory bus and floating-point operations of matrix products for {BATCH_SIZE} images,
-and the time that an A100 or H100 (SXM) needs for them at its data sheet's rates: nothing can be faster. Products of fp32
-are exact, so not on tensor cores.
+**Bounds**: the bytes that must cross the memory bus and the floating-point operations of matrix products for
+{BATCH_SIZE} images, and the time that an A100 or H100 (SXM) needs for them at its data sheet's rates. No kernel can
+be faster. Products of fp32 are exact, so they do not use tensor cores.
 
-**Compiled**: for each target registers of a thread, blocks that one multiprocessor holds at a time (and what limits them:
-r registers, s shared memory, w warps, b blocks, t tensor memory), shared memory if any, and spilled bytes if any. *mma*:
-tensor core instructions, and *wide*: the share of global accesses that move 16 bytes a thread, both in the code of
-{{target}} (not times the trips of a loop).
+**Compiled**: for each target, the registers of a thread, the blocks that one multiprocessor holds at a time (and what
+limits them: r registers, s shared memory, w warps, b blocks, t tensor memory), shared memory if any, and spilled
+bytes if any. *mma* is the number of tensor core instructions and *wide* the share of global accesses that move 16
+bytes per thread, both in the code of {{target}}, where an instruction in a loop counts once.
 """
-
-
-def passes(cases: Iterable[Case]) -> Iterator[tuple[Case, str, Work]]:
-    for case in cases:
-        yield case, "forward", case.forward
-        if case.backward is not None:
-            yield case, "backward", case.backward
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -50,7 +42,8 @@ def as_json(report: Report) -> dict[str, Any]:
                 **asdict(work),
                 "bounds": {gpu: asdict(bound(work, case.dtype, gpu)) for gpu in PEAKS},
             }
-            for case, name, work in passes(report.cases)
+            for case in report.cases
+            for name, work in case.passes()
         ],
         "kernels": [
             asdict(variant) | {"cases": sorted(variant.cases), "broken_limits": variant.broken()}
@@ -72,25 +65,26 @@ def as_markdown(report: Report) -> str:
             table = _kernel_table([v for v in variants if v.compiled.kernel == kernel], targets, code)
             parts.append(f"### {kernel}\n\n" + "\n".join(table) + "\n")
     if report.failures:
-        parts.append("## What does not compile\n")
+        parts.append("## Kernels that do not compile\n")
         parts.append("\n".join(f"- {x.case} for {x.target}: {x.error}" for x in report.failures) + "\n")
     broken = report.broken()
     parts.append("## Limits\n")
-    parts.append("\n".join(f"- {line}" for line in broken) + "\n" if broken else "All kept.\n")
+    parts.append("\n".join(f"- {line}" for line in broken) + "\n" if broken else "All are kept.\n")
     return "\n".join(parts)
 
 
 def _bounds_table(cases: Iterable[Case]) -> Iterator[str]:
     yield "| case | pass | MB | GFLOP | A100 µs | H100 µs | limited by |"
     yield "|---|---|---:|---:|---:|---:|---|"
-    for case, name, work in passes(cases):
-        a100, h100 = (bound(work, case.dtype, gpu) for gpu in ("A100", "H100"))
-        limiter = h100.limiter if a100.limiter == h100.limiter else f"{a100.limiter}, {h100.limiter}"
+    for case in cases:
         dtype = str(case.dtype).removeprefix("torch.")
-        yield (
-            f"| {case.name} ({dtype}) | {name} | {work.bytes / 1e6:.1f} | {work.flops / 1e9:.1f} "
-            f"| {a100.microseconds:.1f} | {h100.microseconds:.1f} | {limiter} |"
-        )
+        for name, work in case.passes():
+            a100, h100 = (bound(work, case.dtype, gpu) for gpu in ("A100", "H100"))
+            limiter = h100.limiter if a100.limiter == h100.limiter else f"{a100.limiter}, {h100.limiter}"
+            yield (
+                f"| {case.name} ({dtype}) | {name} | {work.bytes / 1e6:.1f} | {work.flops / 1e9:.1f} "
+                f"| {a100.microseconds:.1f} | {h100.microseconds:.1f} | {limiter} |"
+            )
 
 
 def _kernel_table(variants: list[Variant], targets: list[str], code: str) -> Iterator[str]:
@@ -120,7 +114,7 @@ def _cell(variant: Variant) -> str:
 
 
 def _one_entry_a_line(values: dict[str, Any]) -> str:
-    """JSON in which a changed kernel is a changed line."""
+    """JSON with one line per kernel, so that a changed kernel is a changed line."""
     lists = {key: ",\n".join(map(json.dumps, value)) for key, value in values.items() if isinstance(value, list)}
     parts = [f"{json.dumps(k)}: " + (f"[\n{lists[k]}\n]" if k in lists else json.dumps(v)) for k, v in values.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -1,12 +1,14 @@
-"""Can the address arithmetic of a kernel overflow 32 bits? Answered for all sizes at once, from the kernel's Triton IR.
+"""Find address arithmetic of a kernel that can overflow 32 bits, for all sizes at once, from the kernel's Triton IR.
 
-Every integer of the kernel gets an interval: program ids, arguments and what is read from index tensors by the bounds that
-limits.py states, constants and ranges exactly, the rest by propagation. An addition, subtraction, multiplication, shift or
-truncation whose exact result may leave its 32-bit type, and from which a pointer offset, a mask or a loop bound is computed,
-is an overflow. What is not understood has the full range of its type: the check may complain too often, not too rarely.
+Every integer of the kernel gets an interval. Program ids, arguments and values read from index tensors get the bounds
+that limits.py states, constants and ranges get exact ones, and the rest follows by propagation. An addition,
+subtraction, multiplication, shift or truncation is an overflow if its exact result may leave its 32-bit type and if a
+pointer offset, a mask or a loop bound is computed from it. An operation that is not understood gets the full range of
+its type, so the check may complain too often but not too rarely.
 
-Random generators are meant to wrap. What they make is told from an address by how it goes on: through an exclusive or, the
-high half of a product, or a conversion from unsigned; it is not followed beyond these. So keep index arithmetic signed.
+Random generators wrap on purpose. Their words are told from addresses by the operations that they pass: an exclusive
+or, the high half of a product, or a conversion from unsigned. The check does not follow a value through these, so
+keep index arithmetic signed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Interval(NamedTuple):
 
 
 def full(bits: int) -> Interval:
+    """All values of a signed integer type; 0 and 1 for one bit."""
     return Interval(0, 1) if bits == 1 else Interval(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
@@ -42,6 +45,8 @@ GRID = {"x": Interval(0, (1 << 31) - 2), "y": Interval(0, 65534), "z": Interval(
 
 @dataclass(frozen=True)
 class Overflow:
+    """An operation whose result may leave its type."""
+
     kernel: str
     line: str
     """file:line of the Python source."""
@@ -53,7 +58,7 @@ class Overflow:
 
 
 def _corners(function: Callable[[int, int], int]) -> Callable[[Interval, Interval], Interval]:
-    """For functions that are monotonic in each argument."""
+    """Lift a function that is monotonic in each argument from integers to intervals."""
 
     def apply(a: Interval, b: Interval) -> Interval:
         values = [function(x, y) for x in a for y in b]
@@ -71,7 +76,8 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     return Interval(max(a.low, -most) if a.low < 0 else 0, min(a.high, most) if a.high > 0 else 0)
 
 
-# Exact results. The second operand of the first row may have any sign, that of the others is checked by the caller.
+# Intervals of exact results, first of the operations that can wrap, then of those that cannot. The caller checks
+# divisors and shifts.
 _WRAPPING: dict[str, Callable[[Interval, Interval], Interval]] = {
     "arith.addi": _corners(lambda a, b: a + b),
     "arith.subi": _corners(lambda a, b: a - b),
@@ -102,7 +108,7 @@ _ENDS = {"tt.load", "tt.mulhiui", "tt.atomic_rmw", "tt.atomic_cas", "tt.get_prog
 
 
 def _ends_flow(operation: Operation) -> bool:
-    """Whether the result, even if computed from a wrapped number, is a number of its own."""
+    """True if the result counts as a new number, so that a wrapped operand is not followed further."""
     if operation.name == "arith.extui":
         return operation.bits_from > 1
     return operation.name in _ENDS or (operation.name == "arith.xori" and operation.bits > 1)
@@ -115,7 +121,7 @@ class _Analysis:
         self._values: dict[str, Interval] = {}
         self._bits: dict[str, int] = {}
         self._pointees: dict[str, str] = {}  # pointer -> the argument it was made from
-        self._overflows: dict[str, tuple[Operation, Interval]] = {}  # by the first result
+        self._overflows: dict[str, tuple[Operation, Interval]] = {}  # by the first result of the operation
         self._sources: dict[str, set[str]] = {}  # value -> those it was computed from
         self._addresses: set[str] = set()
         for name, kind in self._body.arguments.items():  # of blocks that are jumped to
@@ -142,7 +148,7 @@ class _Analysis:
         return next((bound for pattern, bound in self._bounds.items() if fnmatchcase(name, pattern)), None)
 
     def _line(self, location: str) -> str:
-        """Where in the source: the innermost place of a call."""
+        """The source line of a location: the innermost one if calls were inlined."""
         while location in self._locations or re.search(r'^(?:callsite\()?(#loc\d*)|^"[^"]*"\((#loc\d*)\)', location):
             found = re.search(r"#loc\d*", location)
             assert found
@@ -151,7 +157,7 @@ class _Analysis:
         return f"{found[1]}:{found[2]}" if found else location
 
     def _set_argument(self, name: str, kind: str, value: Interval | None = None) -> None:
-        """Of the kernel, or of a region that is not understood."""
+        """Set an argument of the kernel, or of a region that is not understood."""
         bits = integer_bits(kind)
         if bits:
             self._set(name, value or full(bits), bits, ())
@@ -161,7 +167,7 @@ class _Analysis:
         self._sources.setdefault(name, set()).update(sources)
 
     def _run(self, region: Region) -> list[str]:
-        """Carry out the operations; what the region yields."""
+        """Carry out the operations of a region; return the values that it yields."""
         for operation in region.operations:
             self._carry_out(operation)
         last = region.operations[-1:]
@@ -195,7 +201,7 @@ class _Analysis:
             self._compute(operation)
 
     def _forget(self, operation: Operation) -> None:
-        """Of what is not understood, such as a while loop: its variables and results may be anything, from anything."""
+        """Let the variables and results of an operation that is not understood, such as a while loop, be anything."""
         loops = operation.name == "scf.while"
         inputs, outputs = (re.findall(r"[^(),\s]+", kinds) for kinds in operation.types.rpartition(" -> ")[::2])
         variables = dict(zip(operation.operands[::2], inputs, strict=True)) if loops else {}
@@ -221,14 +227,14 @@ class _Analysis:
                 self._pointees[result] = self._pointees[value]
 
     def _carry_out_for(self, operation: Operation) -> None:
-        """To a fixed point; a bound that still moves after three rounds goes to the end of its type."""
+        """Run a loop to a fixed point. A bound that still moves after three rounds goes to the end of its type."""
         variable, low, high, step, *pairs = operation.operands
         self._addresses.update((variable, low, high, step))
         arguments, inits = pairs[::2], pairs[1::2]
         bits, strides = self._bits[low], self._values[step]
         first, last = self._values[low], self._values[high]
         values = Interval(first.low, max(last.high - 1, first.low)) if strides.low > 0 else full(bits)
-        # Past the end the counter may wrap, and the loop go on.
+        # Past the end the counter may wrap, and the loop would go on.
         past_end = Interval(values.low, values.high + strides.high)
         self._set_checked(operation, variable, past_end, bits, (low, high, step))
         self._set(variable, values, bits, ())
@@ -258,7 +264,7 @@ class _Analysis:
             self._join(result, (argument,))
 
     def _carry_out_reduction(self, operation: Operation) -> None:
-        """Sums grow by the length of the axis, the greatest and the least stay within, others may be anything."""
+        """Sums grow by the number of elements, minima and maxima keep the interval, other results may be anything."""
         bits, steps = operation.bits, {inner.name for inner in operation.regions[0].operations}
         for operand, result in zip(operation.operands, operation.results, strict=False):
             value = self._values.get(operand)
@@ -275,7 +281,7 @@ class _Analysis:
 
     @staticmethod
     def _count(operation: Operation) -> int:
-        """How many elements a reduction adds up, at most: those of the whole tensor."""
+        """The most elements that a reduction can add up: those of the whole tensor."""
         shape = re.search(r"tensor<([\dx]+)x", operation.types)
         assert shape, f"no shape in {operation.types}"
         count = 1
@@ -286,7 +292,7 @@ class _Analysis:
     def _set_checked(
         self, operation: Operation, result: str, exact: Interval, bits: int, sources: Sequence[str]
     ) -> None:
-        """The result of an operation that wraps."""
+        """Set the result of an operation that can wrap; remember it if it leaves its type."""
         self._overflows.pop(result, None)
         if not exact.within(full(bits)):
             if 1 < bits <= 32:
@@ -318,7 +324,7 @@ class _Analysis:
         return Interval(*[int({"true": 1, "false": 0}.get(found[1], found[1]))] * 2) if found else None
 
     def _bounded(self, operation: Operation, values: list[Interval]) -> Interval | None:
-        """The result of an operation that cannot wrap; None: not known."""
+        """The interval of an operation that cannot wrap, or None if it is unknown."""
         name = operation.name
         if name == "tt.make_range":
             bounds = dict(re.findall(r"(start|end) = (\d+)", operation.text))
@@ -330,7 +336,8 @@ class _Analysis:
             return bound if name == "tt.get_program_id" else Interval(1, bound.high + 1)
         if name == "tt.load":
             stated = self._stated(f"*{self._pointees.get(operation.operands[0], '')}")
-            return stated | values[2] if stated and len(values) > 2 else stated  # or what is given for masked elements
+            # A masked load has a third operand: the value of masked elements.
+            return stated | values[2] if stated and len(values) > 2 else stated
         if name == "arith.extsi" and operation.bits_from == 1:
             return Interval(-1, 0)
         if name in _SAME:
@@ -356,13 +363,16 @@ class _Analysis:
 
 
 def overflows(ttir: str, bounds: Mapping[str, Interval]) -> list[Overflow]:
-    """Of one kernel.
+    """The overflows of one kernel.
 
     Args:
         ttir: `kernel.asm["ttir"]`.
-        bounds: what integers may be, by patterns: "s_*" an argument, "*p_index*" what such a pointer points to (a star
-            first, then the argument's name), "program_id(x)" the first axis of the grid. The first that matches counts; an
-            integer without a bound may be anything.
+        bounds: intervals of integers by patterns of their names: "s_*" for arguments, "[*]p_index*" for what is read through
+            a pointer (a star, then the argument's name), "program_id(x)" for the first axis of the grid. The first match
+            counts; an integer without a bound may have any value of its type.
+
+    Raises:
+        NotImplementedError: the kernel calls a function that is not inlined.
     """
     kernel = re.search(r"tt\.func public @(\w+)", ttir)
     assert kernel, "no kernel in this IR"

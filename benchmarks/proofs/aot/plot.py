@@ -1,4 +1,4 @@
-"""One picture of the report: how fast the operations could be, and what their kernels occupy."""
+"""The picture of the report: how fast the operations could be, and what their kernels occupy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 
 from benchmarks.proofs.aot.cases import BATCH_SIZE
 from benchmarks.proofs.aot.compiled import resident_fraction
-from benchmarks.proofs.aot.output import passes
-from benchmarks.proofs.aot.report import TARGETS, Report
 from benchmarks.proofs.aot.roofline import bound
+from benchmarks.proofs.aot.variants import TARGETS, Report
 
 _COLOURS = {"sm_80": "#4477aa", "sm_90": "#228833", "sm_100": "#ccbb44", "gfx942": "#aa3377"}
 _SHOWN_MODEL = "H/14"
@@ -19,7 +18,7 @@ _SHOWN_MODEL = "H/14"
 
 def plot(report: Report, path: Path) -> None:
     kernels = sorted({variant.kernel for variant in report.variants})
-    shown = [(c, name, work) for c, name, work in passes(report.cases) if c.model == _SHOWN_MODEL]
+    shown = [(c, *each) for c in report.cases if c.model == _SHOWN_MODEL for each in c.passes()]
     height = 1.6 + 0.24 * max(len(shown), 1.5 * len(kernels))
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, height), layout="constrained")
     _plot_bounds(left, shown)
@@ -50,7 +49,7 @@ def _plot_bounds(axes: Any, shown: list[Any]) -> None:
 
 
 def _plot_variants(axes: Any, report: Report, kernels: list[str], title: str, *, registers: bool) -> None:
-    """One dot for each specialisation and configuration; a cross for those that spill."""
+    """Draw a dot for each specialisation and configuration, or a cross if it spills."""
     present = [target for target in TARGETS if any(v.compiled.target == target for v in report.variants)]
     for i, target in enumerate(present):
         offset = (i - (len(present) - 1) / 2) * 0.18

@@ -1,4 +1,4 @@
-"""The least time that a GPU can need for some work: a bound from its data sheet, not a prediction."""
+"""The least time in which a GPU can do some work: a bound from its data sheet, not a prediction."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from benchmarks.kernel_cases import Work
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of NVIDIA's data sheets, without sparsity, in bytes and floating-point operations per second."""
+    """Peak rates from NVIDIA's data sheets, without sparsity, in bytes and floating-point operations per second."""
 
     memory: float
     half: float
-    """Tensor cores, bf16 and fp16."""
+    """bf16 and fp16 on tensor cores."""
     single: float
-    """fp32 outside the tensor cores, which would round to TF32."""
+    """fp32 outside of the tensor cores, which would round to TF32."""
 
 
 PEAKS = {
@@ -28,12 +28,14 @@ PEAKS = {
 
 @dataclass(frozen=True)
 class Bound:
+    """The least time, and whether memory or arithmetic sets it."""
+
     microseconds: float
     limiter: str
 
 
 def bound(work: Work, dtype: torch.dtype, gpu: str) -> Bound:
-    """Memory or arithmetic, whichever takes longer if nothing else ever waits."""
+    """The time of memory or of arithmetic, whichever is longer, and its name."""
     peaks = PEAKS[gpu]
     times = {
         "memory": work.bytes / peaks.memory,

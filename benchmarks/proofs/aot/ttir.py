@@ -1,4 +1,4 @@
-"""A reader for Triton's intermediate representation as it is printed: enough to follow a kernel's integers."""
+"""Parse Triton's intermediate representation as it is printed, as far as needed to follow a kernel's integers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class Region:
+    """A block of operations: a kernel's body, or the body of a loop or branch."""
+
     arguments: dict[str, str] = field(default_factory=dict)
-    """With their types."""
+    """Name -> type."""
     operations: list[Operation] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class Operation:
+    """One operation: `%r, ... = name operands : types`, with the regions inside of it."""
+
     name: str
     text: str
     results: list[str]
@@ -25,18 +29,19 @@ class Operation:
 
     @property
     def bits(self) -> int:
-        """Of the result's integers; 0: none. The last type printed is the result's, but for loads and comparisons."""
+        """Bits of the result's integers, or 0. The last printed type is the result's, except for loads and comparisons."""
         if self.name in ("arith.cmpi", "arith.cmpf"):
             return 1
         return integer_bits(self.types, pointed_to=self.name == "tt.load")
 
     @property
     def bits_from(self) -> int:
-        """Of a conversion's operand."""
+        """Bits of a conversion's operand."""
         return integer_bits(self.types.partition(" to ")[0])
 
 
 def integer_bits(types: str, *, pointed_to: bool = False) -> int:
+    """Bits of the last type if it is an integer (or, if `pointed_to`, a pointer to integers), else 0."""
     if types.endswith("index"):
         return 64
     found = re.search(r"ptr<i(\d+)>+$" if pointed_to else r"(?:^|x|\W)(?<!ptr<)i(\d+)>?$", types)
@@ -49,7 +54,7 @@ _LOCATION = re.compile(r" loc\((.*)\)$")
 
 
 class _Scopes:
-    """Names may be defined again in another region: makes them unique."""
+    """Makes names unique, because regions may define the same name again."""
 
     def __init__(self) -> None:
         self._scopes: list[dict[str, str]] = [{}]
@@ -74,7 +79,7 @@ class _Scopes:
 
 
 def parse(text: str) -> tuple[dict[str, str], Region, dict[str, str]]:
-    """The kernel's arguments with their types, its body, and the locations. The nesting of lines is that of the braces."""
+    """Parse a kernel: its arguments with their types, its body, and the locations by name. Braces nest the lines."""
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.M))
     lines = [line.strip() for line in text.splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith("tt.func public"))
@@ -88,7 +93,7 @@ def parse(text: str) -> tuple[dict[str, str], Region, dict[str, str]]:
         found = _LOCATION.search(line)
         location, line = (found[1], line[: found.start()]) if found else ("", line)
         region, parent = stack[-1]
-        if line.startswith("^"):  # of a region, or of a block that early returns branch to
+        if line.startswith("^"):  # arguments of a region, or of a block that early returns branch to
             for name, kind in re.findall(rf"({_VALUE}): (\S+?)(?= loc|,|\))", line):
                 region.arguments[scopes.define(name)] = kind
         elif line.startswith("}"):
@@ -111,7 +116,7 @@ def parse(text: str) -> tuple[dict[str, str], Region, dict[str, str]]:
 
 
 def _parse_operation(line: str, location: str, scopes: _Scopes) -> Operation:
-    """Leaves the scope of its first region open, if it has one."""
+    """Parse one line. If the operation has a region, its scope is left open."""
     found = _RESULTS.match(line)
     rest = line[found.end() :] if found else line
     name = re.match(r'"?([\w.]+)', rest)

@@ -1,24 +1,24 @@
 """Run the PTX that Triton generates on a CPU, check every access, and count what it costs.
 
-`launch` carries out a compiled kernel on CPU tensors as a GPU would: registers, predicates, shared memory, ldmatrix,
-mma.sync, wgmma, cp.async, shuffles, as the compiler really laid them out. Several CTAs run side by side as the lanes of
+`launch` runs a compiled kernel on CPU tensors as a GPU would: registers, predicates, shared memory, ldmatrix,
+mma.sync, wgmma, cp.async and shuffles, as the compiler laid them out. Several CTAs run side by side as the lanes of
 numpy arrays.
 
-Faults (see `faults`):
-    - a global access outside the bytes of the tensors passed (to the byte, also between the rows of a strided view), a
-      shared one outside the CTA's allocation, and one that is not aligned to its size;
+It raises a fault (see `faults`) for:
+    - a global access outside the bytes of the tensors passed (exact to the byte, also between the rows of a strided view), a
+      shared access outside the CTA's allocation, and an access that is not aligned to its size;
     - a read of shared memory that the CTA never wrote;
-    - shared memory, or a tensor, written by one warp and read or written by another with no barrier between, and a tensor
-      written by one CTA and read or written by another (but for tensors above `memory.LARGEST_LOGGED`, and kernels with
+    - shared memory or a tensor that one warp writes and another reads or writes with no barrier between, and a tensor that
+      one CTA writes and another reads or writes (except for tensors above `memory.LARGEST_LOGGED` and for kernels with
       atomics, which may order their accesses);
     - the destination of cp.async touched before its cp.async.wait_group; the result of wgmma read, or its operands
-      overwritten, before its wgmma.wait_group; its operands not fenced by fence.proxy.async;
-    - a barrier, or an instruction of whole warps, that a part of a warp does not reach.
+      overwritten, before its wgmma.wait_group; operands of wgmma not fenced by fence.proxy.async;
+    - a barrier, or an instruction of whole warps, that only a part of a warp reaches.
 Registers and shared memory start as NaN, so that a masked load without `other` shows in the result.
 
-Not modelled: time, caches, the order in which warps run (one order runs; races are found by the log, not by chance), the
-rounding inside a tensor core (products are summed in f32) and of approximate functions. Not known: TMA, clusters, local
-memory, named barriers, calls. What is not known raises NotImplementedError with the PTX line.
+It does not model time, caches, the order in which warps run (one order runs; races are found from a log, not by chance), nor
+the rounding inside a tensor core (products are summed in f32) and of approximate functions. It does not know TMA, clusters,
+local memory, named barriers and calls: unknown PTX raises NotImplementedError with the PTX line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# These enter their instructions in the machine's table.
+# These modules enter their instructions in the machine's table when they are imported.
 from benchmarks.proofs.ptxsim import (
     arithmetic,  # noqa: F401
     floats,  # noqa: F401
@@ -71,17 +71,20 @@ __all__ = [
 def launch(
     kernel: Any, grid: Sequence[int], arguments: Sequence[Any], *, ctas: Sequence[tuple[int, int, int]] | None = None
 ) -> Counts:
-    """Carry out a launch.
+    """Run a launch on the CPU.
 
     Args:
         kernel: a triton CompiledKernel for an NVIDIA GPU.
-        grid: of one to three dimensions.
-        arguments: those passed at run time (not the constexprs), in order: CPU tensors and numbers.
-        ctas: run these alone, of a grid too large to run.
+        grid: number of CTAs in one to three dimensions.
+        arguments: CPU tensors and numbers that are passed at run time (not the constexprs), in order.
+        ctas: the CTAs to run; None: all. For grids too large to run.
+
+    Returns:
+        What the launch cost.
 
     Raises:
-        Fault: the kernel did what it must not; the message names the CTA, the thread, the PTX and the source line.
-        NotImplementedError: PTX that the simulator does not know.
+        Fault: the kernel did something wrong; the message names the CTA, the thread, the PTX and the source line.
+        NotImplementedError: the simulator does not know an instruction.
     """
     return run_ptx(kernel.asm["ptx"], kernel.metadata.shared, grid, arguments, ctas=ctas)
 
@@ -94,7 +97,7 @@ def run_ptx(
     *,
     ctas: Sequence[tuple[int, int, int]] | None = None,
 ) -> Counts:
-    """`launch`, of PTX text that may have been edited."""
+    """Run PTX text, which may have been edited, as `launch` does."""
     machine = _machine(ptx)
     program = machine.program
     tensors, values = _bind(program, arguments)
@@ -110,13 +113,13 @@ def run_ptx(
 
 @lru_cache(maxsize=32)
 def _machine(ptx: str) -> Machine:
-    """To make a program ready takes as long as a small launch."""
+    """A machine for a program. It is kept, because building it takes as long as a small launch."""
     program = parse(ptx)
     return Machine(program, _granule(program, "shared"))
 
 
 def _bind(program: Program, arguments: Sequence[Any]) -> tuple[dict[str, torch.Tensor], Mapping[str, Array]]:
-    """The tensors, and the values of the parameters. Triton adds parameters of its own at the end (scratch memory)."""
+    """The tensors by name, and the values of the parameters. Triton's own ones at the end (scratch memory) are 0."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Array] = {}
     for i, (name, type_) in enumerate(program.parameters):
@@ -133,7 +136,7 @@ def _bind(program: Program, arguments: Sequence[Any]) -> tuple[dict[str, torch.T
 
 
 def _granule(program: Program, space: str) -> int:
-    """The size of the smallest access: what the race detectors divide memory into. (ldmatrix, wgmma: 16 bytes.)"""
+    """Bytes of the smallest access, the unit of the race detectors. (ldmatrix and wgmma access 16 bytes.)"""
     accesses = [
         ins
         for ins in program.instructions

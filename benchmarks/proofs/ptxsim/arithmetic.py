@@ -1,4 +1,4 @@
-"""Integers, logic and bits."""
+"""Instructions on integers, logic and bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BITS = "b16 b32 b64"
 
 
 def elementwise(machine: Machine, ins: Instruction, fn: Callable[..., Array], *types: str) -> Step:
-    """`fn` of the operands, read as these types (all as the instruction's own, if none are given)."""
+    """Apply `fn` to the operands, read as the given types (if none are given, all as the instruction's own)."""
     sources = [
         machine.operand(text, type_)
         for text, type_ in zip(ins.operands[1:], types or [ins.type] * (len(ins.operands) - 1), strict=True)
@@ -43,7 +43,7 @@ def logic(machine: Machine, ins: Instruction) -> Step:
 
 
 def integer(machine: Machine, ins: Instruction) -> Step:
-    """add, sub, min, max, neg, abs, div, rem; entered with the floats'."""
+    """add, sub, min, max, neg, abs, div, rem. floats.py enters them, because opcodes are shared with floats."""
     fn = INTEGER_ARITHMETIC[ins.opcode]
     if ins.type.endswith("x2"):
         half = DTYPES[ins.type.removesuffix("x2")]
@@ -57,7 +57,7 @@ def integer(machine: Machine, ins: Instruction) -> Step:
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """Rounds towards zero, as C does."""
+    """The quotient rounded towards zero, as in C."""
     return (a - np.fmod(a, b)) // b
 
 
@@ -74,7 +74,7 @@ INTEGER_ARITHMETIC: dict[str, Callable[..., Array]] = {
 
 
 def multiply(machine: Machine, ins: Instruction) -> Step:
-    """mul and mad of integers: the low half of the product, the high one, or all of it."""
+    """mul and mad of integers, with the low half, the high half or all of the product."""
     form, type_ = ins.modifiers[0], ins.type
     wide = f"{type_[0]}{2 * int(type_[1:])}"
 
@@ -97,7 +97,7 @@ def mad(machine: Machine, ins: Instruction) -> Step:
 
 
 def high_half(a: Array, b: Array) -> Array:
-    """Of the product of two integers of the same type."""
+    """The high half of the product of two integers of the same type."""
     bits = 8 * a.dtype.itemsize
     if bits < 64:
         return (
@@ -110,14 +110,14 @@ def high_half(a: Array, b: Array) -> Array:
     x0, x1, y0, y1 = x & low, x >> shift, y & low, y >> shift
     middle = x1 * y0 + (x0 * y0 >> shift)
     high = x1 * y1 + (middle >> shift) + (x0 * y1 + (middle & low) >> shift)
-    if a.dtype.kind == "i":  # of two's complements: take off what the signs added
+    if a.dtype.kind == "i":  # subtract what the sign bits added in two's complement
         high = high - np.where(a < 0, y, 0) - np.where(b < 0, x, 0)
     return high.astype(a.dtype)
 
 
 @instruction("shl shr", f"{BITS} {INTEGERS}")
 def shift(machine: Machine, ins: Instruction) -> Step:
-    """By more than the width: zero, or all sign."""
+    """shl and shr. A shift by more than the width gives zero, or the sign in every bit."""
     bits, dtype = 8 * DTYPES[ins.type].itemsize, DTYPES[ins.type]
 
     def shifted(x: Array, amount: Array) -> Array:
@@ -132,7 +132,7 @@ def shift(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("shf", "l r wrap clamp b32")
 def funnel_shift(machine: Machine, ins: Instruction) -> Step:
-    """The upper (left shift) or lower half of the shifted 64 bits that two registers make."""
+    """Shift the 64 bits of two registers; the result is the upper half (left shift) or the lower one."""
     direction, mode, _ = ins.modifiers
 
     def shifted(low: Array, high: Array, amount: Array) -> Array:
@@ -146,7 +146,7 @@ def funnel_shift(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("bfe", "u32 s32 u64 s64")
 def extract_field(machine: Machine, ins: Instruction) -> Step:
-    """Bits [position, position + length) of the operand, which beyond its end is zero, or all sign if it is signed."""
+    """Bits [position, position + length) of the operand. Beyond its end there are zeros, or sign bits if it is signed."""
     dtype = DTYPES[ins.type]
     wide = np.dtype(f"{dtype.kind}8")
 
@@ -173,7 +173,7 @@ def insert_field(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("lop3", "b32")
 def logic_of_three(machine: Machine, ins: Instruction) -> Step:
-    """Any function of three bits: its value for bits a, b, c is bit 4a + 2b + c of the table."""
+    """Any function of three bits, by a table: the value for bits a, b, c is bit 4a + 2b + c."""
 
     def looked_up(a: Array, b: Array, c: Array, table: Array) -> Array:
         result: Array = a & np.uint32(0)
@@ -187,7 +187,7 @@ def logic_of_three(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("prmt", "b32")
 def permute_bytes(machine: Machine, ins: Instruction) -> Step:
-    """Each nibble of the selector picks one of eight bytes, or (its top bit) that byte's sign eight times."""
+    """Pick one of eight bytes for each nibble of the selector; its top bit asks for the byte's sign eight times."""
 
     def permuted(a: Array, b: Array, selector: Array) -> Array:
         both = b.astype(np.uint64) << np.uint64(32) | a
@@ -213,7 +213,7 @@ def count_leading_zeros(machine: Machine, ins: Instruction) -> Step:
 
     def counted(x: Array) -> Array:
         for by in (1, 2, 4, 8, 16, 32)[: bits.bit_length() - 1]:
-            x = x | x >> x.dtype.type(by)  # every bit below the highest one
+            x = x | x >> x.dtype.type(by)  # sets every bit below the highest one
         return (bits - np.bitwise_count(x)).astype(np.uint32)
 
     return elementwise(machine, ins, counted)

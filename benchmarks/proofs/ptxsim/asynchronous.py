@@ -1,4 +1,4 @@
-"""What is under way: asynchronous copies into shared memory, and asynchronous matrix products."""
+"""Asynchronous copies into shared memory and asynchronous matrix products that are under way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.proofs.ptxsim.memory import Array, Index
 
 
 class Groups:
-    """Every lane commits what it has issued in groups, and waits until at most so many are pending."""
+    """Counts the groups of operations that each lane has committed. A lane waits until at most N groups are pending."""
 
     def __init__(self, lanes: int) -> None:
         self.committed = np.zeros(lanes, np.int64)
@@ -19,14 +19,21 @@ class Groups:
         self.committed += 1 if mask is None else mask
 
     def complete(self, lanes: Index, group: Index, mask: Array | None, pending: int) -> Array:
-        """Whether what these lanes issued (`group`: how many they had committed then) is done after their wait."""
+        """Tell which operations are done after a wait.
+
+        Args:
+            lanes: the lanes that issued the operations.
+            group: the number of groups that each lane had committed then.
+            mask: the lanes that wait.
+            pending: the most groups that may still be pending after the wait.
+        """
         waiting = True if mask is None else mask[lanes]
         return (group < self.committed[lanes] - pending) & waiting
 
 
 @dataclass
 class Copy:
-    """Of one instruction: what lands in shared memory when the lanes have waited."""
+    """The data of one copy instruction, which lands in shared memory when its lanes have waited."""
 
     lanes: Index
     group: Index
@@ -39,7 +46,7 @@ class Copy:
 
 @dataclass
 class Product:
-    """Of one warpgroup: the registers it writes and the shared memory it reads."""
+    """A matrix product of one warpgroup: the registers that it writes and the shared memory that it reads."""
 
     lanes: slice
     group: int

@@ -1,4 +1,4 @@
-"""What a launch cost: warp instructions by class, sectors of global memory, wavefronts of shared memory."""
+"""Costs of a launch: warp instructions by class, sectors of global memory, wavefronts of shared memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from benchmarks.proofs.ptxsim.parse import Instruction, Program
 Kind = Literal["load", "store"]
 
 SECTOR = 32
-"""Bytes that the memory system moves at least."""
+"""Bytes of the smallest unit that the memory system moves."""
 BANKS = 32
-"""Of shared memory, 4 bytes wide each."""
+"""Banks of shared memory, each 4 bytes wide."""
 
 _SPECIAL_FUNCTIONS = {"ex2", "lg2", "rcp", "rsqrt", "sqrt", "div", "sin", "cos", "tanh"}
 _FLOAT_ARITHMETIC = {"add", "sub", "mul", "fma", "max", "min", "neg", "abs"}
@@ -23,21 +23,23 @@ _NOBODY = np.iinfo(np.int64).max
 
 
 class Counts:
+    """Counts what a launch does while it runs."""
+
     def __init__(self, program: Program) -> None:
         self._instructions = program.instructions
         self.executed = np.zeros(len(program.instructions), np.int64)
-        """Warp instructions, by instruction."""
+        """Number of warps that executed each instruction."""
         self.sectors: dict[Kind, int] = {"load": 0, "store": 0}
         self.requests: dict[Kind, int] = {"load": 0, "store": 0}
-        """Warp instructions that touch global memory at all."""
+        """Warp instructions that access global memory with any lane."""
         self.useful: dict[Kind, int] = {"load": 0, "store": 0}
-        """Bytes; those that several lanes of a warp ask for at once count once."""
+        """Bytes asked for. A byte that several lanes of a warp ask for at once counts once."""
         self.wavefronts = 0
         self.ideal_wavefronts = 0
         self._known: dict[tuple[int, bytes], tuple[int, int]] = {}
 
     def global_access(self, kind: Kind, address: Index, mask: Array | None, size: int) -> None:
-        """`address` and `mask` are those of all lanes, warp after warp."""
+        """Count an access to global memory by all lanes in `mask`, ordered by warp."""
         wanted = address if mask is None else np.where(mask, address, _NOBODY)
         wanted = np.sort(wanted.reshape(-1, 32), axis=1)
         for name, unit in (("useful", 1), ("sectors", SECTOR)):
@@ -46,7 +48,7 @@ class Counts:
         self.requests[kind] += int((wanted[:, 0] != _NOBODY).sum())
 
     def shared_access(self, address: Index, mask: Array | None, size: int) -> None:
-        """As above. Lanes are served 128 bytes at a time: 32 lanes of up to 4 bytes, 16 of 8, 8 of 16."""
+        """Count an access to shared memory. A wavefront serves 128 bytes: 32 lanes of up to 4 bytes, 16 of 8, or 8 of 16."""
         wanted = address if mask is None else np.where(mask, address, _NOBODY)
         key = size, wanted.tobytes()
         if key not in self._known:
@@ -89,13 +91,14 @@ def instruction_class(instruction: Instruction) -> str:
 
 
 def _distinct(ascending: Array, nobody: int) -> Array:
-    """Marks the first of equal values in each row, except for those of nobody."""
+    """Mark the first of equal values in each ascending row, except for `nobody`, which stands for lanes without access."""
     distinct = ascending != nobody
     distinct[:, 1:] &= ascending[:, 1:] != ascending[:, :-1]
     return distinct
 
 
 def _wavefronts(address: Index, size: int) -> tuple[int, int]:
+    """The wavefronts of an access, and how many it would take without bank conflicts."""
     words = max(size // 4, 1)
     nobody = _NOBODY // 4
     wanted = (address // 4)[:, None] + np.arange(words)

@@ -1,4 +1,4 @@
-"""What a kernel can do wrong: one class each, so that a test can say which fault it planted."""
+"""The faults of a kernel: one class for each kind, so that a test can name the fault that it planted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 
 class Fault(Exception):
-    """The kernel did something that a GPU would not forgive, or would forgive only by luck.
+    """The kernel did something that fails on a GPU, or works there only by luck.
 
-    `where` is the index of the first offending access among those that were handed in. On its way up, `blame` makes it
-    a lane, and the machine a CTA and a thread.
+    `where` is the index of the first wrong access among those of a call. `blame` turns it into a lane, and the machine turns
+    that into a CTA and a thread.
     """
 
     def __init__(self, message: str, where: int = 0) -> None:
@@ -34,25 +34,25 @@ class UninitialisedFault(Fault):
 
 
 class RaceFault(Fault):
-    """Two warps (or CTAs) touch the same bytes, one of them writing, with nothing that orders them."""
+    """Two warps (or CTAs) access the same bytes in no order, and one of them writes."""
 
 
 class PendingFault(Fault):
-    """Data of an asynchronous copy or matrix product used before it was waited for."""
+    """Data of an asynchronous copy or matrix product is used before the wait for it."""
 
 
 class DivergenceFault(Fault):
-    """A barrier, or an instruction of whole warps, that only a part of a warp reaches."""
+    """Only a part of a warp reaches a barrier or an instruction of whole warps."""
 
 
 def first(bad: npt.NDArray[np.bool_]) -> int:
-    """The row of the first True."""
+    """Index of the first row that has a True."""
     return int(np.argmax(bad.reshape(bad.shape[0], -1).any(axis=1)))
 
 
 @contextmanager
 def blame(lanes: npt.NDArray[np.int64]) -> Iterator[None]:
-    """Around accesses made for these lanes, in order: a fault in one of them is that lane's."""
+    """Blame faults inside on lanes: access number i is that of `lanes[i]`."""
     try:
         yield
     except Fault as fault:

@@ -1,7 +1,7 @@
-"""Floating-point arithmetic, and the opcodes that integers and floats share.
+"""Floating-point instructions, and the opcodes that integers and floats share.
 
-Results are correctly rounded, also where the hardware approximates (ex2, lg2, rcp, rsqrt, sqrt, div.full, sin, cos): a GPU
-may differ by the few units in the last place that the PTX manual allows.
+Results are correctly rounded, also where the hardware approximates (ex2, lg2, rcp, rsqrt, sqrt, div.full, sin, cos).
+There a GPU may differ by the few units in the last place that the PTX manual allows.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ _SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
 
 
 def from_half(bits: Array, type_: str) -> Array:
-    """f16 or bf16, to f32."""
+    """Convert bits of f16 or bf16 to f32."""
     if type_ == "f16":
         return bits.view(np.float16).astype(np.float32)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def joined(low: Array, high: Array) -> Array:
+    """Two halves of 16 bits in one word of 32."""
     return high.astype(np.uint32) << np.uint32(16) | low
 
 
 def to_half(value: Array, type_: str) -> Array:
-    """The bits of the nearest f16 or bf16."""
+    """Bits of the nearest f16 or bf16."""
     if type_ == "f16":
         bits = value.astype(np.float16).view(np.uint16)
     else:
@@ -42,7 +43,7 @@ def to_half(value: Array, type_: str) -> Array:
 
 
 def _to_odd_f32(value: Array) -> Array:
-    """To f32 by rounding to odd (see `exact_fma`): ml_dtypes takes f64 to bf16 through f32."""
+    """Round f64 to f32, to odd (see `exact_fma`), because ml_dtypes converts f64 to bf16 through f32."""
     narrow = np.asarray(value.astype(np.float32))
     error, bits = value - narrow, narrow.view(np.int32)
     away_from_zero = (error > 0) == (value > 0)
@@ -51,18 +52,18 @@ def _to_odd_f32(value: Array) -> Array:
 
 
 def canonical(value: Array) -> Array:
-    """A NaN that an instruction makes is always the same one: lanes that do the same thing store the same bits."""
+    """Replace every NaN by the one that instructions make, so that lanes that compute the same store the same bits."""
     nan = np.isnan(value)
     return np.where(nan, np.uint32(0x7FFFFFFF).view(np.float32), value) if nan.any() else value
 
 
 def flushed(value: Array) -> Array:
-    """Subnormal f32 to zero, of the same sign."""
+    """Set subnormal f32 to zero of the same sign."""
     return np.where(np.abs(value) < _SMALLEST_NORMAL, np.copysign(np.float32(0), value), value)
 
 
 def floating(machine: Machine, ins: Instruction, fn: Callable[..., Array]) -> Step:
-    """`fn` in f32 or f64; half precision is widened and rounded once."""
+    """Apply `fn` in f32 or f64. Half precision is widened first, and the result rounded once."""
     type_ = ins.type
     if type_.endswith("x2"):
         half = type_.removesuffix("x2")
@@ -90,7 +91,7 @@ def floating(machine: Machine, ins: Instruction, fn: Callable[..., Array]) -> St
 _ARITHMETIC: dict[str, Callable[..., Array]] = {
     "add": np.add,
     "sub": np.subtract,
-    "min": np.fmin,  # of a number and a NaN: the number
+    "min": np.fmin,  # prefers the number to a NaN
     "max": np.fmax,
     "neg": np.negative,
     "abs": np.abs,
@@ -129,8 +130,8 @@ def fused_multiply_add(machine: Machine, ins: Instruction) -> Step:
 def exact_fma(a: Array, b: Array, c: Array) -> Array:
     """a * b + c of f32 numbers in f64, such that rounding it to f32 or less gives the correctly rounded result.
 
-    The product is exact in f64, the sum is not, and rounding twice can go wrong where the first rounding lands on a tie
-    of the second. There the sum is moved to its odd neighbour on the side of the exact value ("rounding to odd").
+    The product is exact in f64, but the sum is not. Rounding it again goes wrong where the first rounding lands on a
+    tie of the second. There the sum is moved to its odd neighbour on the side of the exact value ("rounding to odd").
     """
     wide = a.astype(np.float64) * b
     total: Array = np.asarray(wide + c)
@@ -145,7 +146,7 @@ def exact_fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def double_fma(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c in f64, the product and the sum with their errors: rounded correctly but for ties within 2^-50 or so."""
+    """a * b + c in f64 with the rounding errors of product and sum added: correct except for ties within about 2^-50."""
     product = a * b
     (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
     product_error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
@@ -156,7 +157,7 @@ def double_fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _split(x: Array) -> tuple[Array, Array]:
-    """The upper and the lower half of a mantissa (Veltkamp)."""
+    """Split numbers into the upper and the lower half of their mantissas (Veltkamp)."""
     scaled = x * (2.0**27 + 1)
     high = scaled - (scaled - x)
     return high, x - high

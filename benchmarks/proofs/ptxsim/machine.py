@@ -1,8 +1,8 @@
 """The machine: registers, operands, and the order in which instructions run.
 
-Every register is an array with an element for each lane, a lane being a thread of one of the CTAs that run together. An
-instruction becomes a function that takes the mask of the lanes that carry it out; the families of instructions are in
-modules of their own, and enter themselves in a table with `instruction`.
+A lane is a thread of one of the CTAs that run together, and a register is an array with one element per lane. Each
+instruction is built into a function that takes the mask of the lanes that execute it. Families of instructions are in
+modules of their own, which enter them in a table with `instruction`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from benchmarks.proofs.ptxsim.parse import Instruction, Program
 from benchmarks.proofs.ptxsim.races import Stamps, stamp
 
 Mask = Array | None
-"""Which lanes carry an instruction out; None: all."""
+"""True for the lanes that execute an instruction; None: all do."""
 Step = Callable[[Mask], None]
+"""Executes an instruction."""
 Operand = Callable[[], Array]
-"""Gives a value for each lane, or one for all (0-d)."""
+"""Reads a value for each lane, or one for all lanes (0-d)."""
 Write = Callable[[Array, Mask], None]
+"""Writes the lanes in the mask."""
 Grid = tuple[int, int, int]
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -45,7 +47,7 @@ _TABLE: dict[str, tuple[_Builder, frozenset[str]]] = {}
 
 
 def instruction(opcodes: str, modifiers: str) -> Callable[[_Builder], _Builder]:
-    """Enters a builder in the table, for these opcodes; any modifier that is not named is refused."""
+    """Enter a builder in the table for these opcodes. Instructions with any other modifier are refused."""
 
     def enter(builder: _Builder) -> _Builder:
         for opcode in opcodes.split():
@@ -57,7 +59,7 @@ def instruction(opcodes: str, modifiers: str) -> Callable[[_Builder], _Builder]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch gives to its CTAs."""
+    """Everything that the CTAs of a launch share."""
 
     memory: GlobalMemory
     arguments: Mapping[str, Array]
@@ -67,7 +69,7 @@ class Launch:
 
 
 LANES_AT_ONCE = 2048
-"""CTAs run side by side up to this many threads: a Python step costs about the same for 100 lanes as for 2,000."""
+"""Most threads of the CTAs that run side by side. A step in Python costs about the same for 100 lanes as for 2,000."""
 
 
 class Machine:
@@ -79,9 +81,9 @@ class Machine:
     shared: SharedMemory
     lanes: int
     slot: Index
-    """Which of the CTAs a lane belongs to."""
+    """Index of the CTA that a lane belongs to."""
     group: Array
-    """The lanes that run now: those that have come to the same instruction."""
+    """True for the lanes that run now: those at the same instruction."""
     _alive: Array
 
     def __init__(self, program: Program, shared_granule: int) -> None:
@@ -89,7 +91,7 @@ class Machine:
         self.shared_granule = shared_granule
         self.registers: dict[str, Array] = {}
         self.in_flight: dict[str, Array] = {}
-        """Registers that an asynchronous matrix product is writing. They are kept apart, so that a read stumbles."""
+        """Registers that an asynchronous matrix product is writing, kept apart so that a read of them is noticed."""
         self.products: list[Product] = []
         self.copies: list[Copy] = []
         self._at_barrier: dict[int, Array] = {}
@@ -103,7 +105,7 @@ class Machine:
     # Instructions and their operands.
 
     def _build(self, instruction: Instruction) -> Step | None:
-        """None for what the scheduler itself does."""
+        """Build an instruction. None: the scheduler executes it."""
         if _is_control(instruction):
             return None
         builder, modifiers = _TABLE.get(instruction.opcode, (None, frozenset[str]()))
@@ -117,7 +119,7 @@ class Machine:
             raise NotImplementedError(f"PTX {instruction}: {error}") from error
 
     def operand(self, text: str, type_: str) -> Operand:
-        """The value of a register, a constant, a special register or a shared-memory address, as `type_`."""
+        """A reader of a register, constant, special register or shared-memory address as `type_`."""
         dtype = DTYPES[type_]
         if text.startswith("!"):
             positive = self.operand(text[1:], type_)
@@ -158,18 +160,18 @@ class Machine:
         if name in self.in_flight:
             self._check_waited(name)
             return self.in_flight[name]
-        # Never written: LLVM's `undef`. All ones are a NaN of every type, so that a result would show it.
+        # It was never written: LLVM's `undef`. All ones are a NaN of every type, so that a result would show it.
         self.registers[name] = value = np.full(self.lanes, -1).astype(stored)
         return value
 
     def _check_waited(self, name: str) -> None:
         for product in self.products:
             if name in product.registers and self.group[product.lanes].any():
-                message = f"{name} is the result of an asynchronous matrix product that was not waited for"
+                message = f"{name} is the result of an asynchronous matrix product, used before the wait for it"
                 raise PendingFault(message, product.lanes.start)
 
     def destination(self, name: str) -> Write:
-        """Writes a register; narrower values are extended according to their own type."""
+        """A writer of a register. Narrower values are extended according to their own type."""
         if name == "_":
             return lambda value, mask: None
         register_type = self.program.register_type(name)
@@ -193,7 +195,7 @@ class Machine:
         return write
 
     def address(self, text: str) -> Operand:
-        """`[%rd1+8]`, `[%r1]` or `[global_smem+8]` as int64."""
+        """A reader of the address `[%rd1+8]`, `[%r1]` or `[global_smem+8]` as int64."""
         match = re.fullmatch(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]", text)
         if not match:
             raise NotImplementedError(f"address {text}")
@@ -205,18 +207,18 @@ class Machine:
         return lambda: self.vector(base()).astype(np.int64) + offset
 
     def vector(self, value: Array) -> Array:
-        """An element for each lane."""
+        """The value with one element per lane."""
         return value if value.ndim else np.full(self.lanes, value)
 
     def accumulator(self, name: str) -> Array:
-        """A register as f32, for the one instruction that may read it while it is in flight."""
+        """A register as f32, for wgmma, which alone may read it while it is in flight."""
         value = self.in_flight.get(name)
         if value is None:
             value = self.registers.get(name)
         return (self._read_absent(name, np.dtype(np.uint32)) if value is None else value).view(np.float32)
 
     def spread(self, values: Array, mask: Mask) -> Array:
-        """Values of the active lanes, put where those lanes are."""
+        """Values of the active lanes, put at their lanes; the others get 0."""
         if mask is None:
             return np.ascontiguousarray(values)
         spread = np.zeros(self.lanes, values.dtype)
@@ -227,18 +229,22 @@ class Machine:
         return self._all_lanes if mask is None else np.flatnonzero(mask)
 
     def whole(self, mask: Mask, lanes: int = 32) -> Index:
-        """[warps, 32]: the active lanes of an instruction that whole warps (or warpgroups) carry out together."""
+        """The active lanes [warps, lanes] of an instruction that whole warps (or warpgroups) execute together.
+
+        Raises:
+            DivergenceFault: only a part of a warp is active.
+        """
         if mask is not None:
             rows = mask.reshape(-1, lanes)
             if (torn := rows.any(axis=1) & ~rows.all(axis=1)).any():
-                raise DivergenceFault(f"only a part of {lanes} lanes comes to it", int(np.argmax(torn)) * lanes)
+                raise DivergenceFault(f"only a part of {lanes} lanes reaches it", int(np.argmax(torn)) * lanes)
         return self.active(mask).reshape(-1, lanes)
 
     # Running.
 
     @property
     def stamps(self) -> Stamps:
-        """Of accesses made now, by lane, for the race detectors."""
+        """Stamps of accesses made now, one per lane, for the race detectors."""
         if self._stamps is None:
             self._stamps = stamp(self._cta_number[self.slot], self._epoch[self.slot], self._warp)
         return self._stamps
@@ -253,13 +259,13 @@ class Machine:
                     self._begin(launch, ctas[start : start + at_once])
                     self._run()
         finally:
-            del self.memory, self.arguments, self.counts  # a machine outlives its launches
+            del self.memory, self.arguments, self.counts  # the machine is kept after its launches
 
     def _run(self) -> None:
-        """Run CTAs side by side, in lockstep as far as their branches go the same way.
+        """Run CTAs side by side, in lockstep as long as their branches agree.
 
-        Of the groups of lanes that have come to different instructions, the one that is furthest behind runs: lanes
-        that parted meet again where their ways join.
+        Of the groups of lanes at different instructions, the one furthest behind runs, so that lanes that diverged
+        meet again where their paths join.
         """
         waiting = {0: self.group}
         while waiting or self._at_barrier:
@@ -272,10 +278,10 @@ class Machine:
                 waiting[target] = waiting[target] | lanes if target in waiting else lanes
 
     def _run_group(self, pc: int, stop: int) -> list[tuple[int, Array]]:
-        """Run `self.group` from `pc` until it parts, ends, or comes to `stop`, where others wait to join it.
+        """Run `self.group` from `pc` until it diverges, ends, or reaches `stop`, where another group waits to join it.
 
         Returns:
-            To which instructions which lanes go from there.
+            The next instructions, each with the lanes that go there.
         """
         group: Mask = None if self.group.all() else self.group
         warps = int(self.group.reshape(-1, 32).any(axis=1).sum())
@@ -308,7 +314,7 @@ class Machine:
         return [(pc, self.group)]
 
     def _control(self, following: int, instruction: Instruction, lanes: Array) -> int | None:
-        """Where these lanes go; None: nowhere, or to a barrier for which others must come."""
+        """The next instruction of these lanes. None: they end, or wait at a barrier for others."""
         if instruction.opcode == "bra":
             return self.program.labels[instruction.operands[0]]
         if instruction.opcode == "bar":
@@ -322,12 +328,12 @@ class Machine:
         return None
 
     def _pass_barrier(self) -> None:
-        """All lanes that have not ended stand at barriers."""
+        """Let all lanes pass their barriers: every lane that has not ended waits at one."""
         for following, lanes in self._at_barrier.items():
             here, alive = lanes.reshape(-1, 32), self._alive.reshape(-1, 32)
             if (torn := here.any(axis=1) & (here != alive).any(axis=1)).any():
                 slot, warp = divmod(int(np.argmax(torn)), self.program.threads // 32)
-                message = f"a part of warp {warp} of CTA {self._ctas[slot]} comes to another barrier, or to none"
+                message = f"a part of warp {warp} of CTA {self._ctas[slot]} reaches another barrier, or none"
                 raise DivergenceFault(f"{message}: {self.program.instructions[following - 1]}")
         self._epoch += 1
         self._stamps = None
@@ -360,7 +366,7 @@ class Machine:
 
 
 def _is_control(instruction: Instruction) -> bool:
-    """Whether the scheduler itself carries it out."""
+    """True if the scheduler executes the instruction."""
     opcode, modifiers = instruction.opcode, instruction.modifiers
     if opcode == "bar" and modifiers == ("sync",) and instruction.operands == ("0",):
         return True
@@ -368,7 +374,7 @@ def _is_control(instruction: Instruction) -> bool:
 
 
 def _constant(text: str, dtype: np.dtype[Any]) -> Array:
-    """`-1`, `0x1F`, `0f3F800000` (the bits of an f32), `global_smem+16`."""
+    """Parse a constant: `-1`, `0x1F`, `0f3F800000` (the bits of an f32), `global_smem+16`."""
     if text.startswith("global_smem"):
         text = text.removeprefix("global_smem").lstrip("+ ") or "0"
     match = re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text)

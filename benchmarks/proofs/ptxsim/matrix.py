@@ -1,7 +1,7 @@
 """Matrix fragments and products: ldmatrix, stmatrix, mma.sync, and the warpgroup's wgmma.
 
-The layouts of all of them are made of one block: 8 rows of 4 registers, lane 4r + c of a warp holding register c of row r
-(two 16-bit elements, or one of 32 bits).
+Their layouts all consist of one block: 8 rows of 4 registers. Lane 4r + c of a warp holds register c of row r (two
+elements of 16 bits, or one of 32).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.proofs.ptxsim.parse import Instruction, elements
 
 _COUNTS = "x1 x2 x4"
 WARPGROUP = 128
-"""Threads."""
+"""Threads of a warpgroup."""
 
 
 @instruction("ldmatrix", f"sync aligned m8n8 {_COUNTS} trans shared shared::cta b16")
@@ -30,7 +30,7 @@ def load_matrices(machine: Machine, ins: Instruction) -> Step:
 
     def step(mask: Mask) -> None:
         where = address()
-        flat = machine.whole(mask)[:, : 8 * len(writes)].reshape(-1)  # the lanes whose addresses count
+        flat = machine.whole(mask)[:, : 8 * len(writes)].reshape(-1)  # the lanes whose addresses are used
         with blame(flat):
             rows = machine.shared.load(machine.slot[flat], where[flat], 16, machine.stamps[flat])
         machine.counts.shared_access(where, _marked(machine, flat), 16)
@@ -65,6 +65,7 @@ def store_matrices(machine: Machine, ins: Instruction) -> Step:
 
 
 def _marked(machine: Machine, lanes: Index) -> Mask:
+    """A mask of these lanes."""
     if lanes.size == machine.lanes:
         return None
     marked = np.zeros(machine.lanes, np.bool_)
@@ -73,21 +74,21 @@ def _marked(machine: Machine, lanes: Index) -> Mask:
 
 
 def _decoded(bits: Array, type_: str) -> Array:
-    """As f32. tf32 has 10 bits of mantissa; the hardware ignores the others."""
+    """Decode bits to f32. tf32 has a mantissa of 10 bits; the hardware ignores the others."""
     if type_ in ("f16", "bf16"):
         return from_half(bits, type_)
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _registers(machine: Machine, sources: Sequence[Operand], type_: str) -> Array:
-    """[registers, warps, 8, elements of 4 registers] in f32."""
+    """Read registers in f32: [registers, warps, 8, elements of 4 registers]."""
     bits = np.stack([machine.vector(source()) for source in sources])
     bits = bits if type_ == "tf32" else bits.view(np.uint16)
     return _decoded(bits.reshape(len(sources), machine.lanes // 32, 8, -1), type_)
 
 
 def _left_operand(machine: Machine, sources: Sequence[Operand], type_: str) -> Array:
-    """[warps, 16, K] from registers of the blocks (0, 0), (1, 0), (0, 1), (1, 1)."""
+    """Read operand A [warps, 16, K] from registers of the blocks (0, 0), (1, 0), (0, 1), (1, 1)."""
     blocks = _registers(machine, sources, type_).reshape(2, 2, machine.lanes // 32, 8, -1)
     return blocks.transpose(2, 1, 3, 0, 4).reshape(machine.lanes // 32, 16, -1)
 
@@ -117,13 +118,13 @@ def multiply_fragments(machine: Machine, ins: Instruction) -> Step:
 
 
 _SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
-"""By the descriptor's code: bytes of a row, and how many of its 16-byte units are exchanged (as a mask)."""
+"""Code in the descriptor -> bytes of a row, and the mask of its 16-byte units that are exchanged."""
 
 
 def _operand_units(descriptor: Index, rows: int, *, transposed: bool) -> Index:
-    """[warpgroups, units]: addresses of the 16-byte units of `rows` x 32 bytes that a matrix descriptor tells of.
+    """Addresses [warpgroups, units] of the 16-byte units of `rows` x 32 bytes that matrix descriptors describe.
 
-    Units are ordered [row][unit of the row], or, transposed (rows contiguous in memory): [8 rows][k].
+    Units are ordered [row][unit of the row], or, if transposed (rows contiguous in memory), [8 rows][k].
     """
     start, leading, stride = (((descriptor >> shift & 0x3FFF) << 4)[:, None, None] for shift in (0, 16, 32))
     swizzle = (descriptor >> 62) & 3
@@ -143,7 +144,7 @@ def _operand_units(descriptor: Index, rows: int, *, transposed: bool) -> Index:
 def _shared_operand(
     machine: Machine, groups: Index, descriptor: Array, rows: int, type_: str, *, transposed: bool
 ) -> tuple[Array, Index]:
-    """[warpgroups, rows, K] in f32, and what is read of shared memory."""
+    """Read an operand [warpgroups, rows, K] in f32 from shared memory; also return the granules that are read."""
     first_lanes = groups * WARPGROUP
     units = _operand_units(descriptor[first_lanes].astype(np.int64), rows, transposed=transposed)
     lanes = np.repeat(first_lanes, units.shape[1])
@@ -162,7 +163,7 @@ def _shared_operand(
     + " ".join(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16)),
 )
 def multiply_by_warpgroup(machine: Machine, ins: Instruction) -> Step:
-    """Asynchronous: the result may be read, and the operands' memory overwritten, when the warpgroup has waited."""
+    """Multiply asynchronously: only after a wait may the result be read and the operands' memory be overwritten."""
     if ins.modifiers[0] == "fence":
         return lambda mask: None
     if ins.modifiers[0] == "commit_group":
@@ -181,7 +182,7 @@ def _multiply_asynchronously(machine: Machine, ins: Instruction) -> Step:
         raise NotImplementedError("shape, types or signs")
     columns, results = int(match[1]), elements(names)
     in_registers = a_text.startswith("{")
-    # For 16-bit types, whether each operand that lies in shared memory is transposed.
+    # Whether each operand in shared memory is transposed, which only 16-bit types can be.
     transposed_b, transposed_a = [*(text == "1" for text in immediates[:1:-1]), False, False][:2]
     fragments = [machine.operand(name, "b32") for name in elements(a_text)] if in_registers else []
     a_descriptor = None if in_registers else machine.operand(a_text, "u64")

@@ -1,4 +1,4 @@
-"""The memory of a launch: the tensors that it was handed, and the shared memory of the CTAs that run together."""
+"""The memory of a launch: the tensors passed to it, and the shared memory of the CTAs that run together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Index = npt.NDArray[np.int64]
 
 
 LARGEST_LOGGED = 1 << 28
-"""Bytes of a tensor that is watched for races: a log takes several times as much."""
+"""Bytes of the largest tensor that is watched for races. Its log takes several times as much."""
 
 
 def word_view(data: npt.NDArray[np.uint8], size: int) -> Array:
-    """Bytes as rows of `size` bytes, in the widest words that there are."""
+    """View bytes as rows of `size` bytes, in words as wide as possible (up to 8 bytes)."""
     word = min(size, 8)
     return data[: data.size // size * size].view(f"u{word}").reshape(-1, size // word)
 
@@ -32,22 +32,22 @@ def _check_alignment(address: Index, size: int, what: str) -> None:
 
 
 def _granules(row: Index, size: int, granule: int) -> Index:
-    """[accesses, granules of an access] of aligned accesses, from their number in units of `size`."""
+    """Granules [accesses, granules of an access] of aligned accesses, given by their index in units of `size`."""
     per_row = size // granule
     return (row * per_row)[:, None] + np.arange(per_row) if per_row > 1 else row[:, None]
 
 
 @dataclass
 class _Region:
-    """Tensors of one storage whose extents overlap."""
+    """Tensors of one storage that overlap in memory."""
 
     names: list[str]
     start: int
     data: npt.NDArray[np.uint8]
-    """What the tensors span, from their first to their last byte."""
+    """The bytes from the first to the last of the tensors."""
     tensors: list[torch.Tensor]
     allowed: npt.NDArray[np.bool_] | None = None
-    """Which of these bytes belong to a tensor; None: all."""
+    """True for the bytes that belong to a tensor; None: all do."""
     log: AccessLog | None = None
     views: dict[int, tuple[int, Array]] = field(default_factory=dict)
 
@@ -59,8 +59,9 @@ class _Region:
         return self.views[size]
 
     def mark_allowed(self) -> None:
+        """Set `allowed`."""
         if any(tensor.numel() * tensor.element_size() == self.data.size for tensor in self.tensors):
-            return  # one fills it all
+            return  # one tensor fills the region
         allowed = np.zeros(self.data.size, np.bool_)
         for tensor in self.tensors:
             size = tensor.element_size()
@@ -76,9 +77,9 @@ class GlobalMemory:
     def __init__(self, tensors: dict[str, torch.Tensor], granule: int, *, find_races: bool) -> None:
         """
         Args:
-            tensors: by name.
-            granule: size of the smallest access.
-            find_races: keep a log of who reads and writes.
+            tensors: the tensors by name.
+            granule: bytes of the smallest access.
+            find_races: whether to log who reads and writes.
         """
         self.granule = granule
         self.regions: list[_Region] = []
@@ -106,7 +107,7 @@ class GlobalMemory:
         self.regions.append(_Region(names, start, data, tensors))
 
     def load(self, address: Index, size: int, stamps: Stamps) -> Array:
-        """[accesses, words]; for the words see `word_view`."""
+        """Load `size` bytes from each address: [accesses, words], as `word_view` makes words."""
         loaded = np.empty((address.size, max(size // 8, 1)), f"u{min(size, 8)}")
         for which, region, row in self._locate(address, size, "load"):
             if region.log:
@@ -134,10 +135,10 @@ class GlobalMemory:
         return _granules(row, size, self.granule) + offset
 
     def _locate(self, address: Index, size: int, what: str) -> list[tuple[Index, _Region, Index]]:
-        """(which of the accesses, their region, their rows in it), for every region that they touch."""
+        """Find accesses: for every region, (indices of the accesses, the region, their rows in it)."""
         _check_alignment(address, size, what)
         if not self.regions:
-            raise OutOfBoundsFault(f"{what} of {size} bytes, and no tensor has elements")
+            raise OutOfBoundsFault(f"{what} of {size} bytes, but no tensor has elements")
         regions = np.searchsorted(self._starts, address, "right") - 1
         pieces = []
         for i in np.unique(regions):
@@ -157,7 +158,7 @@ class GlobalMemory:
         return pieces
 
     def _nearest(self, address: int) -> str:
-        """Where an address lies, in words."""
+        """Describe an address relative to the nearest tensors."""
 
         def distance(region: _Region) -> int:
             return max(region.start - address, address - region.start - region.data.size, 0)
@@ -167,27 +168,27 @@ class GlobalMemory:
 
 
 def _differ(there: Array, wanted: Array) -> npt.NDArray[np.bool_]:
-    """By access."""
+    """True for each access that finds other data than `wanted`."""
     different: npt.NDArray[np.bool_] = (there != wanted).any(axis=1)
     return different
 
 
 class SharedMemory:
-    """That of several CTAs. Addresses count from the start of a CTA's own; `slot` says whose."""
+    """Shared memory of several CTAs. An address counts from the start of its CTA's memory; `slot` is the CTA's index."""
 
     def __init__(self, size: int, ctas: int, granule: int) -> None:
         self.size, self.granule = size, granule
         self.stride = -(-size // 128) * 128
-        self.data = np.full(self.stride * ctas, 0xFF, np.uint8)  # NaN: what is read uninitialised shows
+        self.data = np.full(self.stride * ctas, 0xFF, np.uint8)  # NaN, so that uninitialised reads show
         granules = self.data.size // granule
         self.log = AccessLog(granules)
         self.landing = np.zeros(granules, np.bool_)
-        """Bytes that an asynchronous copy is writing."""
-        self._copying = 0  # how many such copies there are
+        """True for granules that an asynchronous copy is writing."""
+        self._copying = 0  # number of these copies
         self.feeding = np.zeros(granules, np.int32)
-        """How many asynchronous matrix products are reading."""
+        """Number of asynchronous matrix products that are reading a granule."""
         self.unfenced = np.zeros(granules, np.bool_)
-        """Bytes written by ordinary stores, which matrix products may not see before a proxy fence."""
+        """True for granules written by ordinary stores, which matrix products may not see before a proxy fence."""
 
     def load(self, slot: Index, address: Index, size: int, stamps: Stamps) -> Array:
         row = self._locate(slot, address, size, "load")
@@ -201,7 +202,7 @@ class SharedMemory:
         self._write(row, data, stamps)
 
     def begin_copy(self, slot: Index, address: Index, size: int, stamps: Stamps) -> Index:
-        """An asynchronous copy starts; returns the rows that `end_copy` fills."""
+        """Start an asynchronous copy; return the rows that `end_copy` fills."""
         row = self._locate(slot, address, size, "asynchronous copy")
         self._check_write(row, size, stamps, None)
         self.landing[_granules(row, size, self.granule)] = True
@@ -214,27 +215,32 @@ class SharedMemory:
         self._write(row, data, stamps)
 
     def begin_products(self, slot: Index, address: Index, stamps: Stamps) -> tuple[Array, Index]:
-        """Asynchronous matrix products start to read units of 16 bytes, each for a warpgroup.
+        """Start asynchronous matrix products, which read units of 16 bytes, each for a warpgroup.
 
         Returns:
-            The units [accesses, words], and the granules that they consist of [accesses, granules].
+            The units [accesses, words], and their granules [accesses, granules].
         """
         row = self._locate(slot, address, 16, "matrix operand")
         granules = _granules(row, 16, self.granule)
         if (unfenced := self.unfenced.take(granules)).any():
-            raise PendingFault("matrix operand from ordinary stores, with no fence.proxy.async since", first(unfenced))
+            raise PendingFault(
+                "matrix operand written by ordinary stores, with no fence.proxy.async since", first(unfenced)
+            )
         self._note_read(granules, by_all_warps(stamps)[:, None])
         np.add.at(self.feeding, granules, 1)
         return word_view(self.data, 16).take(row, axis=0), granules
 
     def end_products(self, granules: list[Index], stamp: Stamps) -> None:
-        """A warpgroup has waited. Its warps may have read until now, and see only of their own parts that they are done."""
+        """End the products of a warpgroup that has waited.
+
+        Each of its warps may have read until now, and knows only that its own part is done.
+        """
         for read in granules:
-            self.feeding[read] -= 1  # of one operand: all different
+            self.feeding[read] -= 1  # the granules of one operand are all different
             self.log.reads[read] = by_all_warps(stamp)
 
     def fence(self, slots: Index, stamps: Stamps) -> None:
-        """Ordinary stores that these warps can see become visible to matrix products."""
+        """Make the ordinary stores that these warps can see visible to matrix products."""
         granules = np.flatnonzero(self.unfenced)
         owner = granules * self.granule // self.stride
         for slot, now in zip(slots, stamps, strict=True):
@@ -262,13 +268,13 @@ class SharedMemory:
     def _check_landed(self, granules: Index) -> None:
         if self._copying and (landing := self.landing.take(granules)).any():
             raise PendingFault(
-                "access to the destination of an asynchronous copy that was not waited for", first(landing)
+                "access to the destination of an asynchronous copy before the wait for it", first(landing)
             )
 
     def _locate(self, slot: Index, address: Index, size: int, what: str) -> Index:
         _check_alignment(address, size, f"shared-memory {what}")
         if (outside := (address < 0) | (address + size > self.size)).any():
             where = first(outside)
-            message = f"shared-memory {what} of {size} bytes at {address[where]} of {self.size}"
+            message = f"shared-memory {what} of {size} bytes at address {address[where]} of {self.size} bytes"
             raise OutOfBoundsFault(message, where)
         return (slot * self.stride + address) // size

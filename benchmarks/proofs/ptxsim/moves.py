@@ -24,7 +24,7 @@ def move(machine: Machine, ins: Instruction) -> Step:
 
 
 def _unpack(machine: Machine, ins: Instruction) -> Step:
-    """`mov.b32 {%rs1, %rs2}, %r1`: the lowest bits first."""
+    """`mov.b32 {%rs1, %rs2}, %r1`: the first register gets the lowest bits."""
     writes = [machine.destination(name) for name in elements(ins.operands[0])]
     source = machine.operand(ins.operands[1], ins.type)
     size = DTYPES[ins.type].itemsize // len(writes)
@@ -38,6 +38,7 @@ def _unpack(machine: Machine, ins: Instruction) -> Step:
 
 
 def _pack(machine: Machine, ins: Instruction) -> Step:
+    """`mov.b32 %r1, {%rs1, %rs2}`."""
     names = elements(ins.operands[1])
     dtype = DTYPES[ins.type]
     sources = [machine.operand(name, f"b{8 * dtype.itemsize // len(names)}") for name in names]
@@ -53,7 +54,7 @@ def _pack(machine: Machine, ins: Instruction) -> Step:
 @instruction("cvta", "to global u64")
 @instruction("createpolicy", "fractional b64")
 def ignore_space(machine: Machine, ins: Instruction) -> Step:
-    """Global addresses are generic ones; a cache policy may be any number."""
+    """Copy the operand: global addresses equal generic ones. A cache policy may be any number."""
     if ins.opcode == "createpolicy":
         write = machine.destination(ins.operands[0])
         return lambda mask: write(np.zeros((), np.uint64), mask)
@@ -87,7 +88,7 @@ def _unordered(a: Array, b: Array) -> Array:
 
 @instruction("setp", f"equ neu ltu leu gtu geu {' '.join(_COMPARISONS)} ftz and or xor {BITS} {INTEGERS} f32 f64")
 def compare(machine: Machine, ins: Instruction) -> Step:
-    """With a NaN, a comparison is false, or (names that end in u) true; the result may be combined with a predicate."""
+    """Compare, and combine the result with a predicate. With a NaN a comparison is false, or true if its name ends in u."""
     name, combined, floats = ins.modifiers[0], ins.modifiers[1], ins.type[0] == "f"
 
     def compared(a: Array, b: Array, *other: Array) -> Array:
@@ -111,7 +112,7 @@ _ROUNDINGS: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.tru
 
 @instruction("cvt", f"{' '.join(_ROUNDINGS)} rn ftz u8 s8 {INTEGERS} f16 f32 f64 bf16 bf16x2 f16x2")
 def convert(machine: Machine, ins: Instruction) -> Step:
-    """To the nearest representable value, unless a rounding to integers is named."""
+    """Convert to the nearest representable value, unless a rounding to integers is named."""
     to, from_ = ins.modifiers[-2:]
     rounding = next((_ROUNDINGS[m] for m in ins.modifiers if m in _ROUNDINGS), None)
     if to in ("bf16x2", "f16x2"):
@@ -138,7 +139,7 @@ def convert(machine: Machine, ins: Instruction) -> Step:
 
 
 def _saturated(x: Array, to: str) -> Array:
-    """A float that is an integer, to the nearest that there is; NaN to 0, or to the top bit of 64."""
+    """Convert an integral float to the nearest integer of a type. NaN becomes 0, or for 64 bits the top bit alone."""
     limits = np.iinfo(DTYPES[to])
     wide = x.astype(np.float64)
     nan = 0 if limits.bits < 64 else -(1 << 63) if limits.min else 1 << 63

@@ -1,4 +1,4 @@
-"""PTX text to a list of instructions. Reads what Triton's back-end writes: one entry function, no calls."""
+"""Parse PTX text to a list of instructions, as far as Triton's back-end writes it: one entry function, no calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Instruction:
     operands: tuple[str, ...]
     """`("{%r1, %r2}", "[%rd3+8]")`."""
     source: str
-    """The line of the kernel's source that it came from: `file.py:12:8`."""
+    """Its place in the kernel's source: `file.py:12:8`."""
 
     @property
     def type(self) -> str:
@@ -37,17 +37,17 @@ class Program:
     """The entry function of a PTX module."""
 
     threads: int
-    """Of a CTA."""
+    """Threads of a CTA."""
     parameters: list[tuple[str, str]]
-    """(name, type) in order."""
+    """(name, type) of each parameter, in order."""
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    """Where a branch goes: the index of an instruction."""
+    """Label -> index of the instruction that it marks."""
     register_types: dict[str, str] = field(default_factory=dict)
-    """By name, or by stem for the numbered ones: `%r` stands for all `%r<n>`."""
+    """Name -> type. Numbered registers stand under their stem: `%r` for all `%r<n>`."""
 
     def register_type(self, name: str) -> str | None:
-        """b16, b32, b64 or pred; None for what is not a register."""
+        """b16, b32, b64 or pred; None if `name` is not a register."""
         return self.register_types.get(name) or self.register_types.get(name.rstrip("0123456789"))
 
 
@@ -60,10 +60,11 @@ _STATEMENT = re.compile(r"(?:@(?P<predicate>!?[%\w]+)\s+)?(?P<opcode>[\w.:]+)\s*
 
 
 def parse(ptx: str) -> Program:
-    """The module's first entry function.
+    """Parse the module's first entry function.
 
     Raises:
-        NotImplementedError: a kernel that wants local memory, or one compiled without a number of threads.
+        NotImplementedError: the kernel needs local memory, has no number of threads, or has a statement that is not
+        understood.
     """
     entry = _ENTRY.search(ptx)
     threads = entry and re.search(r"\.reqntid\s+(\d+)", entry["directives"])
@@ -113,7 +114,7 @@ def _add(program: Program, statement: str, source: str) -> None:
 
 
 def split_operands(text: str) -> list[str]:
-    """ "a, {b, c}, [d+4]" at its outer commas."""
+    """Split "a, {b, c}, [d+4]" at its outer commas."""
     return [piece.strip() for piece in re.split(r",(?![^{\[]*[}\]])", text) if piece.strip()]
 
 

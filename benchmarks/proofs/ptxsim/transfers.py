@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, and asynchronous copies."""
+"""Instructions that access memory: loads, stores, atomics and asynchronous copies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CACHING = "ca cg cs cv lu wb wt nc"
 
 
 def access_size(ins: Instruction) -> int:
-    """Bytes of a load or store, for each lane."""
+    """Bytes that a load or store moves for each lane."""
     vector = next((int(m[1:]) for m in ins.modifiers if m in ("v2", "v4", "v8")), 1)
     return vector * DTYPES[ins.type].itemsize
 
@@ -84,7 +84,7 @@ _ATOMIC: dict[str, Callable[..., Array]] = {
 
 @instruction("atom red", f"global relaxed acq_rel acquire release gpu cta sys {' '.join(_ATOMIC)} {_TYPES}")
 def atomic(machine: Machine, ins: Instruction) -> Step:
-    """On global memory, lane after lane. `red` returns nothing."""
+    """atom and red on global memory, one lane after another. red returns nothing."""
     name, place, *others = ins.operands if ins.opcode == "atom" else ("_", *ins.operands)
     fn = next(_ATOMIC[m] for m in ins.modifiers if m in _ATOMIC)
     write, address = machine.destination(name), machine.address(place)
@@ -109,7 +109,7 @@ def atomic(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("cp", f"async ca cg {_SHARED} global commit_group wait_group wait_all")
 def copy_asynchronously(machine: Machine, ins: Instruction) -> Step:
-    """Data is read at once, but lands in shared memory only when the lane that copied it waits."""
+    """Copy asynchronously: data is read at once, but lands in shared memory only when its lane waits."""
     if "commit_group" in ins.modifiers:
         return lambda mask: machine.copy_groups.commit(mask)
     if "wait_group" in ins.modifiers:
@@ -128,7 +128,7 @@ def copy_asynchronously(machine: Machine, ins: Instruction) -> Step:
 def _copy(machine: Machine, ins: Instruction) -> Step:
     target, source = (machine.address(text) for text in ins.operands[:2])
     size = int(ins.operands[2], 0)
-    # The rest of the destination is filled with zeros.
+    # The rest of the destination beyond the source's size is filled with zeros.
     source_size = machine.operand(ins.operands[3] if len(ins.operands) > 3 else ins.operands[2], "u32")
 
     def step(mask: Mask) -> None:
@@ -152,6 +152,7 @@ def _copy(machine: Machine, ins: Instruction) -> Step:
 
 
 def _land(machine: Machine, mask: Mask, pending: int) -> None:
+    """Write the copies that the lanes in `mask` have waited for."""
     remaining = []
     for copy in machine.copies:
         done = machine.copy_groups.complete(copy.lanes, copy.group, mask, pending)

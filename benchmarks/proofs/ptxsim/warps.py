@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together, and fences."""
+"""Instructions of whole warps, and fences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.proofs.ptxsim.parse import Instruction
 
 @instruction("shfl", "sync bfly idx up down b32")
 def shuffle(machine: Machine, ins: Instruction) -> Step:
-    """Each lane reads another's register; a lane whose partner would be outside its segment reads its own."""
+    """Let each lane read another lane's register. A lane whose partner would be outside of its segment reads its own."""
     name, _, valid = (part.strip() for part in ins.operands[0].partition("|"))
     write, write_valid = machine.destination(name), machine.destination(valid or "_")
     source, by, bounds = (machine.operand(text, "u32") for text in ins.operands[1:4])
@@ -78,7 +78,7 @@ def vote(machine: Machine, ins: Instruction) -> Step:
 @instruction("fence membar", "proxy async shared::cta acq_rel sc cta gpu sys gl")
 def fence(machine: Machine, ins: Instruction) -> Step:
     if "proxy" not in ins.modifiers:
-        return lambda mask: None  # memory is consistent here
+        return lambda mask: None  # the simulated memory is consistent
 
     def step(mask: Mask) -> None:
         leaders = machine.active(mask)[::32]
@@ -89,7 +89,7 @@ def fence(machine: Machine, ins: Instruction) -> Step:
 
 @instruction("bar", "warp sync")
 def synchronise_warp(machine: Machine, ins: Instruction) -> Step:
-    """`bar.warp.sync`: lanes of a warp are in step here. (The scheduler does `bar.sync 0`, the only other one known.)"""
+    """`bar.warp.sync` does nothing, because lanes of a warp run in step. (The scheduler executes `bar.sync 0`.)"""
     if ins.modifiers != ("warp", "sync"):
-        raise NotImplementedError("a named barrier")
+        raise NotImplementedError("named barriers are unknown")
     return lambda mask: None

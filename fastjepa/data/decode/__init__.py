@@ -1,1 +1,1 @@
-"""From the bytes of image files to pixels. The only room that knows DALI."""
+"""From the bytes of image files to pixels. This is the only room that knows DALI."""

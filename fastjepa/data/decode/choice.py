@@ -1,4 +1,4 @@
-"""Which decoder a run uses: chosen once, and logged with the reason."""
+"""Choice of the decoder of a run: made once, and logged with its reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from fastjepa.config import DataConfig
-from fastjepa.data.decode.cpu import TurboDecoder
+from fastjepa.data.decode.cpu import CPUDecoder
 from fastjepa.data.decode.dali import DaliDecoder, dali_problem
 from fastjepa.data.decode.images import Decoder
 from fastjepa.errors import ConfigError
@@ -20,20 +20,27 @@ logger = logging.getLogger(__name__)
 def choose_decoder(
     config: DataConfig, device: torch.device, max_batch: int, pool: ThreadPoolExecutor, num_lanes: int = 1
 ) -> Decoder:
-    """The decoder that data.loader asks for; `num_lanes` of them share data.num_threads threads.
+    """Make the decoder that data.loader asks for.
+
+    Args:
+        config: the data settings.
+        device: where the batches are used.
+        max_batch: the largest batch that will be decoded.
+        pool: data.num_threads threads.
+        num_lanes: decoders that share data.num_threads threads.
 
     Raises:
-        ConfigError: DALI was asked for and is not installed, or data.in_channels is not one of an image file.
+        ConfigError: DALI was asked for and cannot be used, or no image file has data.in_channels channels.
     """
     if config.in_channels not in (1, 3):
         raise ConfigError(f"data.in_channels = {config.in_channels}: expected 3 (RGB) or 1 (grey) for image files")
-    turbo = TurboDecoder(config, pool, pin_memory=device.type == "cuda")
+    on_cpu = CPUDecoder(config, pool, pin_memory=device.type == "cuda")
     if not _use_dali(config.loader, device.type):
-        return turbo
-    return DaliDecoder(config, device, max_batch, turbo, num_threads=max(1, config.num_threads // num_lanes))
+        return on_cpu
+    return DaliDecoder(config, device, max_batch, on_cpu, num_threads=max(1, config.num_threads // num_lanes))
 
 
-@functools.cache  # so that the choice is made, and logged, once
+@functools.cache  # so that the choice is logged once
 def _use_dali(loader: str, device_type: str) -> bool:
     problem = None if loader == "turbo" else dali_problem()
     if loader == "dali" and problem:

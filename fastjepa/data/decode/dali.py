@@ -1,11 +1,11 @@
-"""Decoding with NVIDIA DALI: on the CPU, or on the GPU where there is one. The only file that imports nvidia.dali.
+"""Decoding with NVIDIA DALI: on the GPU where there is one, else on the CPU. No other file imports nvidia.dali.
 
-DALI decodes, cuts, resizes and mirrors; which images, which boxes and the files' bytes come from us, batch by batch. Its
-pipelines run synchronously: the loader's threads are what keeps them ahead of the step.
+DALI decodes, cuts, resizes and mirrors. fastjepa chooses the images and the boxes, and hands over the files' bytes, batch by
+batch. The pipelines run synchronously: the loader's threads keep them ahead of the step.
 
-The bytes are handed to DALI instead of paths: their header is read from the same bytes, so that each file is opened once
-and cannot change in between, tar shards and tables go the same way as files, and a file that cannot be read never
-reaches DALI, whose pipelines do not survive one.
+DALI gets bytes and not paths, for three reasons. The header is read from the same bytes, so each file is opened once and
+cannot change in between. Tar shards and tables go the same way as files. And a file that cannot be read never reaches DALI,
+whose pipelines do not survive one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastjepa.config import DataConfig
-from fastjepa.data.decode.images import BadImages, Decoder, EncodedImage, read_header
+from fastjepa.data.decode.images import Decoder, EncodedImage, read_header
+from fastjepa.data.image_errors import BadImages
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +35,35 @@ def dali_problem() -> str | None:
         version = getattr(importlib.import_module("nvidia.dali"), "__version__", "0.0.0")
     except ImportError as error:
         return f"nvidia.dali cannot be imported ({error})"
-    # On systems without a build, PyPI installs an empty package of that version.
+    # On systems without a build, PyPI installs an empty package, version 0.0.0.
     return "the installed nvidia-dali is an empty placeholder, version 0.0.0" if version == "0.0.0" else None
 
 
 class DaliDecoder:
     """`Decoder` on a CPU or a CUDA device.
 
-    What DALI cannot decode (GIF, AVIF, animated WebP, and whatever else fails in it) is decoded by another decoder, which
-    also says which images are bad: so the same images are bad with any decoder. (Therefore TIFF, too, which DALI reads down
-    to the box only, JPEG files in CMYK, of which it takes some that are damaged, and PNM, which it takes for 8 or 16 bits.)
+    DALI cannot decode GIF, AVIF and animated WebP. Another decoder decodes these, and whatever else fails in DALI. It also
+    says which images are bad, so that the same images are bad with any decoder. Therefore it gets three more formats: TIFF,
+    which DALI reads only down to the box; JPEG in CMYK, of which DALI accepts some damaged files; and PNM, which DALI
+    confuses between 8 and 16 bits.
     """
 
     def __init__(
-        self, config: DataConfig, device: torch.device, max_batch: int, other: Decoder, *, num_threads: int
+        self, config: DataConfig, device: torch.device, max_batch: int, other_decoder: Decoder, *, num_threads: int
     ) -> None:
         """
         Args:
             config: the data settings.
             device: where to decode, and where the batches lie.
             max_batch: the largest batch that will be asked for.
-            other: decodes the rest.
-            num_threads: of DALI's own, on the CPU.
+            other_decoder: decodes what DALI does not.
+            num_threads: DALI's own threads on the CPU.
         """
-        self._config, self._device, self._max_batch, self._other = config, device, max_batch, other
+        self._config, self._device, self._max_batch = config, device, max_batch
+        self._other_decoder = other_decoder
         self._num_threads = num_threads
-        self._pipeline: Any = None  # built on use, and again after an error, which leaves it unusable
-        self._told: set[str] = set()
+        self._pipeline: Any = None  # built when it is first used, and again after an error, which leaves it unusable
+        self._logged_reasons: set[str] = set()
 
     def decode(
         self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
@@ -68,32 +71,33 @@ class DaliDecoder:
         """See `Decoder`.
 
         Raises:
-            RuntimeError: DALI fails on images that are known to be good.
+            RuntimeError: DALI does not work on this machine: it fails on an image that is known to be good.
         """
-        mine = np.array([_dali_reads(image) for image in images])
-        if mine.all():
-            return self._decode(images, boxes, flips)
+        for_dali = np.array([_dali_reads(image) for image in images])
+        if for_dali.all():
+            return self._decode_with_dali(images, boxes, flips)
         batch = torch.empty(
             (len(images), self._config.in_channels, *self._config.image_hw), dtype=torch.uint8, device=self._device
         )
         bad: dict[int, str] = {}
         parts = []
-        for decode, those in ((self._decode, mine), (self._other.decode, ~mine)):
-            some = np.flatnonzero(those)
-            if not some.size:
+        for decode, chosen in ((self._decode_with_dali, for_dali), (self._other_decoder.decode, ~for_dali)):
+            positions = np.flatnonzero(chosen)
+            if not positions.size:
                 continue
             try:
-                parts.append(decode([images[int(i)] for i in some], boxes[some], flips[some]).to(self._device))
-                batch[torch.from_numpy(some).to(self._device)] = parts[-1]
+                part = decode([images[int(i)] for i in positions], boxes[positions], flips[positions])
+                parts.append(part.to(self._device))
+                batch[torch.from_numpy(positions).to(self._device)] = parts[-1]
             except BadImages as error:
-                bad |= {int(some[position]): reason for position, reason in error.bad.items()}
+                bad |= {int(positions[i]): reason for i, reason in error.bad.items()}
         if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # before DALI gets the memory of `parts` back
+            torch.cuda.current_stream(self._device).synchronize()  # DALI gets the memory of `parts` back
         if bad:
             raise BadImages(dict(sorted(bad.items())))
         return batch
 
-    def _decode(
+    def _decode_with_dali(
         self, images: Sequence[EncodedImage], boxes: npt.NDArray[np.int32], flips: npt.NDArray[np.bool_]
     ) -> Tensor:
         try:
@@ -101,17 +105,17 @@ class DaliDecoder:
         except RuntimeError as error:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # raises if the device itself failed: no image is to blame
-            self._check_that_it_works()
-            pixels = self._other.decode(images, boxes, flips)  # raises BadImages if it is the images' fault
-            if (reason := _reason(error)) not in self._told:
-                self._told.add(reason)
+            self._decode_a_good_image()
+            pixels = self._other_decoder.decode(images, boxes, flips)  # raises BadImages if images are to blame
+            if (reason := _reason(error)) not in self._logged_reasons:
+                self._logged_reasons.add(reason)
                 logger.warning(
                     "DALI fails on a batch whose images are good (%s): such batches are decoded on the CPU", reason
                 )
             return pixels.to(self._device)
 
-    def _check_that_it_works(self) -> None:
-        """Raises what DALI raises on a good image: then the machine is to blame."""
+    def _decode_a_good_image(self) -> None:
+        """Let DALI's error out if it fails on a good image, too: then the machine is to blame."""
         good = read_header(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), 1000)
         self._run([good], np.array([[0, 0, 16, 16]], np.int32), np.array([False]))
 
@@ -130,7 +134,7 @@ class DaliDecoder:
         (batch,) = pipeline.run(**inputs)
         self._pipeline = pipeline
         # Nothing is copied: the tensor keeps DALI's buffer alive (dynamic executor). On a GPU, torch's current stream waits
-        # for DALI's; whoever takes the tensor must hold it until the work on it is done, as Loader and evaluation do.
+        # for DALI's. The caller must hold the tensor until the work on it is done, as Loader and evaluation do.
         return from_dlpack(batch.as_tensor())
 
     def _build(self) -> Any:
@@ -148,8 +152,9 @@ class DaliDecoder:
         image = {
             "output_type": types.RGB if self._config.in_channels == 3 else types.GRAY,
             "adjust_orientation": False,
-            "jpeg_fancy_upsampling": True,  # on the GPU: chroma as the CPU's decoder has it
-            "hw_decoder_load": self._config.hw_decoder_load,  # these two: ignored on the CPU
+            # DALI ignores these two on the CPU.
+            "jpeg_fancy_upsampling": True,  # so that the chroma equals that of the CPU's decoder
+            "hw_decoder_load": self._config.hw_decoder_load,
         }
         with pipeline:
             file = fn.external_source(name="file", dtype=types.UINT8, ndim=1)

@@ -1,185 +1,20 @@
-"""Where images come from: what `data.source` names, and its splits.
+"""Where images come from: what `data.source` may name, and which of its images belong to a split.
 
 | `data.source` | what it is |
 |---|---|
-| `fashion_mnist` | the set inside the package |
-| a folder of images | nested as one likes; class folders give labels (`folder`) |
+| `fashion_mnist` | the data set inside the package (`embedded`) |
+| a folder of images | nested to any depth; class folders give labels (`folder`) |
 | tar shards: a folder, a file, or a pattern such as `train-{0000..0146}.tar` | WebDataset (`webdataset`) |
-| Arrow or Parquet files: a folder, a file, or a pattern | Hugging Face datasets, on disk (`tables`) |
-| a text file | one image path a line, a label behind a tab (`list_file`) |
+| Arrow or Parquet files: a folder, a file, or a pattern | Hugging Face data sets on disk (`tables`) |
+| a text file | one image path a line, and a label behind a tab (`list_file`) |
 
-A folder that has a sub-folder `train` is split: `train`, and the first of `val`, `validation`, `valid`, `test` that is
-there. So are shards and tables whose names all hold one of these words. Anything else is all `train`.
+A folder that has a sub-folder `train` is split: `train` is for training, and the first of `val`, `validation`, `valid`,
+`test` that exists is held out. Shards and tables are split in the same way if all their names hold one of these words.
+Anything else is all `train` (`splits`).
+
+A source lists its images once. The list is cached with a checksum, and is made again when the source has changed (`index`).
 """
 
-from __future__ import annotations
+from fastjepa.data.sources.splits import open_dataset
 
-import glob
-import logging
-import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from fastjepa.config import DataConfig
-from fastjepa.data.dataset import ImageDataset, printable
-from fastjepa.data.sources.folder import is_image_name, list_folder
-from fastjepa.data.sources.index import Listing, entries, indexed
-from fastjepa.data.sources.list_file import list_list_file
-from fastjepa.data.sources.tables import list_tables
-from fastjepa.data.sources.webdataset import list_shards
-from fastjepa.errors import DataError
-
-logger = logging.getLogger(__name__)
-
-VAL_NAMES = ("val", "validation", "valid", "test")
-
-_Lister = Callable[[list[str]], Listing]
-_BY_SUFFIX: dict[str, _Lister] = {".tar": list_shards, ".arrow": list_tables, ".parquet": list_tables}
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_SUFFIXES = tuple(suffix.encode() for suffix in _BY_SUFFIX)
-_SPLIT_WORD = re.compile(rf"(?:^|[^a-z])(train|{'|'.join(VAL_NAMES)})(?:[^a-z]|$)")
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The files of one split, or its folder, and who lists them."""
-
-    files: list[str]
-    lister: _Lister
-
-    def open(self) -> ImageDataset:
-        return indexed("\0".join([self.lister.__name__, *self.files]), lambda: self.lister(self.files))
-
-
-def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> ImageDataset | None:
-    """The images of one split of data.source; held-out ones come from data.val_source, if it is given.
-
-    Returns:
-        The data set, or None if the source has no such split.
-
-    Raises:
-        DataError: the source is missing, unreadable or holds no images; the message names the setting.
-    """
-    key = "val_source" if split == "val" and config.val_source else "source"
-    source: str = getattr(config, key)
-    try:
-        parts = _split(source)
-        if key == "val_source":  # held out as a whole, unless it has such a part itself
-            parts = {"val": parts.get("val") or parts["train"]}
-        if split == "train" and "train" not in parts:
-            raise DataError("nothing in it is named train")
-        return parts[split].open() if split in parts else None
-    except DataError as error:
-        raise DataError(f"data.{key} = {source}: {error}") from error
-    except OSError as error:
-        where = printable(error.filename) if error.filename else "it"
-        raise DataError(f"data.{key} = {source}: {where} cannot be read ({error.strerror})") from error
-
-
-def _split(source: str) -> dict[str, _Part]:
-    """The parts of a source, `train` or `val` or both."""
-    if not source:
-        raise DataError("expected the path of images, shards, tables or a list of files, or fashion_mnist")
-    if source == "fashion_mnist":
-        from fastjepa.data.sources.embedded import fashion_mnist  # here, not above: nobody else pays for unpacking it
-
-        return _split_folder(fashion_mnist())
-    path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 (links stay as they are)
-    if path.is_dir():
-        return _split_folder(path)
-    if path.name.endswith(_COMPRESSED):
-        raise DataError(
-            "compressed shards cannot be read in place: expected .tar, so unpack it (gzip -d, zstd -d, ...)"
-        )
-    if path.is_file():
-        return {"train": _Part([str(path)], _BY_SUFFIX.get(path.suffix, list_list_file))}
-    if any(c in source for c in "{*?["):
-        return _split_files(_matching(str(path)))
-    raise DataError("No such file or folder; expected images, shards, tables or a list of files, or fashion_mnist")
-
-
-def _split_folder(folder: Path) -> dict[str, _Part]:
-    if (folder / "train").is_dir():
-        parts = {"train": _whole(folder / "train")}
-        val = next((folder / name for name in VAL_NAMES if (folder / name).is_dir()), None)
-        beside = {
-            printable(entry.name) for entry in entries(os.fsencode(folder)) if entry.is_dir(follow_symlinks=False)
-        }
-        if unused := sorted(beside - {"train", *VAL_NAMES}):
-            named = ", ".join(unused[:10])
-            logger.warning(
-                "%s: its folder train holds the training images; not used: %s", printable(str(folder)), named
-            )
-        return parts if val is None else parts | {"val": _whole(val)}
-    part = _whole(folder)
-    return {"train": part} if part.lister is list_folder else _split_files(part.files)
-
-
-def _whole(folder: Path) -> _Part:
-    """All of a folder: its shards or tables if it has some, else its images."""
-    files: list[str] = []
-    image = None
-    for entry in entries(os.fsencode(folder)):
-        name = os.fsdecode(entry.name)
-        if entry.name.endswith(_SUFFIXES) and not entry.is_dir():
-            files.append(name)
-        elif image is None and (is_image_name(entry.name) or entry.is_dir(follow_symlinks=False)):
-            image = name
-    # What `datasets` keeps of its own computations, beside the data.
-    files = sorted(name for name in files if not (name.startswith(("cache-", "tmp")) and name.endswith(".arrow")))
-    if not files:
-        return _Part([str(folder)], list_folder)
-    if image is not None:
-        raise DataError(
-            f"{folder} holds {files[0]} and {image}: say which are meant, with a pattern such as "
-            f"{folder}/*{Path(files[0]).suffix}, or move them apart"
-        )
-    return _Part([str(folder / name) for name in files], _lister_of(files))
-
-
-def _lister_of(files: list[str]) -> _Lister:
-    suffixes = sorted({Path(file).suffix for file in files})
-    if len({_BY_SUFFIX.get(suffix) for suffix in suffixes}) > 1 or suffixes[0] not in _BY_SUFFIX:
-        raise DataError(f"files of the kinds {', '.join(suffixes)}: expected one of {', '.join(_BY_SUFFIX)}")
-    return _BY_SUFFIX[suffixes[0]]
-
-
-def _split_files(files: list[str]) -> dict[str, _Part]:
-    """Shards or tables by the split that their names tell; all `train` if they do not tell two apart."""
-    lister = _lister_of(files)
-    by_word: dict[str | None, list[str]] = {}
-    for file in files:
-        word = _SPLIT_WORD.search(Path(file).name.lower())
-        by_word.setdefault(word and word[1], []).append(file)
-    if len(by_word) == 1:
-        return {"train": _Part(files, lister)}
-    if None in by_word:
-        raise DataError(
-            f"{by_word[None][0]}: its name tells no split, but other names do; expected train, or one of "
-            f"{', '.join(VAL_NAMES)}, in all names or in none"
-        )
-    val = next((by_word[name] for name in VAL_NAMES if name in by_word), None)
-    parts = {"train": by_word.get("train"), "val": val}
-    return {split: _Part(found, lister) for split, found in parts.items() if found}
-
-
-def _matching(pattern: str) -> list[str]:
-    """The files that a pattern means, sorted: {0000..0146} counts, whether a file is there or not; * ? [ ] match."""
-    patterns = [pattern]
-    while braces := _BRACES.search(patterns[0]):
-        first, last = braces.groups()
-        if int(first) > int(last):
-            raise DataError(f"{braces[0]} counts nothing; expected the smaller number first")
-        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-        patterns = [_BRACES.sub(number, one, count=1) for one in patterns for number in numbers]
-    files: dict[str, None] = {}  # {1..10}* finds one twice
-    for one in patterns:
-        matches = any(c in one for c in "*?[") and not Path(one).exists()  # a folder's name may hold brackets
-        files |= dict.fromkeys(sorted(glob.glob(one)) if matches else [one])  # noqa: PTH207
-    if not any(map(os.path.exists, files)):
-        raise DataError("no file matches the pattern ({first..last} counts; * ? [ ] match)")
-    return list(files)
+__all__ = ["open_dataset"]

@@ -1,4 +1,4 @@
-"""Images, labels and paths in Arrow and Parquet files. All that calls pyarrow, which is imported where it is used."""
+"""Images, labels and paths in Arrow and Parquet files. Only this file calls pyarrow, and imports it where it is used."""
 
 from __future__ import annotations
 
@@ -12,48 +12,50 @@ from typing import Any
 import numpy as np
 
 from fastjepa.data.dataset import Ints
-from fastjepa.data.decode.images import describe
+from fastjepa.data.image_errors import reason_of
 from fastjepa.errors import DataError
 
 IMAGE_NAMES = ("image", "img", "png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label", "target", "category")
 
-_ROWS = 64  # at a time, from Parquet
-_BUFFER = 1 << 20
+_ROWS_AT_ONCE = 64  # from Parquet
+_BUFFER = 1 << 20  # bytes
 
 
 class BrokenTable(Exception):
-    """A file cannot be read; the message is the reason."""
+    """A table cannot be read; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a table count."""
+    """The columns of a table that are used."""
 
     image: str
     bytes: str
-    """Where in it the bytes are: `image.bytes`, or `image`."""
+    """The field that holds the bytes: `image.bytes`, or `image` itself."""
     path: str | None
-    """`image.path`, if it has that."""
+    """The field `image.path`, if there is one."""
     label: str | None
     class_names: tuple[str, ...] | None
-    """What the label's numbers mean, if the table says so."""
+    """The meaning of the label's numbers, if the table tells it."""
 
 
 def choose_columns(file: str) -> Columns:
-    """The image is the column that Hugging Face's metadata calls one; else that of IMAGE_NAMES; else the only one that holds
-    bytes, or a struct of bytes and path. The label is the column that the metadata calls a ClassLabel, or an integer or text
-    of LABEL_NAMES.
+    """Choose the columns of images and labels.
+
+    The image column is the one that Hugging Face's metadata calls an image; else the one with a name of IMAGE_NAMES; else
+    the only one that holds bytes, or a struct of bytes and path. The label column is the one that the metadata calls a
+    ClassLabel; else one of integers or texts with a name of LABEL_NAMES.
 
     Raises:
-        BrokenTable
-        DataError: there is no image column, or several; the message lists the columns.
+        BrokenTable: the file cannot be read.
+        DataError: there is no image column, or there are several; the message lists the columns.
     """
     schema = _schema(file)
     features = _features(schema)
-    of_bytes = [field.name for field in schema if _is_bytes(field.type) or _has_bytes(field.type)]
-    images = [name for name in of_bytes if features.get(name, {}).get("_type") == "Image"] or of_bytes
-    image = _first(IMAGE_NAMES, images) or (images[0] if len(images) == 1 else None)
+    with_bytes = [field.name for field in schema if _is_bytes(field.type) or _has_bytes(field.type)]
+    images = [name for name in with_bytes if features.get(name, {}).get("_type") == "Image"] or with_bytes
+    image = _first_of(IMAGE_NAMES, images) or (images[0] if len(images) == 1 else None)
     if image is None:
         listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise DataError(
@@ -64,7 +66,7 @@ def choose_columns(file: str) -> Columns:
     inner = None if _is_bytes(kind) else [field.name for field in kind]
     named = [name for name in schema.names if isinstance(features.get(name, {}).get("names"), list)]
     plain = [field.name for field in schema if _is_label(field.type)]
-    label = _first(LABEL_NAMES, named) or (named[0] if len(named) == 1 else None) or _first(LABEL_NAMES, plain)
+    label = _first_of(LABEL_NAMES, named) or (named[0] if len(named) == 1 else None) or _first_of(LABEL_NAMES, plain)
     return Columns(
         image,
         f"{image}.bytes" if inner else image,
@@ -75,18 +77,19 @@ def choose_columns(file: str) -> Columns:
 
 
 def spans_in_place(file: str, columns: Columns) -> Ints | None:
-    """Start and size of every row's image in the file, int64 [n, 2], size -1 for a row without bytes; None if they are
-    compressed there.
+    """Start and size of every row's image in the file, int64 [n, 2]; None if the images are compressed there.
+
+    Size -1 stands for a row without bytes.
 
     Raises:
-        BrokenTable
+        BrokenTable: the file cannot be read.
     """
     if file.endswith(".parquet"):
         return None
     found = [np.empty((0, 2), np.int64)]
-    with _reading():
+    with _broken_if_unreadable():
         for batch, start, end in _arrow_batches(file, [columns.image]):
-            data, spans = _encoded(batch.column(columns.image))
+            data, spans = _buffer_and_spans(batch.column(columns.image))
             if data is not None and data.size:
                 if not start <= data.address <= data.address + data.size <= end:
                     return None
@@ -95,15 +98,16 @@ def spans_in_place(file: str, columns: Columns) -> Ints | None:
     return np.concatenate(found)
 
 
-def encoded(file: str, columns: Columns) -> Iterator[tuple[memoryview, Ints]]:
-    """The images of some rows, one behind the other, and their spans in these bytes, as in `spans_in_place`.
+def encoded_images(file: str, columns: Columns) -> Iterator[tuple[memoryview, Ints]]:
+    """All images, some rows at a time: their bytes, one image behind the other, and their spans in these bytes, as in
+    `spans_in_place`.
 
     Raises:
-        BrokenTable
+        BrokenTable: the file cannot be read.
     """
-    with _reading():
+    with _broken_if_unreadable():
         for batch in _batches(file, [columns.bytes]):
-            data, spans = _encoded(batch.column(columns.image))
+            data, spans = _buffer_and_spans(batch.column(columns.image))
             first = int(spans[0, 0]) if len(spans) else 0
             last = int(spans.sum(1).max(initial=first))
             spans[:, 0] -= first
@@ -111,77 +115,80 @@ def encoded(file: str, columns: Columns) -> Iterator[tuple[memoryview, Ints]]:
 
 
 def size_unpacked(file: str) -> int:
-    """About how many bytes `encoded` gives.
+    """Bytes, about, that `encoded_images` gives.
 
     Raises:
-        BrokenTable
+        BrokenTable: the file cannot be read.
     """
     import pyarrow.parquet as parquet
 
-    with _reading():
+    with _broken_if_unreadable():
         if not file.endswith(".parquet"):
             return os.path.getsize(file)  # noqa: PTH202 (a name need not be UTF-8)
         metadata = parquet.read_metadata(file)
-        # Of all columns: those beside the images are small, and pyarrow aborts the process on some damaged ones.
+        # Count all columns: the others are small, and pyarrow aborts the process on some that are damaged.
         return sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
 
 
-def labels(file: str, columns: Columns) -> tuple[Ints, tuple[str, ...]]:
-    """Every row's label, int64 [n], an index into the values, which come second; -1: none.
+def read_labels(file: str, columns: Columns) -> tuple[Ints, tuple[str, ...]]:
+    """Read the label column.
+
+    Returns:
+        Every row's label, int64 [n], an index into the values, or -1 for none; and the values.
 
     Raises:
-        BrokenTable
+        BrokenTable: the file cannot be read.
     """
     assert columns.label is not None
     found, number = [np.empty(0, np.int64)], dict[object, int]()
-    with _reading():
+    with _broken_if_unreadable():
         for batch in _batches(file, [columns.label]):
             column = batch.column(0)
             if columns.class_names is not None:
-                numbers = _numbers(column)
+                numbers = _integers(column)
                 found.append(np.where((numbers >= 0) & (numbers < len(columns.class_names)), numbers, -1))
             else:
                 column = column if hasattr(column, "dictionary") else column.dictionary_encode()
                 values = column.dictionary.to_pylist()
                 here = [-1 if value is None else number.setdefault(value, len(number)) for value in values]
-                found.append(np.array([*here, -1], np.int64)[_numbers(column.indices)])
+                found.append(np.array([*here, -1], np.int64)[_integers(column.indices)])
     return np.concatenate(found), columns.class_names or tuple(map(str, number))
 
 
-def paths(file: str, columns: Columns) -> Iterator[str | None]:
+def read_paths(file: str, columns: Columns) -> Iterator[str | None]:
     """Every row's path.
 
     Raises:
-        BrokenTable
+        BrokenTable: the file cannot be read.
     """
     assert columns.path is not None
-    with _reading():
+    with _broken_if_unreadable():
         for batch in _batches(file, [columns.path]):
             yield from batch.column(0).field("path").to_pylist()
 
 
 def _batches(file: str, columns: list[str]) -> Iterator[Any]:
-    """Record batches of some columns (`image.bytes`: Parquet reads no more of the struct)."""
+    """Record batches of some columns. For `image.bytes`, Parquet reads nothing else of the struct."""
     import pyarrow.parquet as parquet
 
-    with _reading():
+    with _broken_if_unreadable():
         if file.endswith(".parquet"):
-            # Page by page (of 1024 rows, as pyarrow writes them), not a row group's whole column at once.
+            # Read page by page (pyarrow writes pages of 1024 rows), not a row group's whole column at once.
             with parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False) as table:
-                yield from table.iter_batches(_ROWS, columns=columns)
+                yield from table.iter_batches(_ROWS_AT_ONCE, columns=columns)
         else:
             for batch, *_ in _arrow_batches(file, columns):
                 yield batch
 
 
 def _arrow_batches(file: str, columns: list[str]) -> Iterator[tuple[Any, int, int]]:
-    """Some columns of the record batches of an Arrow file (a stream, or with a footer), and where in memory its mapping
-    begins and ends."""
+    """Record batches of some columns of an Arrow file (a stream, or with a footer), and the addresses in memory at which the
+    file's mapping begins and ends."""
     import pyarrow as pa
 
     def checked(batch: Any) -> Any:
         part = batch.select([column.partition(".")[0] for column in columns])
-        part.validate(full=True)  # pyarrow trusts a file: a damaged one would bring the process down
+        part.validate(full=True)  # without this, a damaged file would bring the process down
         return part
 
     with pa.memory_map(file) as mapped:
@@ -200,7 +207,7 @@ def _schema(file: str) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    with _reading():
+    with _broken_if_unreadable():
         if file.endswith(".parquet"):
             schema = parquet.read_schema(file)
         else:
@@ -208,29 +215,31 @@ def _schema(file: str) -> Any:
                 footed = mapped.read(6) == b"ARROW1"
                 mapped.seek(0)
                 schema = (pa.ipc.open_file if footed else pa.ipc.open_stream)(mapped).schema
-        for field in schema:  # their names are decoded here, or cannot be
+        for field in schema:  # decode the names here, where errors are caught
             _ = field.name, [inner.name for inner in field.type] if pa.types.is_struct(field.type) else ()
         return schema
 
 
 @contextlib.contextmanager
-def _reading() -> Iterator[None]:
+def _broken_if_unreadable() -> Iterator[None]:
+    """Turn the errors of reading a table into BrokenTable."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, ValueError, LookupError) as error:  # names may not be UTF-8
-        raise BrokenTable(describe(error)) from error
+        raise BrokenTable(reason_of(error)) from error
 
 
-def _encoded(column: Any) -> tuple[Any, Ints]:
-    """The buffer with the bytes of a column of images (None if there are none), and each row's span in it, int64 [n, 2]."""
+def _buffer_and_spans(column: Any) -> tuple[Any, Ints]:
+    """The buffer that holds the bytes of a column of images (None if there are none), and each row's span in it, int64
+    [n, 2]."""
     import pyarrow as pa
 
-    missing = _flags(column.is_null())
+    missing = _booleans(column.is_null())
     if pa.types.is_struct(column.type):
         column = column.field("bytes")
-        missing |= _flags(column.is_null())
+        missing |= _booleans(column.is_null())
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         column = column.cast(pa.large_binary())
     _, offsets, data = column.buffers()
@@ -245,19 +254,19 @@ def _encoded(column: Any) -> tuple[Any, Ints]:
     return data, spans
 
 
-def _numbers(column: Any) -> Ints:
+def _integers(column: Any) -> Ints:
     """An integer column, int64 [n]; -1 for null."""
     import pyarrow as pa
 
     return np.asarray(column.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
 
 
-def _flags(column: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _booleans(column: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return np.array(column.to_numpy(zero_copy_only=False), bool)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """What `datasets` says of the columns; empty if it does not."""
+    """The description of the columns that `datasets` keeps in the metadata; empty if there is none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -265,7 +274,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _first(names: tuple[str, ...], columns: list[str]) -> str | None:
+def _first_of(names: tuple[str, ...], columns: list[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 

@@ -1,7 +1,7 @@
 """The data set inside the package: 8,000 + 2,000 images of Fashion-MNIST (28 x 28, grey; Zalando SE, MIT licence).
 
-It is unpacked once into a cache folder, as class folders of PNG files, so that the default run takes the same path as
-any user's images.
+It is unpacked once into the cache folder, as class folders of PNG files. So the default run reads its images in the same way
+as those of any user.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastjepa.data.sources.index import cache_folder
+from fastjepa.data.sources.cache import cache_folder
 from fastjepa.errors import DataError
 
 _NAME = "fashion_mnist_10k"
@@ -25,9 +25,9 @@ _SIZE = 28
 
 
 def fashion_mnist() -> Path:
-    """The folder of the embedded set, `{train,val}/<class>/<number>.png`; unpacked first if it is not there.
+    """The folder of the embedded set, `{train,val}/<class>/<number>.png`. The set is unpacked if the folder does not exist.
 
-    Processes that do so at the same time each unpack into a folder of their own; the first to finish renames it.
+    Processes that unpack at the same time each use a folder of their own; the first to finish renames it.
 
     Raises:
         DataError: the cache folder cannot be written, or images are missing from it.
@@ -43,7 +43,7 @@ def fashion_mnist() -> Path:
                 if not folder.exists():
                     complete.rename(folder)
         except OSError as error:
-            if not folder.exists():  # else another process was faster
+            if not folder.exists():  # otherwise another process was faster
                 raise DataError(
                     f"cannot unpack the embedded images into {cache} ({error.strerror}): "
                     f"set FASTJEPA_CACHE to a writable folder with 60 MB of space"

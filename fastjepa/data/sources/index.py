@@ -1,8 +1,8 @@
-"""Data sets are listed once and the list is cached, with a checksum and with what it was made from.
+"""The index of a data set: its list of images, made once and cached with a checksum.
 
-An index is a folder of plain arrays below the cache folder. It is used again while every folder and file that it was
-made from is as it was (modification time and size), and thrown away otherwise; so a data set of millions of files opens
-in the time that it takes to look at its folders.
+An index is a folder of plain arrays below the cache folder. It is used again while every folder and file that it was made
+from has the same modification time and size, and is thrown away otherwise. So a data set of millions of files opens in the
+time that it takes to look at its folders.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import os
 import shutil
 import stat
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,41 +23,35 @@ from typing import Any
 import numpy as np
 
 from fastjepa.data.dataset import ImageDataset, Spans, Strings, printable
-from fastjepa.errors import DataError
+from fastjepa.data.sources.cache import cache_folder, temporary_folder
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-_SETTLED_AFTER = 2.0  # seconds; a folder changed later than this before it was listed may change again unnoticed
+# Seconds. A folder that changed less than this before it was listed may change again without a trace in its time.
+_SETTLED_AFTER = 2.0
 
 
 @dataclass
 class Listing:
-    """What a source found."""
+    """The images that a source found, and what the list of them depends on."""
 
     dataset: ImageDataset
     watched: list[bytes]
-    """Folders and files that the list was made from: if one of them changes, the list is made anew."""
+    """The folders and files that the list was made from. If one of them changes, the list is made anew."""
     warnings: list[str] = field(default_factory=list)
-    """What the user should know each time the data set is opened, such as a broken shard."""
+    """Messages for the user each time the data set is opened, for example about a broken shard."""
     complete: bool = True
     """False: something could not be read just now, so the list is not cached."""
 
 
-def cache_folder() -> Path:
-    """Where indices and unpacked data sets lie: $FASTJEPA_CACHE, else $XDG_CACHE_HOME/fastjepa, else ~/.cache/fastjepa."""
-    if given := os.environ.get("FASTJEPA_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastjepa"
-
-
 def indexed(key: str, build: Callable[[], Listing]) -> ImageDataset:
-    """The data set that `build` lists, from the cache if nothing has changed since.
+    """The data set that `build` lists; it is taken from the cache if nothing has changed since it was listed.
 
-    A cache that cannot be written is no error: the list is made each time, which is logged.
+    A cache that cannot be written is no error: the list is made each time, and a warning says so.
 
     Args:
-        key: all that the list depends on besides the files' contents, such as the kind of source and its path.
+        key: everything that the list depends on besides the files' contents, such as the kind of source and its path.
         build: lists the source; may raise DataError.
     """
     folder = cache_folder() / "index" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:24]
@@ -72,7 +65,11 @@ def indexed(key: str, build: Callable[[], Listing]) -> ImageDataset:
             if listing.complete:
                 _save(folder, listing, started)
         except OSError as error:
-            logger.warning("the list of images is not cached in %s (%s): set FASTJEPA_CACHE", folder, error.strerror)
+            logger.warning(
+                "the list of images is not cached in %s (%s): set FASTJEPA_CACHE to a folder that can be written",
+                folder,
+                error.strerror,
+            )
     for warning in listing.warnings:
         logger.warning("%s", warning)
     return listing.dataset
@@ -92,9 +89,9 @@ def _arrays(listing: Listing) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _save(folder: Path, listing: Listing, started: float) -> None:
-    """Atomically: into a folder beside, which then takes the name."""
+    """Write an index into a temporary folder, then rename that, so that no reader sees half an index."""
     with temporary_folder(folder) as temporary:
-        described: dict[str, Any] = {
+        header: dict[str, Any] = {
             "format": _FORMAT,
             "root": os.fsencode(listing.dataset.root).hex(),
             "class_names": listing.dataset.class_names,
@@ -106,13 +103,13 @@ def _save(folder: Path, listing: Listing, started: float) -> None:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        described["arrays"] = {name: _checksum(temporary / f"{name}.npy") for name in arrays}
-        described["checksum"] = _checksum_of(described)
+        header["arrays"] = {name: _file_checksum(temporary / f"{name}.npy") for name in arrays}
+        header["checksum"] = _header_checksum(header)
         with (temporary / "index.json").open("w", encoding="utf-8") as text:
-            json.dump(described, text)
+            json.dump(header, text)
             text.flush()
             os.fsync(text.fileno())
-        # The one before is kept: another run may have it mapped. Any of these renames may lose against another rank.
+        # The previous index is kept: another run may have it mapped. Another rank may win the race for either rename.
         previous = folder.with_name(f"{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -125,19 +122,19 @@ def _save(folder: Path, listing: Listing, started: float) -> None:
 
 
 def _load(folder: Path) -> Listing | None:
-    """The cached listing, if it is whole and nothing that it was made from has changed."""
+    """Load the cached listing; None if there is none, it is damaged, or something that it was made from has changed."""
     try:
-        described = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if described["format"] != _FORMAT:
+        header = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if header["format"] != _FORMAT:
             return None
-        if described.pop("checksum") != _checksum_of(described):
+        if header.pop("checksum") != _header_checksum(header):
             raise ValueError("the checksum of index.json is wrong")
-        files = {name: folder / f"{name}.npy" for name in described["arrays"]}
-        # Before they are mapped: numpy trips over damaged headers in ways of its own.
-        if damaged := [name for name, file in files.items() if _checksum(file) != described["arrays"][name]]:
+        files = {name: folder / f"{name}.npy" for name in header["arrays"]}
+        # Check before mapping: numpy raises errors of many kinds on a damaged header.
+        if damaged := [name for name, file in files.items() if _file_checksum(file) != header["arrays"][name]]:
             raise ValueError(f"the checksum of {', '.join(damaged)} is wrong")
         arrays = {name: np.asarray(np.load(file, mmap_mode="r", allow_pickle=False)) for name, file in files.items()}
-        root = os.fsdecode(bytes.fromhex(described["root"]))
+        root = os.fsdecode(bytes.fromhex(header["root"]))
         watched = Strings(arrays["watched"], arrays["watched_ends"])
         paths = [watched[i] for i in range(len(watched))]
         if not np.array_equal(_state(paths), arrays["watched_state"]):
@@ -150,22 +147,25 @@ def _load(folder: Path) -> Listing | None:
             root,
             Strings(arrays["names"], arrays["name_ends"]),
             arrays.get("labels"),
-            tuple(described["class_names"]),
+            tuple(header["class_names"]),
             spans,
         )
-        return Listing(dataset, paths, list(described["warnings"]))
+        return Listing(dataset, paths, list(header["warnings"]))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: cannot be used (%s): the data set is listed anew", folder, error)
+        logger.warning("%s: this cached list cannot be used (%s): the data set is listed anew", folder, error)
         return None
 
 
 def _state(paths: list[bytes], started: float | None = None) -> np.ndarray[Any, Any]:
-    """Modification time in ns and size of each path, int64 [n, 2]; -1 for one that is not there, and -2 for one that had
-    changed just before `started`, so that it equals no later state."""
+    """Modification time in ns and size of each path, int64 [n, 2].
 
-    def of(path: bytes) -> tuple[int, int]:
+    -1 stands for a path that does not exist. -2 stands for one that had changed just before `started`: it equals no later
+    state, so the list is made anew.
+    """
+
+    def state_of(path: bytes) -> tuple[int, int]:
         try:
             status = os.stat(path)  # noqa: PTH116 (bytes)
         except OSError:
@@ -175,43 +175,13 @@ def _state(paths: list[bytes], started: float | None = None) -> np.ndarray[Any, 
         # A folder's size says nothing that its time does not.
         return status.st_mtime_ns, status.st_size if stat.S_ISREG(status.st_mode) else 0
 
-    return np.array([of(path) for path in paths], np.int64).reshape(-1, 2)
+    return np.array([state_of(path) for path in paths], np.int64).reshape(-1, 2)
 
 
-def _checksum(path: Path) -> str:
+def _file_checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checksum_of(described: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-# Shared by the sources
-
-
-@contextlib.contextmanager
-def temporary_folder(beside: Path) -> Iterator[Path]:
-    """A new hidden folder beside one that is to be, gone afterwards unless it was renamed. Unlike those of tempfile it may
-    be read by others than its owner: a cache may be shared."""
-    folder = beside.with_name(f".{beside.name}-{uuid.uuid4().hex}")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def entries(folder: bytes) -> Iterator[os.DirEntry[bytes]]:
-    """What is visible in a folder, in no order.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with os.scandir(folder) as found:
-            yield from (entry for entry in found if not entry.name.startswith(b"."))
-    except OSError as error:
-        raise DataError(
-            f"{os.fsdecode(folder)}: cannot be read ({error.strerror}); expected a readable folder of images"
-        ) from error
+def _header_checksum(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()

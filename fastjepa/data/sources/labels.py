@@ -1,4 +1,4 @@
-"""Labels as they stand in a source: texts or integers, which become indices into sorted class names."""
+"""Labels of a source, texts or integers, become indices into sorted class names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastjepa.data.dataset import Ints
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
-def classes(labels: Ints, values: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:
-    """Sorted class names, by number if all are integers (`7` and `007` are one class then).
+def sort_classes(labels: Ints, values: Sequence[str]) -> tuple[Ints, tuple[str, ...]]:
+    """Sort the class names: by number if all are integers, and then `7` and `007` are one class; else as texts.
 
     Args:
         labels: int64 [n], indices into `values`.
-        values: what the source says, each once, in any order.
+        values: the labels as the source has them, each once, in any order.
 
     Returns:
-        int64 [n], indices into the class names; and these.
+        The labels as indices into the class names, int64 [n]; and the class names.
     """
     names: list[str]
     if all(_INTEGER.fullmatch(value) for value in values):

@@ -1,4 +1,4 @@
-"""Names of samples: a sample's name is its identity, so no two are the same."""
+"""Unique names for samples: a sample's name is its identity."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fastjepa.data.dataset import Ints, Strings
 _Flags = npt.NDArray[np.bool_]
 
 
-def unique(names: Strings) -> tuple[Strings, Ints]:
-    """A name that occurs again gets `#2`, `#3`, ... behind it (or the next number that makes no name that is there).
+def unique_names(names: Strings) -> tuple[Strings, Ints]:
+    """Make names unique: one that occurs again gets `#2`, `#3`, ... behind it (or the next number that makes a new name).
 
     Returns:
         The names, and the indices of those that were changed, int64 [k].
     """
-    # 8 bytes a name, where a set of the names would take a hundred.
+    # Hashes take 8 bytes a name, where a set of the names would take a hundred.
     hashes = np.fromiter(map(hash, names), np.int64, len(names))
     ordered = np.sort(hashes)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -30,21 +30,28 @@ def unique(names: Strings) -> tuple[Strings, Ints]:
 
 
 def _numbered(names: Strings, suspects: _Flags, ordered_hashes: Ints, changed: _Flags) -> Iterator[bytes]:
+    """The unique names, in order.
+
+    Args:
+        names: the names.
+        suspects: [n], True where another name has the same hash: only these may occur twice.
+        ordered_hashes: int64 [n], the sorted hashes of all names.
+        changed: [n], set to True here where a name gets a number.
+    """
     count: dict[bytes, int] = {}
-    taken: set[bytes] = set()
     for index, (name, suspect) in enumerate(zip(names, suspects.tolist(), strict=True)):
         if not suspect:
             yield name
-        elif name not in count:  # its first time
+        elif name not in count:  # it occurs for the first time
             count[name] = 1
             yield name
         else:
             changed[index] = True
             made = name
-            while made in taken or _holds(ordered_hashes, hash(made)):
+            # No two names that are made here are equal: what stands before the last # and the number behind it differ.
+            while _holds(ordered_hashes, hash(made)):
                 count[name] += 1
                 made = b"%s#%d" % (name, count[name])
-            taken.add(made)
             yield made
 
 

@@ -1,4 +1,4 @@
-"""Where the members of a tar file lie: by its headers, or by the index file that DALI's `wds2idx` writes beside it."""
+"""Members of a tar file and where they lie: read from its headers, or from the index file that DALI's `wds2idx` writes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ _ENCODING, _ERRORS = "utf-8", "surrogateescape"
 
 
 class Member(NamedTuple):
-    """A regular file of the archive."""
+    """A regular file in the archive."""
 
     name: bytes
     start: int
+    """The first byte of its content, in the archive."""
     size: int
+    """Bytes of its content."""
 
 
 class BrokenTar(Exception):
-    """The archive, or its index, cannot be read on from here; the message is the reason."""
+    """The archive cannot be read any further; the message is the reason."""
 
 
 class TarReader:
-    """Reads at any place of a tar file. Close it after use, as a context manager does."""
+    """Lists the members of a tar file and reads at any place of it. Use it in a `with` statement, which closes the file."""
 
     def __init__(self, path: str) -> None:
         """
         Raises:
             OSError: the file cannot be opened, or is no regular file.
         """
-        # A pipe would be waited for, for ever.
+        # O_NONBLOCK: opening a pipe would wait for ever.
         self._file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
         status = os.fstat(self._file.fileno())
         if not stat.S_ISREG(status.st_mode):
@@ -48,37 +50,37 @@ class TarReader:
         self._file.close()
 
     def read(self, start: int, size: int) -> bytes:
-        """Fewer bytes where the file ends.
+        """Read `size` bytes from `start` on, or fewer where the file ends.
 
         Raises:
-            OSError
+            OSError: the file cannot be read.
         """
         return os.pread(self._file.fileno(), size, start)
 
     def members(self) -> Iterator[Member]:
-        """Regular files in the order of the archive, but for sparse ones, whose bytes are not in one piece.
+        """The regular files, in the order of the archive. Sparse files are left out: their bytes are not in one piece.
 
         Raises:
-            BrokenTar: the archive ends early or is damaged here; what came before is good.
-            OSError
+            BrokenTar: the archive ends early or is damaged here; the members before are good.
+            OSError: the file cannot be read.
         """
         try:
             tar = tarfile.open(fileobj=self._file, mode="r:", encoding=_ENCODING, errors=_ERRORS)  # noqa: SIM115
             while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if info.size < 0 or "\0" in info.name:  # tarfile would come to the same header again
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+                if info.size < 0 or "\0" in info.name:  # tarfile would read the same header for ever
                     raise BrokenTar(f"the header before byte {info.offset_data} is damaged")
                 if info.offset_data + info.size > self.length:
                     name = info.name.encode(_ENCODING, "backslashreplace").decode()
                     raise BrokenTar(f"it ends after {self.length} bytes, within {name}")
                 if info.isreg() and not info.issparse():
-                    name = info.name.removeprefix("./")  # of an archive that was made of a folder as `.`
+                    name = info.name.removeprefix("./")  # from an archive of the folder `.`
                     yield Member(name.encode(_ENCODING, _ERRORS), info.offset_data, info.size)
         except (tarfile.TarError, ValueError, EOFError) as error:
             if self.length and not self._is_a_tar():
                 raise BrokenTar("it is no tar archive (compressed ones cannot be used)") from error
             raise BrokenTar(f"{error} (it has {self.length} bytes)") from error
-        # A damaged header, and the end of the file, are the end of the archive to tarfile.
+        # tarfile stops without an error at a damaged header and at the end of the file.
         mark = self.read(tar.offset, tarfile.BLOCKSIZE)
         if len(mark) < tarfile.BLOCKSIZE:
             raise BrokenTar(f"it ends after {self.length} bytes without an end mark: perhaps it was cut short")
@@ -93,11 +95,11 @@ class TarReader:
         return True
 
     def members_by_index(self, path: str) -> list[Member] | None:
-        """The members that an index file names, as `members` would give them; None if it does not fit, or does not say all.
+        """The members that an index file names, as `members` would give them; None if the file does not fit, or lacks some.
 
-        The file: `v1.2 SAMPLES`, then a line a sample, of `extension offset size name` for each member. Version 1.1 lacks
-        the names, by which samples are known. It is made of the output of GNU tar, so unusual names are escaped in it, and
-        the offsets of members with GNU long names are wrong.
+        The format is `v1.2 SAMPLES`, then a line a sample, which holds `extension offset size name` for each member. Version
+        1.1 lacks the names, by which samples are known. wds2idx makes the file from the output of GNU tar, so unusual names
+        are escaped in it, and the offsets of members with GNU long names are wrong: a file with either does not fit.
         """
         try:
             first, *lines = Path(path).read_bytes().split(b"\n")
@@ -118,6 +120,7 @@ class TarReader:
         return members if complete and fits else None
 
     def _is_at(self, member: Member) -> bool:
+        """True if the header before the member's place has its size."""
         if member.start < tarfile.BLOCKSIZE or member.start + member.size > self.length:
             return False
         header = self.read(member.start - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)

@@ -1,4 +1,4 @@
-"""Images that lie compressed in their file, unpacked once below the cache folder, where they can be read by offset."""
+"""Images that are compressed in their file: unpacked once below the cache folder, where they can be read by offset."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from fastjepa.data.dataset import Ints
-from fastjepa.data.sources.index import cache_folder, temporary_folder
+from fastjepa.data.sources.cache import cache_folder, temporary_folder
 from fastjepa.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _RESERVE = 64 << 20  # bytes that are left free on the disk
-_TIMES_DIFFER = 2_000_000_000  # ns; file systems round
+_TIME_TOLERANCE = 2_000_000_000  # ns: file systems round times
 
 
-class Unpacked:
-    """A place for the images of one file, as it is now: the file's path, size and time of change give it its name.
+class UnpackedImages:
+    """The place in the cache for the images of one file, as that file is now: path, size and modification time name it.
 
-    A folder of two files, which is there whole or not at all: `images.bin`, one image behind the other, and `spans.npy`,
-    int64 [n, 2], start and size of each; size -1: a row without bytes.
+    It is a folder of two files, which is there whole or not at all: `images.bin`, one image behind the other, and
+    `spans.npy`, int64 [n, 2], start and size of each image; size -1 stands for a row without bytes.
     """
 
     def __init__(self, path: str, column: str) -> None:
@@ -42,58 +42,61 @@ class Unpacked:
         self.images = self._folder / "images.bin"
 
     def spans(self) -> Ints | None:
-        """int64 [n, 2]; None if it has not been unpacked, or is not as it was left."""
+        """Start and size of each image, int64 [n, 2]; None if nothing is unpacked, or it has changed since."""
         try:
             spans = np.load(self._folder / "spans.npy", allow_pickle=False)
             status = self.images.stat()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("%s: cannot be used (%s): %s is unpacked anew", self._folder, error, self._path)
+            logger.warning(
+                "%s: cannot be used (%s): the images of %s are unpacked anew", self._folder, error, self._path
+            )
             return None
-        as_left = abs(status.st_mtime_ns - self._status.st_mtime_ns) < _TIMES_DIFFER
-        return (
-            spans
-            if as_left and spans.shape[1:] == (2,) and status.st_size >= int(spans.sum(1).max(initial=0))
-            else None
-        )
+        unchanged = abs(status.st_mtime_ns - self._status.st_mtime_ns) < _TIME_TOLERANCE
+        whole = spans.shape[1:] == (2,) and status.st_size >= int(spans.sum(1).max(initial=0))
+        return spans if unchanged and whole else None
 
     def write(self, batches: Callable[[], Iterable[tuple[memoryview, Ints]]]) -> Ints:
-        """Unpack, unless another process has done so meanwhile.
+        """Unpack the images, unless another process does so meanwhile.
 
         Args:
-            batches: gives some images' bytes, one behind the other, and their spans in these, int64 [k, 2]. It may raise:
-                nothing is left behind.
+            batches: gives the bytes of some images, one behind the other, and their spans in these, int64 [k, 2]. If it
+                raises, nothing is left behind.
+
+        Returns:
+            The same as `spans`.
 
         Raises:
             DataError: the cache cannot be written.
         """
         parent = self._folder.parent
-        with _writing(parent):
+        with _cache_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            with _alone(self._folder.with_suffix(".lock")) as alone:
+            with _locked(self._folder.with_suffix(".lock")) as locked:
                 if (spans := self.spans()) is not None:
                     return spans
-                for left_behind in parent.glob(f".{self._folder.name}-*") if alone else ():  # by one that was killed
+                for left_behind in parent.glob(f".{self._folder.name}-*") if locked else ():  # by a killed process
                     shutil.rmtree(left_behind, ignore_errors=True)
                 with temporary_folder(self._folder) as temporary:
-                    spans = _write(temporary, batches)
-                    # As old as what it was made of: so an index counts it as settled (`index._state`), and changes show.
+                    spans = _write_files(temporary, batches)
+                    # With the time of the file that it was made from, an index takes it for settled, and changes show.
                     os.utime(temporary / self.images.name, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
                     if self.spans() is None:
-                        shutil.rmtree(self._folder, ignore_errors=True)  # it is damaged
+                        shutil.rmtree(self._folder, ignore_errors=True)  # what is there is damaged
                         temporary.rename(self._folder)
         logger.info("%s: %.2f GB of images unpacked into %s", self._path, spans[:, 1].clip(0).sum() / 1e9, self._folder)
         return spans
 
 
 def require_space(needed: int, what: str) -> None:
-    """
+    """Check that the cache folder's disk has room for `needed` bytes, before hours of unpacking.
+
     Raises:
-        DataError: the cache folder's disk has less than `needed` bytes left, or the folder cannot be made.
+        DataError: there is too little room, or the folder cannot be made.
     """
     folder = cache_folder()
-    with _writing(folder):
+    with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     needed += _RESERVE
@@ -104,7 +107,7 @@ def require_space(needed: int, what: str) -> None:
         )
 
 
-def _write(folder: Path, batches: Callable[[], Iterable[tuple[memoryview, Ints]]]) -> Ints:
+def _write_files(folder: Path, batches: Callable[[], Iterable[tuple[memoryview, Ints]]]) -> Ints:
     end, all_spans = 0, [np.empty((0, 2), np.int64)]
     with (folder / "images.bin").open("wb") as file:
         for images, spans in batches():
@@ -122,7 +125,8 @@ def _write(folder: Path, batches: Callable[[], Iterable[tuple[memoryview, Ints]]
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _cache_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a DataError that says what to set."""
     try:
         yield
     except OSError as error:
@@ -132,10 +136,10 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[bool]:
-    """Wait while another process holds the lock; False where the file system has no locks."""
+def _locked(lock: Path) -> Iterator[bool]:
+    """Hold a lock; wait while another process holds it. Gives False where the file system has no locks."""
     with lock.open("wb") as file:
-        alone = True
+        locked = True
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -143,5 +147,5 @@ def _alone(lock: Path) -> Iterator[bool]:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX)
             except OSError:
-                alone = False
-        yield alone  # the lock goes when the file is closed
+                locked = False
+        yield locked  # the lock is released when the file is closed

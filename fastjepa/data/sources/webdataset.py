@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset writes them: members that stand side by side and share a key are a sample."""
+"""Tar shards as WebDataset writes them: members that stand side by side and share a key are one sample."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastjepa.data.dataset import Strings
-from fastjepa.data.decode.images import describe
+from fastjepa.data.image_errors import reason_of
+from fastjepa.data.sources.file_samples import FileSamples, common_folder, join
 from fastjepa.data.sources.folder import IMAGE_EXTENSIONS, is_image_name
 from fastjepa.data.sources.index import Listing
-from fastjepa.data.sources.names import unique
-from fastjepa.data.sources.parts import Part, common_folder, join
+from fastjepa.data.sources.names import unique_names
 from fastjepa.data.sources.tar_members import BrokenTar, Member, TarReader
 from fastjepa.errors import DataError
 
-_AT_ONCE = 16  # shards: on a network file system every header is a wait
-_LONGEST_LABEL = 1024
-_NAMED = 5
+_SHARDS_AT_ONCE = 16  # threads: on a network file system every header is a wait
+_LONGEST_LABEL = 1024  # bytes
+_NAMED_SHARDS = 5
 
 
 def list_shards(files: list[str]) -> Listing:
     """The samples of uncompressed tar files, in the order of the files and of their members.
 
     A member's key is its path up to the first dot of its base name. The image of a sample is its first member with an image
-    extension, its label the content of its `.cls` member, an integer or a text; labels are used if all samples have one.
-    Members without a dot or with nothing before it (`._x.jpg`), and samples without an image, are passed over. The name is
-    that of shard and member; one that the shard holds already gets `#2`, `#3`, ... behind it.
+    extension. Its label is the content of its `.cls` member, an integer or a text; labels are used if all samples have one.
+    Members without a dot or with nothing before it (`._x.jpg`), and samples without an image, are passed over. A sample is
+    named after its shard and member; a name that the shard has already gets `#2`, `#3`, ... behind it.
 
-    An index file of DALI's `wds2idx` (`x.idx` beside `x.tar`, not older) saves reading the headers.
+    An index file of DALI's `wds2idx` (`x.idx` beside `x.tar`, and not older) saves reading the headers.
 
-    Of a shard that is damaged or cut short the samples before that place are used, and one that is missing or unreadable is
-    left out, with a warning.
+    If a shard is damaged or cut short, the samples before that place are used. A shard that is missing or unreadable is left
+    out. A warning tells either.
 
     Raises:
         DataError: no shard holds an image.
     """
     root = common_folder(files)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         shards = list(pool.map(lambda file: _list_shard(root, file), files))
     warnings = [shard.problem for shard in shards if shard.problem]
     if missing := [file for file, shard in zip(files, shards, strict=True) if shard.missing]:
-        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        named = ", ".join(missing[:_NAMED_SHARDS]) + (", ..." if len(missing) > _NAMED_SHARDS else "")
         warnings.insert(0, f"{len(missing)} of {len(files)} shards are missing: {named}")
     if without_image := sum(shard.without_image for shard in shards):
         warnings.append(f"{root}: passed over {without_image} samples without an image")
-    parts = [shard.part for shard in shards if len(shard.part.names)]
+    parts = [shard.samples for shard in shards if len(shard.samples.names)]
     if not parts:
         looked_for = " ".join(sorted(IMAGE_EXTENSIONS))
         raise DataError("; ".join([f"no images in the shards; looked for members with {looked_for}", *warnings]))
@@ -61,12 +61,14 @@ def list_shards(files: list[str]) -> Listing:
 
 @dataclass(frozen=True)
 class _Shard:
-    part: Part
-    without_image: int = 0
-    missing: bool = False
-    unreadable: bool = False
-    """Now, that is: it may be whole."""
-    problem: str | None = None
+    samples: FileSamples
+    without_image: int
+    """The number of samples that were passed over."""
+    missing: bool
+    unreadable: bool
+    """True: it could not be read just now; it may be whole."""
+    problem: str | None
+    """A warning."""
 
 
 def _list_shard(root: str, file: str) -> _Shard:
@@ -89,12 +91,12 @@ def _list_shard(root: str, file: str) -> _Shard:
         missing = True
     except OSError as error:
         unreadable = True
-        reasons.append(describe(error))
-    if reasons and values and labels[-1] < 0:  # the label of the last sample was cut off
+        reasons.append(reason_of(error))
+    if reasons and values and labels[-1] < 0:  # the last sample lost its label to the damage
         for column in (names, labels, starts, sizes):
             column.pop()
-    part = Part(
-        names=unique(Strings.of(names))[0],
+    samples = FileSamples(
+        names=unique_names(Strings.of(names))[0],
         files=[shard],
         file=np.zeros(len(names), np.int64),
         start=np.array(starts, np.int64),
@@ -103,11 +105,11 @@ def _list_shard(root: str, file: str) -> _Shard:
         values=list(values),
     )
     problem = f"{file}: {reasons[0]}; {len(names)} samples found before are used" if reasons else None
-    return _Shard(part, without_image, missing, unreadable, problem)
+    return _Shard(samples, without_image, missing, unreadable, problem)
 
 
 def _members(tar: TarReader, file: str, reasons: list[str]) -> Iterator[Member]:
-    """The members up to where the shard is broken; the reason for that goes to `reasons`."""
+    """The members up to the place where the shard is broken. The reason is appended to `reasons`."""
     index = _index_of(file)
     indexed = tar.members_by_index(index) if _is_up_to_date(index, file) else None
     try:
@@ -117,7 +119,7 @@ def _members(tar: TarReader, file: str, reasons: list[str]) -> Iterator[Member]:
 
 
 def _samples(tar: TarReader, members: Iterator[Member]) -> Iterator[tuple[Member | None, str | None]]:
-    """Image and label of each sample."""
+    """The image and the label of each sample; None for what it lacks."""
     key: bytes | None = None
     image: Member | None = None
     label: str | None = None
@@ -139,6 +141,7 @@ def _samples(tar: TarReader, members: Iterator[Member]) -> Iterator[tuple[Member
 
 
 def _index_of(file: str) -> str:
+    """The path that `wds2idx` gives to the index of a shard."""
     return file.removesuffix(".tar") + ".idx"
 
 

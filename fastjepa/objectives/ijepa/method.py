@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -13,12 +14,13 @@ from fastjepa.objectives.ijepa import costs
 from fastjepa.objectives.ijepa.costs import Tokens
 from fastjepa.objectives.ijepa.masks import sample_masks
 from fastjepa.objectives.ijepa.objective import IJEPAObjective, MaskedImages
-from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig, Savings
 from fastjepa_kernels import Operation
 
 
 class IJEPA(Method):
     stages = ("context encoder", "target encoder", "predictor", "loss")
+    savings = tuple(f"objective.savings.{field.name}" for field in fields(Savings))
     evaluated = "target_encoder"
 
     def __init__(self, config: Config) -> None:

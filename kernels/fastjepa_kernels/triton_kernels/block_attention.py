@@ -69,8 +69,8 @@ class _Candidate(NamedTuple):
     num_warps: int
     num_stages: int
     fits: Callable[[_Shape], bool]
-    """Whether it compiles without spills on sm_90, with nearly none on sm_80, and with no wgmma serialized. These are the
-    findings of `python -m benchmarks.proofs.aot`."""
+    """True for shapes that compile without spills on sm_90, with nearly none on sm_80, and with no wgmma serialized. These
+    are findings of `python -m benchmarks.proofs.aot`."""
 
 
 def _autotune(key: str, *candidates: _Candidate) -> Callable[[Any], Any]:
@@ -513,7 +513,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _grid(heads: int, lengths: Ragged, block: str) -> Callable[[dict[str, Any]], tuple[int, int]]:
-    """A grid of (heads x blocks, sequences). There is at least one block, since `_zero_rest` needs one."""
+    """A grid of (heads x blocks, sequences), where programs that share keys follow one another. `_zero_rest` needs at least
+    one block."""
     return lambda meta: (heads * max(1, triton.cdiv(lengths.max_seqlen, meta[block])), lengths.num_seqs)
 
 

@@ -5,11 +5,12 @@
 2. `_accumulate`, one program, cuts the lengths to the batch minimum (official mode) and sums them up to cu_seqlens.
 3. `_pack`, one program per image, finds the rows of every patch by counting the kept patches before it, and writes them.
 
-`fastjepa_kernels.masks` says the shapes, `fastjepa_kernels.mask_sampling` the values. They equal the host's in every bit,
-since all arithmetic is on integers.
+`fastjepa_kernels.masks` defines the shapes and `fastjepa_kernels.mask_sampling` the values. The masks equal the host's in
+every bit, since all arithmetic is on integers.
 
-Latency limits it. 128 images of 196 patches are 0.4 MB of writes and 50 k Philox calls, which any GPU does in microseconds.
-The stores are scattered by nature (8-byte entries at places that the lengths dictate), so they are not 128 bits wide.
+It is limited by latency. 128 images of 196 patches are 0.4 MB of writes and 50 k Philox calls, which any GPU does in
+microseconds. The stores are scattered by nature (8-byte entries at places that the lengths dictate), so they are not 128
+bits wide.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _BUDGET = tl.constexpr(philox.DOMAIN_BUDGET)
 _ATTEMPTS = tl.constexpr(ATTEMPTS)
 
 _MAX_PATCHES = 4096  # one program holds an image
-_MAX_BLOCKS = 30  # bits of an int32, less the sign and that of the context
+_MAX_BLOCKS = 30  # the bits of an int32 without the sign and the bit of the context
 _SCAN_BLOCK = 1024
 
 

@@ -1,4 +1,4 @@
-"""The embedded data set: all there, unpacked once, whatever happens around it."""
+"""The embedded data set is complete and is unpacked once, whatever happens to processes, disks and caches."""
 
 import lzma
 import os
@@ -59,7 +59,7 @@ def test_pixels_are_those_of_the_packed_file(cache: Path) -> None:
             assert image.tobytes() == images[index * 784 : (index + 1) * 784]
 
 
-def test_a_second_use_unpacks_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_set_is_not_unpacked_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTJEPA_CACHE", str(cache))
     monkeypatch.setattr(embedded, "_unpack", lambda folder: pytest.fail("unpacked again"))
     assert embedded.fashion_mnist() == cache / "fashion_mnist_10k"

@@ -1,4 +1,4 @@
-"""Folders of images: which files, which labels, which errors."""
+"""Folders of images: the files that count, their labels, and errors."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.decode.images import BadImage
+from fastjepa.data.image_errors import BadImage
 from fastjepa.data.sources.folder import list_folder
 from fastjepa.errors import DataError
 

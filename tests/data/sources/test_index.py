@@ -1,4 +1,4 @@
-"""The list of a data set is made once, again when something has changed, and never believed when it is damaged."""
+"""The index: a data set is listed once, and again when it has changed or its index is damaged."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from fastjepa.data.dataset import ImageDataset, Spans, Strings
 from fastjepa.data.sources import folder as folder_module
 from fastjepa.data.sources import index as index_module
 from fastjepa.data.sources import open_dataset
-from fastjepa.data.sources.index import Listing, cache_folder, indexed
+from fastjepa.data.sources.index import Listing, indexed
 
 HOUR = 3600.0
 
@@ -74,7 +74,7 @@ def test_a_list_is_made_once_and_is_the_same_afterwards(images: Path, caplog: py
     assert isinstance(second.names.text.base, np.memmap)  # ranks share it
 
 
-def test_everything_survives_the_cache(tmp_path: Path) -> None:
+def test_a_listing_comes_back_whole_from_the_cache(tmp_path: Path) -> None:
     spans = Spans(
         Strings.of([b"x.tar", b"\xff"]), np.array([0, -1, 1], np.int32), np.array([5, 0, 2**40]), np.array([9, 0, -1])
     )
@@ -267,7 +267,9 @@ def test_processes_that_list_at_the_same_time_leave_one_index(images: Path, own_
     assert len(kept) == 1
 
 
-def test_a_race_for_the_name_is_no_error(images: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_the_race_for_the_final_name_is_no_error(
+    images: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another process puts its index in place while this one writes its own."""
     expected = names(images)
     (folder,) = (own_cache / "index").iterdir()
@@ -285,39 +287,13 @@ def test_other_users_may_read_a_shared_cache(images: Path, own_cache: Path) -> N
     assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_listing_looks_at_folders_only_when_it_is_cached(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_list_is_not_made_again_by_a_walk(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = names(images)
     monkeypatch.setattr(folder_module._Walk, "names", lambda self, prefix: pytest.fail("walked again"))
     assert names(images) == expected
 
 
-def test_strings_are_what_went_in() -> None:
-    for strings in ([], [b""], [b"a"], [b"", b""], [b"a", b"", b"bc", b"\xff\n"], [b"x" * i for i in range(300)]):
-        made = Strings.of(iter(strings))
-        assert len(made) == len(strings)
-        assert list(made) == [made[i] for i in range(len(made))] == strings
-    with pytest.raises(ValueError, match="holds a NUL"):
-        Strings.of([b"a\0b"])
-
-
-def test_more_strings_than_are_handled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastjepa.data.dataset._AT_ONCE", 3)
-    for count in range(10):
-        strings = [b"%d" % i for i in range(count)]
-        assert list(Strings.of(strings)) == strings
-
-
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTJEPA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "fastjepa"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "fastjepa"
-    monkeypatch.setenv("FASTJEPA_CACHE", str(tmp_path / "mine"))
-    assert cache_folder() == tmp_path / "mine"
-
-
-def test_a_list_with_gaps_that_may_close_is_not_kept(
+def test_a_list_made_during_a_read_error_is_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One read error while the shards are listed must not make the data set smaller for good."""

@@ -1,4 +1,4 @@
-"""Lists of images: which lines, which labels, which errors."""
+"""Text files that list images: the lines that count, their labels, and errors."""
 
 import os
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.decode.images import BadImage
-from fastjepa.data.sources.list_file import list_list_file
+from fastjepa.data.image_errors import BadImage
+from fastjepa.data.sources.list_file import read_list_file
 from fastjepa.errors import DataError
 
 
 def listed(folder: Path, text: bytes) -> ImageDataset:
     (folder / "list.txt").write_bytes(text)
-    listing = list_list_file([str(folder / "list.txt")])
+    listing = read_list_file([str(folder / "list.txt")])
     assert listing.watched == [os.fsencode(folder / "list.txt")]
     return listing.dataset
 
@@ -89,11 +89,11 @@ def test_a_listed_file_that_is_missing_is_a_bad_image(tmp_path: Path) -> None:
         ("a.jpg\n".encode("utf-16"), "holds NUL bytes, so it is no text"),
     ],
 )
-def test_a_file_that_is_no_such_list_is_refused_by_line(tmp_path: Path, text: bytes, message: str) -> None:
+def test_a_malformed_list_is_refused_with_the_line(tmp_path: Path, text: bytes, message: str) -> None:
     with pytest.raises(DataError, match=rf"list\.txt.*{message}"):
         listed(tmp_path, text)
 
 
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"list\.txt: cannot be read \(No such file or directory\)"):
-        list_list_file([str(tmp_path / "list.txt")])
+        read_list_file([str(tmp_path / "list.txt")])

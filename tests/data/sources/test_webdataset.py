@@ -1,6 +1,5 @@
-"""Tar shards: which samples, where they lie, and what is done about broken ones."""
+"""Tar shards as a source: their samples and labels, and what is used of broken shards."""
 
-import io
 import os
 import tarfile
 from collections.abc import Callable
@@ -8,39 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.data.dataset import ImageDataset
-from fastjepa.data.sources.index import Listing
-from fastjepa.data.sources.webdataset import list_shards
 from fastjepa.errors import DataError
-
-Members = dict[str, bytes] | list[tuple[str, bytes]]
-
-
-def write_shard(path: Path, members: Members, tar_format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=tar_format, errors="surrogateescape") as tar:
-        for name, content in members.items() if isinstance(members, dict) else members:
-            member = tarfile.TarInfo(name)
-            member.size, member.mtime = len(content), 1.5 if tar_format == tarfile.PAX_FORMAT else 1
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def write_index(shard: Path, version: str = "v1.2") -> Path:
-    """As DALI's wds2idx does, one member a line."""
-    with tarfile.open(shard) as tar:
-        rows = [(m.name.partition(".")[2], m.offset_data, m.size, m.name) for m in tar if m.isreg()]
-    lines = [" ".join(map(str, row if version == "v1.2" else row[:3])) for row in rows]
-    index = shard.with_suffix(".idx")
-    index.write_text("\n".join([f"{version} {len(lines)}", *lines]) + "\n", encoding="utf-8")
-    return index
-
-
-def listed(*shards: Path) -> Listing:
-    return list_shards([str(shard) for shard in shards])
-
-
-def content(dataset: ImageDataset) -> dict[str, bytes]:
-    return {dataset.name(i): dataset.read(i, 1 << 20) for i in range(len(dataset))}
+from tests.support.shards import IMAGES, content, listed, write_index, write_shard
 
 
 def test_members_with_one_key_are_a_sample_of_their_first_image(tmp_path: Path) -> None:
@@ -115,91 +83,6 @@ def test_a_name_that_occurs_again_is_numbered(tmp_path: Path) -> None:
     assert content(dataset) == {f"a.tar/{name}": data for name, data in expected.items()}
 
 
-@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_and_names_that_are_not_utf8_are_whole(tmp_path: Path, tar_format: int) -> None:
-    names = [
-        "a" * 101 + ".jpg",
-        "d" * 90 + "/" + "b" * 60 + ".jpg",
-        "ä 雪.jpg",
-        os.fsdecode(b"\xff\xfe.jpg"),
-        "last.jpg",
-    ]
-    shard = write_shard(tmp_path / "a.tar", {name: os.fsencode(name) for name in names}, tar_format)
-    dataset = listed(shard).dataset
-    assert list(dataset.names) == [b"a.tar/" + os.fsencode(name) for name in names]
-    assert [dataset.read(i, 999) for i in range(len(names))] == [os.fsencode(name) for name in names]
-
-
-def test_ustar_prefixes_belong_to_the_name(tmp_path: Path) -> None:
-    name = "d" * 90 + "/" + "b" * 60 + ".jpg"
-    dataset = listed(write_shard(tmp_path / "a.tar", {name: b"x"}, tarfile.USTAR_FORMAT)).dataset
-    assert dataset.name(0) == f"a.tar/{name}"
-
-
-def test_sizes_beyond_octal_digits_are_read(tmp_path: Path) -> None:
-    """GNU: 9 GB in base 256. Only the header is there, so the member is cut short, which takes the size to know."""
-    member = tarfile.TarInfo("1.jpg")
-    member.size = 9 << 30
-    whole = tarfile.TarInfo("0.jpg").tobuf()
-    (tmp_path / "a.tar").write_bytes(whole + member.tobuf(tarfile.GNU_FORMAT) + b"x" * 600)
-    with open(tmp_path / "a.tar", "r+b") as file:  # noqa: PTH123
-        file.truncate(10 << 30)  # sparse on disk
-    dataset = listed(tmp_path / "a.tar").dataset
-    assert dataset.spans is not None
-    assert dataset.spans.size.tolist() == [0, 9 << 30]
-
-
-def test_links_folders_and_sparse_members_are_no_images(tmp_path: Path) -> None:
-    def add(tar: tarfile.TarFile, name: str, **attributes: object) -> None:
-        member = tarfile.TarInfo(name)
-        for key, value in attributes.items():
-            setattr(member, key, value)
-        tar.addfile(member, io.BytesIO(b"x" * member.size))
-
-    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        add(tar, "d.jpg", type=tarfile.DIRTYPE)
-        add(tar, "s.jpg", type=tarfile.SYMTYPE, linkname="1.jpg")
-        add(tar, "h.jpg", type=tarfile.LNKTYPE, linkname="1.jpg")
-        add(tar, "p.jpg", size=700, pax_headers={"GNU.sparse.map": "0,700", "GNU.sparse.size": "900"})
-        add(tar, "o.jpg", size=700, type=tarfile.GNUTYPE_SPARSE)
-        add(tar, "1.jpg", size=3)
-    assert content(listed(tmp_path / "a.tar").dataset) == {"a.tar/1.jpg": b"xxx"}
-
-
-IMAGES = {f"{i}.jpg": bytes([65 + i]) * 700 for i in range(4)}
-
-
-@pytest.fixture
-def four(tmp_path: Path) -> Path:
-    """A shard of four images, of 512 + 1024 bytes each."""
-    return write_shard(tmp_path / "broken.tar", IMAGES, tarfile.GNU_FORMAT)
-
-
-def test_headers_that_lead_nowhere_end_the_shard(tmp_path: Path) -> None:
-    """A negative size sends tarfile back to the same header, for ever; a NUL ends names elsewhere."""
-    for name, header in {
-        "negative": tarfile.TarInfo("2.jpg"),
-        "nul": tarfile.TarInfo("2\0.jpg"),
-    }.items():
-        with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-            first = tarfile.TarInfo("1.jpg")
-            first.size = 3
-            tar.addfile(first, io.BytesIO(b"one"))
-            if name == "nul":
-                header.pax_headers = {"path": "2\0.jpg"}
-            tar.addfile(header)
-        if name == "negative":
-            data = bytearray((tmp_path / "negative.tar").read_bytes())
-            block = data[1024:1536]
-            block[124:136] = b"\xff" * 4 + (-512).to_bytes(8, signed=True)
-            block[148:156] = b" " * 8
-            block[148:156] = b"%06o\0 " % sum(block)
-            (tmp_path / "negative.tar").write_bytes(data[:1024] + block + data[1536:])
-        listing = listed(tmp_path / f"{name}.tar")
-        assert content(listing.dataset) == {f"{name}.tar/1.jpg": b"one"}
-        assert "is damaged" in listing.warnings[0]
-
-
 @pytest.mark.parametrize(
     ("damage", "left", "reason"),
     [
@@ -211,19 +94,19 @@ def test_headers_that_lead_nowhere_end_the_shard(tmp_path: Path) -> None:
         (lambda data: data[: 3072 + 124] + b"zz" + data[3072 + 126 :], 2, "the header at byte 3072 is damaged"),
     ],
 )
-def test_of_a_broken_shard_the_samples_before_are_used(
-    tmp_path: Path, four: Path, damage: Callable[[bytes], bytes], left: int, reason: str
+def test_samples_before_the_damage_in_a_shard_are_used(
+    tmp_path: Path, shard_of_four: Path, damage: Callable[[bytes], bytes], left: int, reason: str
 ) -> None:
-    four.write_bytes(damage(four.read_bytes()))
-    listing = listed(four, write_shard(tmp_path / "good.tar", {"9.jpg": b"good"}))
+    shard_of_four.write_bytes(damage(shard_of_four.read_bytes()))
+    listing = listed(shard_of_four, write_shard(tmp_path / "good.tar", {"9.jpg": b"good"}))
     expected = {f"broken.tar/{i}.jpg": IMAGES[f"{i}.jpg"] for i in range(left)}
     assert content(listing.dataset) == {**expected, "good.tar/9.jpg": b"good"}
     assert len(listing.warnings) == 1
-    assert listing.warnings[0].startswith(f"{four}: {reason}")
+    assert listing.warnings[0].startswith(f"{shard_of_four}: {reason}")
     assert listing.warnings[0].endswith(f"; {left} samples found before are used")
 
 
-def test_a_label_that_was_cut_off_takes_its_sample_with_it_only(tmp_path: Path) -> None:
+def test_only_the_sample_whose_label_was_cut_off_is_lost(tmp_path: Path) -> None:
     members = {"1.jpg": b"x", "1.cls": b"1", "2.jpg": b"y", "2.cls": b"2"}
     shard = write_shard(tmp_path / "a.tar", members, tarfile.GNU_FORMAT)
     shard.write_bytes(shard.read_bytes()[: 1024 * 3 + 512])
@@ -240,18 +123,20 @@ def test_a_label_that_was_cut_off_takes_its_sample_with_it_only(tmp_path: Path) 
         (b"short", "it is no tar archive"),
     ],
 )
-def test_what_is_no_tar_is_left_out(tmp_path: Path, four: Path, data: bytes, reason: str) -> None:
+def test_a_file_that_is_no_tar_archive_is_left_out(
+    tmp_path: Path, shard_of_four: Path, data: bytes, reason: str
+) -> None:
     (tmp_path / "bad.tar").write_bytes(data)
-    listing = listed(tmp_path / "bad.tar", four)
+    listing = listed(tmp_path / "bad.tar", shard_of_four)
     assert len(listing.dataset) == 4
     assert len(listing.warnings) == 1
     with pytest.raises(DataError, match=rf"no images in the shards.*bad\.tar: {reason}"):
         listed(tmp_path / "bad.tar")
 
 
-def test_missing_shards_are_named_and_the_others_used(tmp_path: Path, four: Path) -> None:
+def test_missing_shards_are_named_and_the_others_used(tmp_path: Path, shard_of_four: Path) -> None:
     missing = [tmp_path / f"missing-{i}.tar" for i in range(7)]
-    listing = listed(*missing, four)
+    listing = listed(*missing, shard_of_four)
     assert len(listing.dataset) == 4
     assert listing.warnings == [f"7 of 8 shards are missing: {', '.join(map(str, missing[:5]))}, ..."]
     assert os.fsencode(missing[6]) in listing.watched
@@ -259,9 +144,9 @@ def test_missing_shards_are_named_and_the_others_used(tmp_path: Path, four: Path
         listed(missing[0])
 
 
-def test_a_folder_named_like_a_shard_is_left_out(tmp_path: Path, four: Path) -> None:
+def test_a_folder_named_like_a_shard_is_left_out(tmp_path: Path, shard_of_four: Path) -> None:
     (tmp_path / "folder.tar").mkdir()
-    listing = listed(tmp_path / "folder.tar", four)
+    listing = listed(tmp_path / "folder.tar", shard_of_four)
     assert len(listing.dataset) == 4
     assert "folder.tar: Is a directory" in listing.warnings[0]
 
@@ -281,43 +166,18 @@ def test_an_index_of_dali_takes_the_place_of_the_headers(tmp_path: Path) -> None
     assert with_index.fingerprint == without.fingerprint
     assert content(with_index) == content(without) == {"a.tar/1.jpg": b"one", "a.tar/a/2.jpg": b"two" * 300}
     assert with_index.class_names == without.class_names == ("1", "3")
-    # It is the index that was read: a sample that it leaves out is not there.
+    # A sample that the index leaves out is not there: so the index was read, and not the headers.
     lines = index.read_text().splitlines()
     index.write_text("\n".join(["v1.2 2", *lines[1:3]]))
     assert content(listed(shard).dataset) == {"a.tar/1.jpg": b"one"}
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda text: text.replace("v1.2 4", "v1.2 5"),
-        lambda text: text.replace("v1.2", "v1.3"),
-        lambda text: text.replace("jpg 512 ", "jpg 1024 "),
-        lambda text: text.replace("1.jpg", "1 .jpg"),
-        lambda text: text.replace("1.jpg", r"\303\204.jpg"),
-        lambda text: text.replace("0.jpg", "0" * 100 + ".jpg"),
-        lambda text: text.replace("700", "x"),
-        lambda text: text[:-10],
-        lambda text: "",
-        lambda text: "\0\xff",
-    ],
-)
-def test_an_index_that_does_not_fit_is_not_used(four: Path, spoil: Callable[[str], str]) -> None:
-    index = write_index(four)
-    text = index.read_text()
-    assert spoil(text) != text
-    index.write_text(spoil(text))
-    listing = listed(four)
-    assert content(listing.dataset) == {f"broken.tar/{name}": data for name, data in IMAGES.items()}
-    assert listing.warnings == []
-
-
-def test_an_index_without_names_or_older_than_its_shard_is_not_used(four: Path) -> None:
-    """Samples are known by their names."""
-    write_index(four, "v1.1")
-    assert len(listed(four).dataset) == 4
-    index = write_index(four)
+def test_an_index_without_names_or_older_than_its_shard_is_not_used(shard_of_four: Path) -> None:
+    """Samples are known by their names, so an index without names is of no use."""
+    write_index(shard_of_four, "v1.1")
+    assert len(listed(shard_of_four).dataset) == 4
+    index = write_index(shard_of_four)
     index.write_text("\n".join(["v1.2 1", index.read_text().splitlines()[1]]))
-    assert len(listed(four).dataset) == 1
-    os.utime(index, ns=(0, four.stat().st_mtime_ns - 1))
-    assert len(listed(four).dataset) == 4
+    assert len(listed(shard_of_four).dataset) == 1
+    os.utime(index, ns=(0, shard_of_four.stat().st_mtime_ns - 1))
+    assert len(listed(shard_of_four).dataset) == 4

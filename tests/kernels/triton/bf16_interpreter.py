@@ -1,7 +1,8 @@
 """Make Triton's interpreter (3.8.0) compute in bfloat16.
 
-As it comes, it keeps bf16 as uint16 bit patterns: sums, products and dots silently work on integers, and a cast from fp32
-truncates. Here numpy gets a real bf16 dtype (ml_dtypes), and every conversion rounds to nearest even, as the GPU does.
+Unpatched, it keeps bf16 as uint16 bit patterns: sums, products and dots silently work on integers, and a cast from fp32
+truncates. This patch gives NumPy a real bf16 dtype (ml_dtypes), and rounds every conversion to nearest even, as the GPU
+does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _Builder: Any = interpreter.InterpreterBuilder
 
 
 def install() -> None:
-    """Once per process, before a kernel runs."""
+    """Patch the interpreter. Call this before a kernel runs; further calls do nothing."""
     if interpreter._get_np_dtype is _numpy_dtype:
         return
     interpreter._get_np_dtype = _numpy_dtype
@@ -62,7 +63,7 @@ def _convert(builder: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 def _dot(builder: Any, a: Any, b: Any, accumulator: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """Products in fp32, as the tensor core forms them from half precision."""
+    """Multiply in fp32, as tensor cores multiply half precision."""
     x, y = (v.astype(np.float32) if v.dtype in (_BF16, np.float16) else v for v in (a.data, b.data))
     dtype = accumulator.data.dtype
     product = np.matmul(x, y, dtype=np.float32 if dtype == _BF16 else dtype)

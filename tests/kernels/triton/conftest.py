@@ -1,8 +1,8 @@
-"""The same tests for every way to carry out a Triton kernel.
+"""Run the same tests with every engine that carries out Triton kernels.
 
-`TRITON_INTERPRET=1 python -m pytest tests/kernels/triton` runs them in Triton's interpreter (Triton reads the variable when
-it is imported, so that is a process of its own). Without it, the PTX that the compiler makes of the kernels runs in
-benchmarks.proofs.ptxsim, for sm_80 and sm_90; with a GPU (`-m gpu`), it runs there.
+`TRITON_INTERPRET=1 python -m pytest tests/kernels/triton` uses Triton's interpreter. That needs a process of its own, since
+Triton reads the variable when it is imported. Without the variable, the kernels are compiled for sm_80 and sm_90, and their
+PTX runs in the simulator, benchmarks.proofs.ptxsim; with `-m gpu` they run on the GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Engine:
-    """What carries out the kernels, and the device on which its tensors lie."""
+    """An engine that carries out kernels, and the device on which its tensors lie."""
 
     name: str
     device: torch.device
 
     @property
     def thorough(self) -> bool:
-        """False for the simulator, which is slow: run a case or two of each kind."""
+        """False for the simulator, which is slow: a test then runs a case or two of each kind."""
         return not self.name.startswith("sm_")
 
 
@@ -62,7 +62,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture
 def unwritten_memory_shows() -> Iterator[None]:
-    """torch.empty gives NaN, or the largest integer, where it would else give whatever the last tensor left."""
+    """Fill the result of torch.empty with NaN, or the largest integer, instead of what the last tensor left there."""
     torch.use_deterministic_algorithms(True)  # fills new memory, see torch.utils.deterministic
     assert torch.empty(1).isnan().all()
     assert int(torch.empty(1, dtype=torch.int32)) == 2**31 - 1
@@ -71,7 +71,7 @@ def unwritten_memory_shows() -> Iterator[None]:
 
 
 class IdleKernel:
-    """In a kernel's place: does nothing."""
+    """A stand-in for a kernel that does nothing."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: None

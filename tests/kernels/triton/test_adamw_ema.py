@@ -41,7 +41,7 @@ def assert_guard_stands(tensor: Tensor) -> None:
 
 
 def state_of(n: int, engine: Engine, grad_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """In the order of the arguments. Second moments from tiny to large, as they are between layers."""
+    """The tensors in the order of the arguments. Second moments go from tiny to large, as they do between layers."""
     generator = torch.Generator().manual_seed(n)
     param, grad, exp_avg, spread, ema = (torch.randn(n, generator=generator) for _ in range(5))
     values = {
@@ -59,7 +59,7 @@ def poisoned(n: int, dtype: torch.dtype, engine: Engine) -> Tensor:
 
 
 def scalars(engine: Engine, *values: float) -> tuple[Tensor, ...]:
-    """Elements of one tensor: not aligned to 16 bytes."""
+    """Scalars as elements of one tensor, so that they are not aligned to 16 bytes."""
     return torch.tensor(values, dtype=torch.float64, device=engine.device).unbind()
 
 
@@ -111,7 +111,7 @@ def test_half_precision_gradients_are_scaled_in_fp32_and_the_copies_are_the_roun
 
 
 def test_elements_that_no_program_wrote_would_be_seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the two tests above."""
+    """A negative control of the two tests above."""
     import triton
 
     monkeypatch.setattr(triton, "cdiv", lambda a, b: a // b)
@@ -158,7 +158,7 @@ def test_nothing_changes_after_an_overflow(engine: Engine, found: float) -> None
 def test_bias_corrections_are_exact_from_the_first_step_to_the_millionth(
     engine: Engine, betas: tuple[float, float]
 ) -> None:
-    """With m = g = v = 1, lr = 1 and next to no eps, a weight of 0 becomes -sqrt(1 - b2^t) / (1 - b1^t)."""
+    """With m = g = v = 1, lr = 1 and an eps next to 0, a weight of 0 becomes -sqrt(1 - b2^t) / (1 - b1^t)."""
     steps = [1, 2, 3, 4, 5, 6, 10, 100, 480, 500, 520, 1000, 10_000, 1_000_000]
     limit = 5e-7
     assert abs((1 - torch.tensor(0.999)).item() / 1e-3 - 1) > 10 * limit  # what a plain subtraction in fp32 would give
@@ -206,8 +206,8 @@ def test_empty_tensors_are_left_alone(engine: Engine) -> None:
     adamw_ema_(empty, empty, empty.clone(), empty.clone(), empty.clone(), **HYPER)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the same for every engine")
-def test_the_operators_are_registered_as_pytorch_wants_them(engine: Engine) -> None:
+@pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
+def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
     from fastjepa_kernels.triton_kernels.adamw_ema import adamw_ema_op
 
     state = list(state_of(20, engine).values())
@@ -217,13 +217,13 @@ def test_the_operators_are_registered_as_pytorch_wants_them(engine: Engine) -> N
     torch.library.opcheck(adamw_ema_op, (*state[:4], None, None, None, *numbers, *numbers[:2], 0.9, 0.999, 1e-8))
 
 
-compiled = pytest.mark.skipif(INTERPRETED, reason="about compiled code")
+compiled = pytest.mark.skipif(INTERPRETED, reason="looks at compiled code")
 
 
 @compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
-    """38 bytes per element with both copies; 4 elements per thread and instruction."""
+    """An element takes 38 bytes with both copies, and an instruction moves 4 elements per thread."""
     from benchmarks.proofs.aot.launches import simulated
 
     n, warps = 3 * BLOCK, 3 * BLOCK // (4 * 32)
@@ -248,7 +248,7 @@ def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
 @compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp_path: Path) -> None:
-    """The last two programs of such a launch, on sparse files of which only the touched pages exist."""
+    """Run the last two programs of such a launch, on sparse files of which only the touched pages exist."""
     from benchmarks.proofs import ptxsim
     from benchmarks.proofs.aot.launches import recorded
 
@@ -258,7 +258,7 @@ def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp
         name: torch.from_file(str(tmp_path / name), shared=True, size=n) for name in state_of(1, CPU)
     }
     for name in state:
-        (tmp_path / name).unlink()  # the mapping keeps it
+        (tmp_path / name).unlink()  # the mapping keeps the file alive
     for name in ("param", "grad"):
         state[name][tail] = 1.0
     with recorded(target) as launches:

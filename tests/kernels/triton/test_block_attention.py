@@ -1,4 +1,4 @@
-"""Attention in Triton: values and gradients against fp64, ragged and degenerate lengths, addresses, launches."""
+"""Attention in Triton: values and gradients against fp64, ragged and degenerate lengths, addresses and launches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check(
     scale: float | None = None,
     d_out: Tensor | None = None,
 ) -> None:
-    """Holds out, d_q, d_k and d_v to the error of plain PyTorch in the same dtype, all against fp64."""
+    """Hold out, d_q, d_k and d_v to the error of plain PyTorch in the same dtype, all against fp64."""
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return block_attention_reference(q, k, v, queries, keys, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -87,7 +87,7 @@ def test_ragged_sequences(engine: Engine, case: str) -> None:
     check(engine, lengths, lengths, random_inputs(lengths, lengths, 32))
 
 
-# 8 and 40 are no model's: the smallest, and one with a second tile of 8 columns in 16.
+# No model has head dims of 8 and 40: the smallest, and one whose second tile of 16 columns holds 8.
 HALF = [(head_dim, torch.bfloat16) for head_dim in (8, 24, 32, 40, 64, 80, 88, 128)] + [(80, torch.float16)]
 SINGLE = [(24, torch.float32), (80, torch.float32)]
 
@@ -117,7 +117,7 @@ def test_queries_that_are_not_the_keys(engine: Engine, queries: list[int], keys:
 
 @pytest.mark.parametrize("longest", [33, 129])
 def test_packed_projection_and_its_single_gradient(engine: Engine, longest: int) -> None:
-    """Bit for bit what the operation on q, k and v gives."""
+    """The results equal those of the operation on q, k and v, bit for bit."""
     lengths = ragged([7, 0, longest])
     qkv = normal(lengths.total, 3, 1, 24, dtype=torch.bfloat16, seed=0)
     d_out = normal(lengths.total, 1, 24, dtype=torch.bfloat16, seed=9)
@@ -163,7 +163,7 @@ def test_any_strides(engine: Engine, lay_out: Callable[[Tensor], Tensor]) -> Non
 
 @pytest.mark.parametrize("longest", [12, 130])
 def test_scores_far_below_zero_leave_no_trace_of_missing_keys(engine: Engine, longest: int) -> None:
-    """A key past the end scores 0: next to an lse of -300, its exp would be infinite."""
+    """A key past the end scores 0, and next to an lse of -300 its exp would be infinite."""
     lengths = ragged([3, longest])
     q, k, v = random_inputs(lengths, lengths, 16, heads=1)
     check(engine, lengths, lengths, (q.abs() + 3, -k.abs() - 3, v), scale=2.0)
@@ -250,7 +250,7 @@ def test_rows_past_two_to_the_31_elements_are_found(engine: Engine) -> None:
     first, length, heads, head_dim, stride = 136, 3, 2, 16, 2**24 - 8  # the largest stride that is not copied
     assert first * stride > 2**31
     rows = first + length
-    # 4.7 GB of addresses, of which nothing but the rows below is ever touched
+    # Reserve 4.7 GB of addresses, of which only the rows below are ever touched.
     no_reserve = 0x4000  # Linux's MAP_NORESERVE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     memory = torch.frombuffer(mmap.mmap(-1, 2 * rows * stride, flags=flags), dtype=torch.bfloat16)
@@ -275,7 +275,7 @@ def test_launches_for_many_sequences_stay_within_the_limits_of_a_grid(longest: i
     from benchmarks.proofs.aot.launches import recorded
 
     num_seqs, heads = 4096, 16
-    # Stored lengths of 0: nothing runs, grids come from the bounds
+    # The stored lengths are 0, so that nothing runs; grids come from the bounds.
     lengths = Ragged(torch.zeros(num_seqs + 1, dtype=torch.int32), longest, 1)
     qkv = torch.zeros(1, 3, heads, 64, dtype=torch.bfloat16, requires_grad=True)
     with recorded("sm_80") as launches:
@@ -291,7 +291,7 @@ def test_launches_for_many_sequences_stay_within_the_limits_of_a_grid(longest: i
 
 @compiled_only
 def test_results_cannot_depend_on_the_order_of_programs() -> None:
-    """No atomics, and no two programs write the same row, or the other tests would see sums missing."""
+    """There are no atomics, and no two programs write the same row, or the other tests would see sums missing."""
     from benchmarks.proofs.aot.launches import recorded
 
     names = set()
@@ -320,7 +320,7 @@ def test_two_runs_give_the_same_bits(longest: int) -> None:
 
 
 @interpreted_only
-def test_the_operators_keep_the_rules_of_pytorch(engine: Engine) -> None:
+def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
     lengths = ragged([2, 3])
     numbers = lengths.max_seqlen, 0.2
     cu_seqlens = lengths.cu_seqlens
@@ -347,7 +347,7 @@ def test_more_sequences_than_a_grid_takes_are_refused(engine: Engine) -> None:
 @compiled_only
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_tensor_crosses_memory_once(target: str) -> None:
-    """A whole sequence of ViT-B's width: what is read and written, in bytes, is the formula, in sectors that are full."""
+    """A sequence of ViT-B's width moves the bytes of the formula, in full sectors."""
     from benchmarks.proofs.aot.launches import simulated
 
     tokens, heads, width = 92, 2, 64
@@ -374,7 +374,7 @@ def test_every_tensor_crosses_memory_once(target: str) -> None:
 
 
 @compiled_only
-def test_four_thousand_sequences_most_of_them_empty() -> None:
+def test_thousands_of_sequences_of_which_half_are_empty() -> None:
     from benchmarks.proofs.aot.launches import simulated
 
     lengths = Ragged.from_lengths(torch.tensor([1, 0, 2, 0]).repeat(1024))

@@ -1,4 +1,4 @@
-"""The Triton mask sampler: the host's masks in every bit, without a read-back and without a compilation per step."""
+"""The Triton mask sampler gives the host's masks in every bit, without a read-back and without a compilation per step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(engine: Engine, rules: MaskRules, samples: list[int], seed: int = SEED
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_masks_are_those_of_the_plain_loop(engine: Engine, strategy: str, mode: str) -> None:
+def test_masks_equal_those_of_the_plain_loop(engine: Engine, strategy: str, mode: str) -> None:
     if not engine.thorough and (strategy, mode) not in zip(STRATEGIES, [*MODES, "official"], strict=True):
         pytest.skip("slow in the simulator")
     check(engine, mask_rules(strategy, mode, 5, 7), SAMPLES[:3])
@@ -85,24 +85,24 @@ def test_any_seed_and_step(engine: Engine, seed: int, step: int) -> None:
 def test_batches_longer_than_a_block_of_the_prefix_sum(
     engine: Engine, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rasterized on an odd grid: the targets of an image differ in length, and the cut shortens them."""
+    """On an odd grid the rasterized targets of an image differ in length, so that the cut shortens them."""
     from fastjepa_kernels.triton_kernels import mask_sampling as triton_mask_sampling
 
     monkeypatch.setattr(triton_mask_sampling, "_SCAN_BLOCK", 16)
     check(engine, mask_rules("rasterized", mode, 3, 5, min_context=1), [*range(35 if engine.thorough else 18)])
 
 
-def test_of_equal_words_the_earlier_patch_wins(engine: Engine) -> None:
+def test_the_earlier_patch_wins_where_two_words_are_equal(engine: Engine) -> None:
     check(engine, mask_rules("random", "ragged", 14, 14, target_count=49), [TIED_SAMPLE], seed=0, step=0)
 
 
-def test_130_images(engine: Engine) -> None:
+def test_masks_of_130_images(engine: Engine) -> None:
     if not engine.thorough:
         pytest.skip("slow in the simulator")
     check(engine, mask_rules("block", "official", 4, 5), [*range(130)])
 
 
-def test_strided_sample_indices(engine: Engine) -> None:
+def test_sample_indices_may_be_strided(engine: Engine) -> None:
     rules, indices = mask_rules("block", "ragged", 4, 4), torch.tensor(SAMPLES)
     masks = mask_sampling(rules, seed=1, step=2, sample_indices=indices.to(engine.device)[::2])
     assert_same_masks(masks, mask_sampling_reference(rules, seed=1, step=2, sample_indices=indices[::2]))
@@ -119,10 +119,10 @@ def leave_out(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
     ("kernels", "unwritten"),
     [(["_pack"], ["predictor_rows"]), (["_accumulate", "_pack"], ["predictor_rows", "context_cu_seqlens", "sizes"])],
 )
-def test_what_is_not_written_is_seen(
+def test_entries_that_no_kernel_wrote_would_be_seen(
     engine: Engine, kernels: list[str], unwritten: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Negative control of all tests above."""
+    """A negative control of all tests above."""
     leave_out(monkeypatch, *kernels)
     with pytest.raises(AssertionError) as caught:
         check(engine, mask_rules("block", "ragged", 4, 4), SAMPLES[:2])
@@ -130,7 +130,7 @@ def test_what_is_not_written_is_seen(
 
 
 class _NoReadBack(TorchDispatchMode):
-    """Refuses what makes the host wait for the device, or shapes depend on values."""
+    """Refuse operators that make the host wait for the device, or whose shapes depend on values."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_to_copy", "equal", "unique", "repeat_interleave")
 
@@ -141,7 +141,7 @@ class _NoReadBack(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_read_back_to_the_host(engine: Engine, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launches read CPU tensors here, so they are left out; a GPU's run with synchronisation forbidden."""
+    """On a GPU, synchronisation is forbidden. Without one, the launches are left out, since they read CPU tensors here."""
     rules, indices = mask_rules("multiblock", mode, 4, 4), torch.arange(2, device=engine.device)
     if engine.device.type == "cuda":
         mask_sampling(rules, seed=1, step=2, sample_indices=indices)  # compiles, and loads the kernels
@@ -160,7 +160,7 @@ def test_nothing_is_read_back_to_the_host(engine: Engine, mode: str, monkeypatch
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 def test_steps_share_the_compiled_kernels() -> None:
-    """Whatever differs between the steps of a run: no value of it leads to a compilation of its own."""
+    """No number that differs between the steps of a run leads to a compilation of its own."""
     from benchmarks.proofs.aot.launches import recorded
 
     rules = mask_rules("multiblock", "ragged", 20, 20)
@@ -190,6 +190,6 @@ def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
         (mask_rules("multiblock", "ragged", 5, 5, num_target_blocks=31), "got 31 target blocks, expected up to 30"),
     ],
 )
-def test_what_a_program_cannot_hold_is_refused(engine: Engine, rules: MaskRules, named: str) -> None:
+def test_more_patches_or_blocks_than_a_program_holds_are_refused(engine: Engine, rules: MaskRules, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         mask_sampling(rules, seed=0, step=0, sample_indices=torch.arange(1, device=engine.device))

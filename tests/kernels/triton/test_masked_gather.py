@@ -88,7 +88,7 @@ def test_single_channel_images_without_normalisation_are_copied(engine: Engine) 
     assert torch.equal(result, gather_patches_reference(images, torch.tensor([6, 1]), 4, [0.0], [1.0], torch.float32))
 
 
-# (D, row stride): a power of two, blocks of columns, a last block that is not full, unaligned, a part of a wider row.
+# (D, row stride): a power of two; blocks of columns; a last block that is not full; unaligned rows; parts of wider rows.
 WIDTHS = [(64, 64), (384, 384), (40, 40), (5, 7), (96, 288)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -128,7 +128,7 @@ def test_rows_are_gathered_and_their_gradients_added(
     ids=str,
 )
 def test_long_runs_are_added_by_chunks(engine: Engine, runs: list[int]) -> None:
-    """Row r is used runs[r] times; chunks are of 64 entries."""
+    """Row r is used runs[r] times; a chunk has 64 entries."""
     if not engine.thorough and runs != [65, 127, 1, 128]:
         pytest.skip("slow in the simulator")
     indices = torch.arange(len(runs)).repeat_interleave(torch.tensor(runs))
@@ -145,7 +145,7 @@ def test_nothing_gathered_gives_no_gradient(engine: Engine, unique: bool) -> Non
 
 
 @pytest.mark.parametrize("unique", [True, False])
-def test_an_expanded_gradient_is_taken_as_it_is(engine: Engine, unique: bool) -> None:
+def test_an_expanded_upstream_gradient_is_accepted(engine: Engine, unique: bool) -> None:
     rows = torch.randn(3, 8, device=engine.device, requires_grad=True)
     out = masked_gather(rows, torch.tensor([2, 0], device=engine.device), unique=unique)
     (grad,) = torch.autograd.grad(out.sum(), rows)
@@ -221,7 +221,7 @@ def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
     assert torch.autograd.gradcheck(lambda x: masked_gather(x, indices), leaf)
 
 
-# What a launch moves, counted by the simulator in sectors of 32 bytes. A row's index is read once per block of columns.
+# The simulator counts what a launch moves in sectors of 32 bytes. A row's index is read once per block of columns.
 
 
 @pytest.fixture(params=["sm_80", "sm_90"])
@@ -250,7 +250,7 @@ def test_a_row_is_read_once_and_written_once(counts: list[Any], dtype: torch.dty
     gather, scatter, add = counts
     assert sectors(gather) == sectors(scatter) == (tokens * row_sectors + index_sectors, tokens * row_sectors)
     assert sectors(add) == (2 * tokens * row_sectors + index_sectors, tokens * row_sectors)
-    # 16 bytes for each thread, or there would be more requests.
+    # Each thread moves 16 bytes, or there would be more requests.
     assert gather["global_requests"]["store"] == tokens * row_sectors // 16
 
 

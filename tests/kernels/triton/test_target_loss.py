@@ -1,4 +1,4 @@
-"""The target loss in Triton: values, gradients, nothing left unwritten, and the bytes that it moves."""
+"""The target loss in Triton: values, gradients, no element left unwritten, and the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_rows_that_a_kernel_left_out_would_show(engine: Engine, kernel: str, mon
 def assert_loss_and_gradient(
     engine: Engine, predictions: Tensor, features: Tensor, rows: Tensor | None, **kind: Any
 ) -> None:
-    """The upstream gradient is 3, as of a scaled loss. The plain twin gets what the kernel gets, in fp32 and in fp64."""
+    """The upstream gradient is 3, as a scaled loss has it. The plain twin gets the kernel's inputs in fp32 and in fp64."""
     leaf = predictions.to(engine.device).requires_grad_()
     on_device = None if rows is None else rows.to(engine.device)
     loss = target_loss(leaf, features.to(engine.device), on_device, **kind)
@@ -55,7 +55,7 @@ def assert_loss_and_gradient(
         twin = predictions.to(dtype).requires_grad_()
         losses.append(target_loss_reference(twin, features.to(dtype), plain_rows, **kind))
         grads.append(torch.autograd.grad(3 * losses[-1], twin)[0])
-    # So few numbers may be exact by chance: some units in the last place of fp32 are no error.
+    # The twin may be exact by chance on so few numbers, so some units in the last place of fp32 are allowed.
     floors = [max(4e-7, 0.5 * torch.finfo(x.dtype).eps) * x.abs().max().item() for x in (loss, grad)]
     assert_close_to_reference(loss.detach().cpu(), losses[0], losses[1], floor=floors[0])
     assert_close_to_reference(grad.cpu(), grads[0].to(predictions.dtype), grads[1], floor=floors[1])
@@ -78,7 +78,7 @@ DTYPES = [
 ]
 
 
-# Widths: one column, unaligned, one block, the last block not full, several blocks; Ti, S, B, H and g.
+# Widths: one column, unaligned, one block, a last block that is not full, several blocks; 192 to 1408 are ViT-Ti to ViT-g.
 @pytest.mark.parametrize("width", [1, 7, 64, 100, 192, 384, 768, 1280, 1408])
 @pytest.mark.parametrize(("predictions", "features"), DTYPES)
 def test_dtypes_and_widths(engine: Engine, predictions: torch.dtype, features: torch.dtype, width: int) -> None:
@@ -151,11 +151,11 @@ def test_every_row_is_read_once_and_only_the_gradient_is_written(target: str, dt
         target_loss(predictions, torch.zeros(9, width, dtype=dtype), torch.arange(1, 9)).backward()
     forward, backward = counts
     row_sectors = width * dtype.itemsize // 32
-    # Per row and warp that holds a part of it: its index, and in backward mean, rstd and the upstream gradient.
+    # Every warp that holds a part of a row reads its index, and in the backward mean, rstd and the upstream gradient.
     warps = 2 if dtype == torch.float32 else 1
     assert forward["global_sectors"]["load"] - 2 * tokens * row_sectors <= tokens * warps
     assert backward["global_sectors"]["load"] - 2 * tokens * row_sectors <= 4 * tokens * warps
     assert forward["useful_bytes"]["store"] == 3 * 4 * tokens
     assert backward["global_sectors"]["store"] == tokens * row_sectors
-    # 16 bytes for each thread, or there would be more requests.
+    # Each thread moves 16 bytes, or there would be more requests.
     assert backward["global_requests"]["store"] == tokens * row_sectors // 16
