@@ -1,6 +1,6 @@
-"""One rank of test_resume: iterates over a Loader and writes what each image of each step was.
+"""One rank of tests/data/test_resume.py: iterates over a Loader and writes what each image of each step was.
 
-usage: worker_loader.py SOURCE OUTPUT RANK WORLD_SIZE START_STEP
+usage: python -m tests.workers.loader SOURCE OUTPUT RANK WORLD_SIZE START_STEP
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def run_config(source: str) -> Config:
 
 
 def describe(batch: Batch) -> list[list[object]]:
-    """Of each image: identity, crop, flip, and a hash of its pixels and masks."""
+    """The index, crop and flip of each image, and a hash of its pixels and masks."""
     assert isinstance(batch.prepared, MaskedImages)
-    masks, (boxes,), (flips,) = batch.prepared.masks, batch.boxes, batch.flips
+    pixels, masks = batch.prepared.images, batch.prepared.masks
+    (boxes,), (mirrored,) = batch.boxes, batch.flips  # one view
     blocks = masks.target_lengths.num_seqs // masks.num_images
     context, target = masks.context_lengths.cu_seqlens.tolist(), masks.target_lengths.cu_seqlens[::blocks].tolist()
     images = []
     for i, index in enumerate(batch.sample_ids.tolist()):
-        digest = hashlib.sha256(batch.prepared.images[i].numpy().tobytes())
+        digest = hashlib.sha256(pixels[i].numpy().tobytes())
         for indices, ends in ((masks.context_indices, context), (masks.target_indices, target)):
             digest.update((indices[ends[i] : ends[i + 1]] - i * masks.num_patches).numpy().tobytes())
-        images.append([index, boxes[i].tolist(), bool(flips[i]), digest.hexdigest()[:16]])
+        images.append([index, boxes[i].tolist(), bool(mirrored[i]), digest.hexdigest()[:16]])
     return images
 
 
@@ -76,7 +77,7 @@ def main(source: str, output: Path, rank: int, world_size: int, start_step: int)
         for step, batch in enumerate(loader, start_step):
             file.write(json.dumps([step, describe(batch)]) + "\n")
             file.flush()
-            time.sleep(0.02)  # a step, in which the process may be killed
+            time.sleep(0.02)  # stands for a step, during which the process may be killed
 
 
 if __name__ == "__main__":
