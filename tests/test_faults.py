@@ -116,8 +116,8 @@ def test_an_error_of_one_rank_is_shown_and_ends_all_ranks_even_if_the_group_cann
     assert other[0] == 1
     assert "fastjepa: error (rank 0): lost contact with the other ranks" in other[1].splitlines()[-1]
     record(
-        "an error of one rank of two, whose process group would not close",
-        "its traceback, status 1; the other rank lost contact, status 1 and one line",
+        "an exception in one rank of two, whose process group cannot be closed",
+        "that rank ended with its traceback and status 1; the other one lost contact, and ended with status 1 and one line",
         "the steps since the last checkpoint",
     )
 
@@ -236,7 +236,7 @@ def test_a_save_that_hangs_does_not_keep_a_failed_run_alive(recipe: str, tmp_pat
     assert re.search(r"checkpointer\.py.* in wait", message), message
     assert latest(tmp_path / "checkpoints") is None
     record(
-        "a background save that hangs, in a run that ends for want of memory, hang_timeout=3",
+        "a background save that hangs, in a run that runs out of memory, hang_timeout=3",
         f"status {status}, with the stacks of the save and of what waits for it",
         "the steps since the last checkpoint",
     )
@@ -442,7 +442,7 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error(
     record(
         f"--resume names a {given} with one wrong bit in a shard",
         message.removeprefix("fastjepa: error: ").replace(f"{source}", "RUN"),
-        "nothing: no other checkpoint is taken for it",
+        "nothing: no other checkpoint is used in its place",
     )
 
 
