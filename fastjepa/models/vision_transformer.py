@@ -61,8 +61,8 @@ class VisionTransformer(nn.Module):
         """
         device_type = images.device.type
         dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
+            torch.get_autocast_dtype(device_type)
+            if torch.is_autocast_enabled(device_type)
             else self.patch_embed.proj.weight.dtype
         )
         if images.dtype == torch.uint8:

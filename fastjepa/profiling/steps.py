@@ -54,7 +54,7 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """The most steps that a profile takes. The profiler needs one to warm up, and on a CPU one to measure activations."""
+        """The most steps that a profile takes. The profiler needs one to warm up and, on a CPU, one for activations."""
         return self.warmup + self.timed + 2 + self.traced
 
 

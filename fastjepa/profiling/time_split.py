@@ -68,7 +68,7 @@ class TimeSplit:
 
     step_ms: float
     parts: tuple[Part, ...]
-    """Parts that add up to the step. `other` is the rest of the step's thread (CPU) or the kernels outside annotations (GPU);
+    """Parts that add up to the step. `other` is the rest of the step's thread (CPU) or kernels outside annotations (GPU);
     `communication` is collectives while no kernel of the step ran; `idle` is time in which the GPU had nothing to do."""
     beside: tuple[Part, ...]
     """Work beside the step, on other threads and streams: the loader's threads and collectives."""
