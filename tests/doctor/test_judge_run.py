@@ -14,6 +14,7 @@ from fastjepa.doctor.diagnosis import Finding
 from fastjepa.doctor.limits import Link, find_limit
 from fastjepa.doctor.probe_process import Outcome
 from fastjepa.host import GIB
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 from tests.doctor.example_run import example_run, only
 
 LOADER: dict[str, Any] = {"images": 8000, "val_images": 2000, "problem": None, "bad": []}
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_continued_from_unless_the_run_never_resumes(tmp_path: P
     named.write_text("step_00000004")
 
     def checkpoint(resume: str) -> Finding:
-        config = replace(Config(), output_dir=str(tmp_path), resume=resume)
+        config = Config(objective=IJEPAConfig(), output_dir=str(tmp_path), resume=resume)
         *_, finding = judge_run.judge_run_folder(config, 8000)
         return finding
 

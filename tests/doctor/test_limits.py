@@ -10,6 +10,7 @@ from fastjepa.config import Config, ModelConfig
 from fastjepa.doctor.limits import Link, Rate, find_limit, format_bytes, format_rate
 from fastjepa.doctor.suggest import suggest
 from fastjepa.host import GIB
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 from tests.doctor.example_run import example_run
 
 
@@ -43,7 +44,7 @@ def test_on_a_cpu_loader_and_step_share_the_cores() -> None:
 
 
 def test_a_cpu_needs_memory_for_a_slice_of_the_micro_batch_only() -> None:
-    config = Config(model=ModelConfig(name="vit_base"), global_batch_size=2048)
+    config = Config(model=ModelConfig(name="vit_base"), objective=IJEPAConfig(), global_batch_size=2048)
     run = example_run(config=config, gpu=False, bf16=False, memory=8.0 * GIB, step={}, loader={})
     assert find_limit(run).limit is None
     assert suggest(run) == []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig, ObjectiveConfig, Savings
-from fastjepa.config.file import dump_config, load_config
+from fastjepa.config import Config, DataConfig, ModelConfig
+from fastjepa.config.file import dump_config
 from fastjepa.doctor.limits import Link, Rate, find_limit
 from fastjepa.doctor.suggest import (
     Suggestion,
@@ -21,6 +21,9 @@ from fastjepa.doctor.suggest import (
     what_to_do,
 )
 from fastjepa.host import GIB
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig, Savings
+from fastjepa.objectives.registry import load_config
 from fastjepa.train import parse_args, resolve_config
 from tests.doctor.example_run import example_run
 
@@ -72,7 +75,7 @@ def test_a_slow_link_gets_the_zero_stage_that_hides_more_of_it() -> None:
 def test_a_run_that_does_not_fit_gets_settings_with_which_it_does_if_there_are_any(
     memory: float, ranks: int, expected: list[str]
 ) -> None:
-    config = Config(model=ModelConfig(name="vit_base"), global_batch_size=256)
+    config = Config(model=ModelConfig(name="vit_base"), objective=IJEPAConfig(), global_batch_size=256)
     run = example_run(config=config, memory=memory * GIB, ranks=ranks, step={}, loader={})
     verdict, suggestions = find_limit(run), suggest(run)
     assert verdict.limit == "memory"
@@ -91,7 +94,7 @@ def test_needless_arithmetic_is_named_with_its_share() -> None:
         run.config,
         precision="fp32",
         model=replace(run.config.model, activation_checkpointing=True),
-        objective=ObjectiveConfig(savings=Savings(target_last_block=False)),
+        objective=IJEPAConfig(savings=Savings(target_last_block=False)),
     )
     suggestions = {s.argument: s.reason for s in suggest(replace(run, config=config, bf16=False))}
     assert list(suggestions) == [
@@ -107,14 +110,18 @@ def test_a_setting_that_another_forbids_is_not_suggested() -> None:
     config = replace(
         example_run().config,
         compile="cuda_graphs",
-        masks=MaskConfig(mode="budget"),
-        objective=ObjectiveConfig(savings=Savings(target_last_block=False, predictor_last_block=False)),
+        objective=IJEPAConfig(
+            masks=MaskConfig(mode="budget"), savings=Savings(target_last_block=False, predictor_last_block=False)
+        ),
     )
     run = example_run(config=config, ranks=4, link=Link(0.1e9, 1e-4), loader={4: Rate(4000.0, 0.001)})
     assert arguments(suggest(run)) == ["objective.savings.predictor_last_block=true"]
-    tight = example_run(config=replace(Config(), compile="blocks"), ranks=8, memory=0.8 * GIB, step={}, loader={})
+    config = Config(objective=IJEPAConfig(), compile="blocks")
+    tight = example_run(config=config, ranks=8, memory=0.8 * GIB, step={}, loader={})
     assert "--ds_config configs/zero3.json" not in arguments(suggest(tight))
-    assert "--ds_config configs/zero3.json" in arguments(suggest(replace(tight, config=Config())))
+    assert "--ds_config configs/zero3.json" in arguments(
+        suggest(replace(tight, config=Config(objective=IJEPAConfig())))
+    )
 
 
 def test_bf16_is_not_suggested_without_instructions_for_it() -> None:
@@ -166,10 +173,11 @@ def test_the_printed_command_and_yaml_are_read_as_the_configuration_that_was_jud
     assert words[:3] == ["deepspeed", "--num_gpus", "1"]
     args = parse_args(words[4:])
     assert args.ds_config == "configs/zero2.json"
-    assert resolve_config(args) == replace(wanted.config, optim=replace(wanted.config.optim, lr=3e-4))
+    expected = replace(wanted.config, optim=replace(wanted.config.optim, lr=3e-4))
+    assert resolve_config(args) == expected.resolved()  # the file holds the sizes of the named model
 
     lines.write_text(as_yaml(EVERY_KIND))
-    assert load_config(lines) == applied(example_run(config=Config()), EVERY_KIND).config
+    assert load_config(lines) == applied(example_run(config=Config(objective=IJEPAConfig())), EVERY_KIND).config
 
 
 @pytest.mark.parametrize(

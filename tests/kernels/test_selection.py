@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from fastjepa.config import KernelsConfig
+from fastjepa.engine.build import operations_of
+from fastjepa.objectives.registry import method_of
 from fastjepa_kernels import (
     OPERATIONS,
     Operation,
@@ -24,6 +26,7 @@ from fastjepa_kernels import (
     selection,
     without_requests,
 )
+from tests.support.small import small_config
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +218,16 @@ def test_the_settings_offer_exactly_the_implementations_that_exist() -> None:
     assert offered == {op: set(names) for op, names in OPERATIONS.items()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_of_ijepa_names_every_operation_that_exists(dtype: torch.dtype) -> None:
+    """So one list feeds the engine, the doctor, the settings and the benchmarks."""
+    operations = operations_of(method_of(small_config()), dtype)
+    assert {operation.name for operation in operations} == set(OPERATIONS)
+    head_dims = {operation.head_dim for operation in operations if operation.name == "block_attention"}
+    assert head_dims == {24 // 3, 12 // 3}  # of the encoders and of the predictor
+
+
+@pytest.mark.processes
 def test_importing_the_kernels_does_not_import_the_compiler() -> None:
     """The import of the compiler takes a second, and most processes compile nothing."""
     code = "import sys, fastjepa_kernels, fastjepa.objectives.ijepa.objective; sys.exit('torch._dynamo' in sys.modules)"

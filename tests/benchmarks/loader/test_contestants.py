@@ -19,7 +19,8 @@ def test_wrong_pixels_are_found(tmp_path: Path, name: str) -> None:
     with closing(Ours(name, files, 4, 1, CPU)) as ours:
         batch = next(ours._loader)
         assert ours.problem(batch) is None
-        problem = ours.problem(dataclasses.replace(batch, boxes=batch.boxes + np.array([0, 0, 4, 4], np.int32)))
+        (boxes,) = batch.boxes
+        problem = ours.problem(dataclasses.replace(batch, boxes=(boxes + np.array([0, 0, 4, 4], np.int32),)))
     assert problem is not None
     assert problem.startswith("differs from Pillow")
 

@@ -13,7 +13,7 @@ from benchmarks.launch import launch
 from benchmarks.proofs import counts
 from benchmarks.proofs.counts import ACCEPT, RESULTS, Case, Counts, cases, changes, count, main, masks_of, problem_with
 from fastjepa.models.layers import Mlp
-from fastjepa.objectives.ijepa.costs import Lengths, forward_flops
+from fastjepa.objectives.ijepa.costs import MaskLengths, forward_flops
 
 RECORDED = json.loads(RESULTS.read_text(encoding="utf-8"))
 CASE = Case("budget", "fp32")
@@ -51,7 +51,7 @@ def test_two_runs_give_the_same_figures(case: Case) -> None:
 def test_all_arithmetic_of_the_forward_pass_is_counted(case: Case, counted_alone: dict[str, Counts]) -> None:
     """The formulas of the model agree with the counted operators, so no operator lacks a formula."""
     images = case.config.global_batch_size
-    formula = forward_flops(case.config, Lengths.of(masks_of(case, step=1)).tokens())
+    formula = forward_flops(case.config, MaskLengths.of(masks_of(case, step=1)).tokens())
     parts = counted_alone[case.name]
     assert parts["target encoder"]["flops"] == pytest.approx(images * formula.target, rel=1e-12)
     rest = formula.context + formula.predictor + formula.ends + formula.embedding
@@ -66,7 +66,7 @@ def test_a_new_copy_is_reported_with_its_place_and_size(monkeypatch: pytest.Monk
     monkeypatch.setattr(Mlp, "forward", lambda self, x: forward(self, x.clone()))
     reported = changes(before, {CASE.name: count(CASE)})
     config, step = CASE.config, before[CASE.name]["context encoder"]
-    tokens, layers = masks_of(CASE, step=1).context.total, config.model.size.depth
+    tokens, layers = masks_of(CASE, step=1).context_lengths.total, config.model.size.depth
     copied = layers * tokens * config.model.size.embed_dim * 4
     for figure, more in (("operators", layers), ("allocations", layers), ("copied_bytes", copied)):
         a, b = step[figure], step[figure] + more
