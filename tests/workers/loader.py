@@ -1,6 +1,6 @@
-"""One rank of test_resume: iterates over a Loader and writes what each image of each step was.
+"""One rank of tests/data/test_resume.py: it iterates over a Loader and writes what each image of each step was.
 
-usage: worker_loader.py SOURCE OUTPUT RANK WORLD_SIZE START_STEP
+usage: python -m tests.workers.loader SOURCE OUTPUT RANK WORLD_SIZE START_STEP
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run_config(source: str) -> Config:
 
 
 def describe(batch: Batch) -> list[list[object]]:
-    """Of each image: identity, crop, flip, and a hash of its pixels and masks."""
+    """Describe each image: identity, crop, flip, and a hash of its pixels and masks."""
     assert isinstance(batch.prepared, MaskedImages)
     masks, (boxes,), (flips,) = batch.prepared.masks, batch.boxes, batch.flips
     blocks = masks.target_lengths.num_seqs // masks.num_images
