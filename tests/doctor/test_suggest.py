@@ -119,7 +119,9 @@ def test_a_setting_that_another_forbids_is_not_suggested() -> None:
     config = Config(objective=IJEPAConfig(), compile="blocks")
     tight = example_run(config=config, ranks=8, memory=0.8 * GIB, step={}, loader={})
     assert "--ds_config configs/zero3.json" not in arguments(suggest(tight))
-    assert "--ds_config configs/zero3.json" in arguments(suggest(replace(tight, config=Config(objective=IJEPAConfig()))))
+    assert "--ds_config configs/zero3.json" in arguments(
+        suggest(replace(tight, config=Config(objective=IJEPAConfig())))
+    )
 
 
 def test_bf16_is_not_suggested_without_instructions_for_it() -> None:
