@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 # Both versions of control groups: name of the controller, mount point, files with the limit and the usage in bytes, and the
 # key in memory.stat of the cached file pages, which count as used but are given up when memory runs short.

@@ -6,12 +6,10 @@ import dataclasses
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastjepa import distributed
 from fastjepa.checkpoint.checkpointer import Checkpointer
@@ -19,10 +17,9 @@ from fastjepa.checkpoint.format import RunState, latest_for_message
 from fastjepa.checkpoint.resume import resume
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.data import Batch, ImageDataset, Loader, steps_per_epoch
-from fastjepa.data.dataset import Ints
 from fastjepa.engine.base import Engine
 from fastjepa.errors import ConfigError, Preempted, TrainingError
-from fastjepa.objectives.base import Method, Moment
+from fastjepa.objectives.base import Method, Moment, describe_parts
 from fastjepa.optim.schedule import Schedule, set_schedule
 from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
 from fastjepa.profiling.output import write_report
@@ -31,20 +28,11 @@ from fastjepa.run.folder import RunFolder, explain_write_errors
 from fastjepa.run.meter import Meter
 from fastjepa.run.metrics_file import MetricsFile
 from fastjepa.run.progress import Progress
+from fastjepa.run.skipped_steps import SkippedSteps
 from fastjepa.run.stop_request import StopRequest
 from fastjepa.run.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-class _Step(NamedTuple):
-    """What may have to be said of a step; losses and count are on the device."""
-
-    number: int
-    samples: list[Ints]
-    """Of each micro batch."""
-    losses: list[Tensor]
-    skipped_in_a_row: Tensor
 
 
 class Trainer:
@@ -77,6 +65,7 @@ class Trainer:
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self._data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
         self.start_step = resume(config, folder, engine, self._data, self.total_steps)
+        self._parts = describe_parts(engine.model.parts, self.method.evaluated)
         self._profile = profile
         self._checkpointer = Checkpointer(
             folder.checkpoints,
@@ -84,8 +73,7 @@ class Trainer:
             keep_every=config.keep_every,
             asynchronous=config.async_checkpoint,
         )
-        # Skipped steps are looked for every max_skipped_steps, or sooner: one look sees all that it may have to name.
-        self._recent: deque[_Step] = deque(maxlen=2 * config.max_skipped_steps)
+        self._skipped = SkippedSteps(config.max_skipped_steps, folder, dataset.name)
 
     def run(self, stop_request: StopRequest) -> None:
         """Train to the last step; returns at once if the run is complete.
@@ -127,7 +115,7 @@ class Trainer:
                     samples.append(batch.sample_ids)
                     losses.append(loss)
                     meter.update(loss, signals, images=batch.prepared.num_images, counts=batch.prepared.counts)
-                self._recent.append(_Step(step, samples, losses, engine.skipped_in_a_row()))
+                self._skipped.note(step, samples, losses, engine.skipped_in_a_row())
                 progress.advance()
 
                 done, last = step + 1, step + 1 == self.total_steps
@@ -137,7 +125,9 @@ class Trainer:
                 skipped = 0
                 if line_due or done % config.max_skipped_steps == 0:
                     watchdog.at(f"step {step}, metrics")
-                    skipped = self._check_skipped(done)
+                    skipped, problem = self._skipped.look(done)
+                    if problem:
+                        raise self._not_finite(problem)
                 if line_due:
                     line = self._line(done, values, meter)
                     if metrics is not None:
@@ -218,35 +208,6 @@ class Trainer:
             "skipped_steps": done - self.engine.optimizer.updates,
         }
 
-    def _check_skipped(self, done: int) -> int:
-        """How many of the last steps were skipped, read back from the device; the same on all ranks.
-
-        Raises:
-            TrainingError: too many; skipped_steps.jsonl names their samples.
-        """
-        in_a_row: list[int] = torch.stack([step.skipped_in_a_row for step in self._recent]).tolist()
-        longest = max(in_a_row)
-        if longest < self.config.max_skipped_steps:
-            return in_a_row[-1]
-        mine: list[dict[str, object]] = [
-            {
-                "step": step.number,
-                "rank": distributed.rank(),
-                "loss": str(loss.item()),
-                "samples": [self.dataset.name(index) for index in samples.tolist()],
-            }
-            for step, skipped in zip(self._recent, in_a_row, strict=True)
-            for samples, loss in zip(step.samples, step.losses, strict=True)
-            if skipped
-        ]
-        lines = [line for lines in distributed.gather_objects(mine) for line in lines]
-        if self.is_first_rank:
-            self.folder.write_skipped_steps(lines)
-        raise self._not_finite(
-            f"the loss or a gradient was not finite in {longest} steps in a row, by step {done}: they changed nothing. "
-            f"{self.folder.skipped_steps} has the losses and the samples of the last"
-        )
-
     def _watchdog(self) -> Watchdog:
         return Watchdog(self.folder.heartbeats, self.config.hang_timeout)
 
@@ -261,5 +222,5 @@ class Trainer:
         bad = sum(int(not tensor.isfinite().all()) for tensor in tensors)
         if distributed.sum_over_ranks(torch.tensor([float(bad)], device=self.engine.device))[0]:
             raise self._not_finite(f"the weights are not finite after step {step}")
-        state = RunState(step, dataclasses.asdict(self.config.resolved()), self._data)
+        state = RunState(step, dataclasses.asdict(self.config.resolved()), self._data, self._parts)
         self._checkpointer.save(self.engine, state, last=last)

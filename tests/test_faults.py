@@ -21,16 +21,16 @@ from benchmarks.proofs.equality import FP32_BOUND, full_state, relative_errors, 
 from fastjepa import distributed
 from fastjepa.checkpoint.format import latest, load_weights
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.build import build_engine
 from fastjepa.errors import Preempted
-from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.run.folder import RunFolder
 from fastjepa.run.watchdog import EXIT_STATUS
 from fastjepa.train import main
 from tests.support.reliability import Record, survive_kills
-from tests.support.small import small_batch
+from tests.support.small import engine_of, small_batch
 from tests.support.tiny_run import at_step, ended, metrics, start, write_recipe
 from tests.workers import other_ranks
+
+pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(recipe: str, tmp_pat
     record("SIGUSR1 to one of two ranks, in step 10", "both stopped after step 11, exit status 75", "nothing")
 
 
-@pytest.mark.parametrize("where", ["trainer.Trainer._resume", "evaluate.evaluate_run"])
+@pytest.mark.parametrize("where", ["trainer.resume", "evaluate.evaluate_run"])
 def test_a_signal_before_or_after_training_ends_with_the_status_for_queueing_again(
     where: str, recipe: str, tmp_path: Path, record: Record
 ) -> None:
@@ -102,7 +102,7 @@ def signalled(*arguments):
     assert message.splitlines()[-1].startswith("fastjepa: stopped: SIGUSR1: stopped outside of training."), message
     assert main(arguments) == 0
     assert metrics(tmp_path, "step")[-1] == [8]
-    record(f"SIGUSR1 during {where.rpartition('.')[2].strip('_')}", f"exit status {status}", "nothing")
+    record(f"SIGUSR1 during {where.rpartition('.')[2]}", f"exit status {status}", "nothing")
 
 
 def test_an_error_of_one_rank_is_shown_and_ends_all_ranks_even_if_the_group_cannot_be_closed(
@@ -116,8 +116,8 @@ def test_an_error_of_one_rank_is_shown_and_ends_all_ranks_even_if_the_group_cann
     assert other[0] == 1
     assert "fastjepa: error (rank 0): lost contact with the other ranks" in other[1].splitlines()[-1]
     record(
-        "an error of one rank of two, whose process group would not close",
-        "its traceback, status 1; the other rank lost contact, status 1 and one line",
+        "an exception in one rank of two, whose process group cannot be closed",
+        "that rank ended with its traceback and status 1; the other one lost contact, and ended with status 1 and one line",
         "the steps since the last checkpoint",
     )
 
@@ -236,7 +236,7 @@ def test_a_save_that_hangs_does_not_keep_a_failed_run_alive(recipe: str, tmp_pat
     assert re.search(r"checkpointer\.py.* in wait", message), message
     assert latest(tmp_path / "checkpoints") is None
     record(
-        "a background save that hangs, in a run that ends for want of memory, hang_timeout=3",
+        "a background save that hangs, in a run that runs out of memory, hang_timeout=3",
         f"status {status}, with the stacks of the save and of what waits for it",
         "the steps since the last checkpoint",
     )
@@ -266,16 +266,16 @@ def test_a_rank_that_hangs_is_named_with_its_place_in_the_run(recipe: str, tmp_p
 @contextmanager
 def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[None]:
     """Make the objective's loss `value` in some of its calls (counted from 0), on one rank."""
-    from fastjepa.objectives.ijepa.objective import IJEPA
+    from fastjepa.objectives.ijepa.objective import IJEPAObjective
 
-    plain, calls = IJEPA.loss, iter(range(10**6))
+    plain, calls = IJEPAObjective.loss, iter(range(10**6))
 
-    def loss(self: IJEPA, *tensors: torch.Tensor) -> torch.Tensor:
+    def loss(self: IJEPAObjective, *tensors: torch.Tensor) -> torch.Tensor:
         result = plain(self, *tensors)
         return result + float(value) if next(calls) in steps and distributed.rank() == rank else result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(IJEPA, "loss", loss)
+        patch.setattr(IJEPAObjective, "loss", loss)
         yield
 
 
@@ -283,13 +283,13 @@ def bad_loss(steps: set[int], rank: int = 0, value: str = "nan") -> Iterator[Non
 def test_a_step_that_is_not_finite_changes_nothing(value: str) -> None:
     config = trajectory_config(micro=2, clip_grad=0.1)
     sizes = BatchSizes.share(config, world_size=1)
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config=None)
+    engine = engine_of(config, sizes, torch.device("cpu"))
     batch = small_batch(config, sizes.micro)
     with bad_loss({2, 5}, value=value):  # one micro batch of two, in steps 1 and 2
         for step in range(4):
             before, updates = full_state(engine), engine.optimizer.updates
             for _ in range(sizes.accum):
-                engine.micro_step(*batch)
+                engine.micro_step(batch)
             changed = any(not torch.equal(w, before[name]) for name, w in full_state(engine).items())
             assert changed == (step in (0, 3))
             assert engine.optimizer.updates == updates + int(changed)
@@ -348,7 +348,9 @@ def test_skipped_steps_between_two_checks_count(recipe: str, tmp_path: Path) -> 
 
 def test_a_preemption_right_after_a_skipped_step_writes_a_checkpoint(recipe: str, tmp_path: Path) -> None:
     arguments = ["--config", recipe, f"output_dir={tmp_path}"]
-    fault = at_step(9, "os.kill(os.getpid(), signal.SIGUSR1); images = images * float('nan')")
+    fault = at_step(
+        9, "os.kill(os.getpid(), signal.SIGUSR1); batch = replace(batch, images=batch.images * float('nan'))"
+    )
     ((status, message),) = ended(start(fault, arguments))
     assert status == Preempted.exit_status, message
     assert latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_00000010"
@@ -440,7 +442,7 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error(
     record(
         f"--resume names a {given} with one wrong bit in a shard",
         message.removeprefix("fastjepa: error: ").replace(f"{source}", "RUN"),
-        "nothing: no other checkpoint is taken for it",
+        "nothing: no other checkpoint is used in its place",
     )
 
 

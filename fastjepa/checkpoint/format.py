@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class RunState:
     """The resolved configuration, as nested dictionaries."""
     dataset: dict[str, Any]
     """Size and fingerprint of the training images."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """What each part of the model is: "trained", or "EMA of" another part; and which one is evaluated."""
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -41,7 +41,7 @@ def load(checkpoint: Path, sharded: ShardedState) -> RunState:
             out.copy_(stored())
     sharded.optimizer.updates = index["updates"]
     sharded.publish_weights()
-    return RunState(index["step"], index["config"], index["dataset"])
+    return RunState(index["step"], index["config"], index["dataset"], index.get("parts", {}))
 
 
 def _check_same_model(checkpoint: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Snapshot:
     """Flat fp32 tensors, by their names in the shard; none where another rank writes the same."""
     pieces: list[tuple[int, str, int, int, int]]
     """Number of the tensor, parameter, its first element there, elements, first element in the tensor."""
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """Buffers that are never trained, fp32 on the CPU: for model.safetensors alone."""
     arrived: torch.cuda.Event | None = None
     """Of a copy that is still on its way from the GPU: then the tensors can be read."""
 
@@ -54,7 +56,7 @@ class Snapshot:
             for kind, values in {"weight": tensor, **sharded.optimizer.moments(tensor)}.items():
                 tensors[f"{number}.{kind}"] = values.detach().view(-1)
         pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in written]
-        return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces)
+        return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces, sharded.constants)
 
     def copied(self, pinned: dict[str, Tensor]) -> Snapshot:
         """The same in host memory of its own, so that training may go on.
@@ -89,7 +91,9 @@ class Snapshot:
 
     @property
     def model_bytes(self) -> int:
-        return sum(4 * math.prod(shape) for shape in self.parameters.values())
+        """Bytes of model.safetensors."""
+        constants = sum(tensor.nbytes for tensor in self.constants.values())
+        return sum(4 * math.prod(shape) for shape in self.parameters.values()) + constants
 
 
 def save(folder: Path, sharded: ShardedState, state: RunState) -> Path:
@@ -167,12 +171,13 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
         "updates": snapshot.updates,
         "config": state.config,
         "dataset": state.dataset,
+        "parts": state.parts,
         "parameters": snapshot.parameters,
         "shards": shards,
     }
     _write_text(temporary / INDEX, json.dumps(index))
     sums[INDEX] = sha256(temporary / INDEX)
-    sums[MODEL] = _write_model(temporary, index)
+    sums[MODEL] = _write_model(temporary, index, snapshot.constants)
     _write_text(temporary / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
     replaced = set_aside(final)
     if final.exists():  # the same step saved again, after a resume from before it
@@ -183,8 +188,8 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write_model(checkpoint: Path, index: dict[str, Any]) -> str:
-    """The weights, whole, from the shards."""
+def _write_model(checkpoint: Path, index: dict[str, Any], constants: Mapping[str, Tensor]) -> str:
+    """Write model.safetensors: the weights, whole, from the shards, and the constants. Returns its SHA-256."""
     reader = Reader(checkpoint, index)
 
     def weights() -> Iterator[Tensor]:
@@ -193,9 +198,21 @@ def _write_model(checkpoint: Path, index: dict[str, Any]) -> str:
             for out, stored in reader.find(name, "weight", 0, flat):
                 out.copy_(stored())
             yield flat
+        yield from constants.values()
 
-    metadata = {"step": str(index["step"]), "config": json.dumps(index["config"])}
-    return _write_tensors(checkpoint / MODEL, index["parameters"], weights(), metadata)
+    shapes = index["parameters"] | {name: list(tensor.shape) for name, tensor in constants.items()}
+    metadata = {key: json.dumps(index[key]) for key in ("step", "config", "parts")} | _sizes(index["config"])
+    return _write_tensors(checkpoint / MODEL, shapes, weights(), metadata)
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader needs to build the encoder and to feed it, in metadata of its own: the file is enough then."""
+    keys = {
+        "model": ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size"),
+        "data": ("image_size", "in_channels", "mean", "std"),
+    }
+    found = {key: config[section][key] for section, names in keys.items() if section in config for key in names}
+    return {("model" if key == "name" else key): json.dumps(value) for key, value in found.items()}
 
 
 def _write_tensors(

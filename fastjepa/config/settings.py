@@ -60,11 +60,11 @@ class DataConfig:
     """A folder of images, tar shards (WebDataset), Arrow or Parquet files (Hugging Face), a text file that lists images, or
     `fashion_mnist`, the set shipped in the package; see fastjepa.data.sources."""
     val_source: str | None = None
-    """Held-out images for the probes; null: the source's own split, if it has one."""
+    """Held-out images for the probes; null takes the source's own split, if it has one."""
     image_size: int | tuple[int, int] = 224
     """Height and width of a crop in pixels; one number means square."""
     in_channels: int = 3
-    """3: RGB, 1: grey. Images are converted."""
+    """3 for RGB, 1 for grey. Images are converted."""
     crop_scale: Pair | None = (0.3, 1.0)
     """Area of a random crop as a share of the image; null: the whole image is resized."""
     crop_aspect: Pair = (3 / 4, 4 / 3)
@@ -72,29 +72,30 @@ class DataConfig:
     flip: float = 0.0
     """Probability that a crop is mirrored left to right. The official runs do not flip."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Per channel, of pixels in [0, 1]."""
+    """Mean of the pixels per channel, in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Per channel, of pixels in [0, 1]."""
+    """Standard deviation of the pixels per channel, in [0, 1]."""
     loader: Literal["auto", "dali", "turbo"] = "auto"
     """dali: NVIDIA DALI, on the GPU if there is one. turbo: libjpeg-turbo and Pillow on the CPU. auto: dali with a GPU where
     it is installed, else turbo, which is the faster one on a CPU."""
     pixels: Literal["uint8", "normalised"] = "uint8"
-    """What a batch holds. uint8: a quarter of the bytes; the model normalises the patches that it takes. normalised: fp32,
-    (x / 255 - mean) / std."""
+    """The pixels of a batch. uint8 takes a quarter of the bytes, and the model normalises the patches that it takes.
+    normalised is fp32, (x / 255 - mean) / std."""
     dct_scaling: bool = True
-    """Where a crop has four times the pixels of the result a side, or more, it begins and ends at multiples of 2, 4 or 8
-    pixels, and turbo decodes a JPEG file at 1/2, 1/4 or 1/8 of its size. false: all crops as torchvision's, to the pixel."""
+    """true: a crop that has four times the pixels of the result a side, or more, begins and ends at multiples of 2, 4 or 8
+    pixels, and turbo decodes a JPEG file at 1/2, 1/4 or 1/8 of its size. false: all crops are torchvision's, to the
+    pixel."""
     hw_decoder_load: float = 0.65
-    """dali on a GPU: share of the JPEG files for its hardware decoder (A100, H100 and newer); 0 turns it off."""
+    """Share of the JPEG files that DALI on a GPU gives to the hardware decoder (A100, H100 and newer); 0 turns it off."""
     num_threads: int = 4
-    """Threads per rank that read and decode; DALI decodes with as many of its own."""
+    """Threads per rank that read and decode. DALI decodes with as many threads of its own."""
     prefetch: int = 2
     """Micro batches prepared ahead of the step."""
     max_pixels: int = 100_000_000
     """An image with more pixels is refused by its header, before it is decoded."""
     max_bad_share: float = 0.01
-    """The run stops when more than this share of the data set's images, and more than one, have turned out bad; 0: at the
-    first."""
+    """The run stops when more than this share of the data set's images, and more than one image, have turned out bad. With 0
+    it stops at the first."""
 
     def __post_init__(self) -> None:
         require(min(self.image_hw) > 0, "data.image_size", self.image_size, "positive sizes")
@@ -131,11 +132,12 @@ class ModelConfig:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     init: Literal["official", "depth_rescale", "fan_in"] = "official"
-    """official: std 0.02 everywhere, as the released models were trained; depth_rescale: residual outputs of block l also
-    divided by sqrt(2 l); fan_in: std 1/sqrt(fan_in) with that rescale, which narrow models (32-64) need not to collapse."""
+    """official: normal weights of std 0.02, not cut, as the released models were trained. depth_rescale: the same, with the
+    residual outputs of block l divided by sqrt(2 l). fan_in: normal of std 1/sqrt(fan_in), cut at two standard deviations
+    (which leaves 0.88/sqrt(fan_in)), with that rescale: narrow models (32 to 64) collapse without it."""
     activation_checkpointing: bool = False
-    """Of each transformer block keep only its input for backward, which computes the rest again: the same numbers in much
-    less memory, for one more forward pass of the context encoder's and the predictor's blocks."""
+    """true: each transformer block keeps only its input for the backward pass, which computes the rest again. The numbers
+    are the same, memory is much less, and the blocks that are trained compute one more forward pass."""
 
     def __post_init__(self) -> None:
         for key, value in (*self.size._asdict().items(), ("patch_size", self.patch_size)):
@@ -170,23 +172,26 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, its schedules, and the EMA of the context encoder (paper, appendix A.1)."""
+    """AdamW, its schedules, and the EMA of the parts that have one (paper, appendix A.1)."""
 
     lr: float = 1e-3
     """Peak learning rate, for the global batch size of the run (no scaling is applied)."""
     start_lr: float = 2e-4
-    """At the start of the warm-up."""
+    """Learning rate at the start of the warm-up."""
     final_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 40.0
+    """Epochs in which the learning rate rises linearly from start_lr to lr."""
     weight_decay: float = 0.04
-    """At the start; cosine to final_weight_decay. None on biases and 1-D tensors."""
+    """Weight decay at the start; it follows a cosine to final_weight_decay. Biases and 1-D tensors have none."""
     final_weight_decay: float = 0.4
+    """Weight decay at the end."""
     betas: Pair = (0.9, 0.999)
     eps: float = 1e-8
     clip_grad: float | None = None
     """Largest global gradient norm; null: no clipping, as in the official code."""
     ema_momentum: Pair = (0.996, 1.0)
-    """Weight of the old target at the start and at the end, linear between."""
+    """Weight of the old average at the start and at the end of the run, linear between."""
     schedule_scale: float = 1.0
     """All schedules are stretched by this factor and cut at the end of the run (`ipe_scale` in the official code)."""
 
@@ -205,9 +210,11 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelsConfig:
-    """Which implementation of each operation of fastjepa_kernels runs. auto: Triton on a GPU, PyTorch elsewhere, chosen by
-    device, dtype and head dim and logged. One that cannot run is an error. The environment variable FASTJEPA_KERNELS
-    (operation=implementation,...) goes before these."""
+    """The implementation that runs of each operation of fastjepa_kernels.
+
+    auto takes Triton on a GPU and PyTorch elsewhere, by device, dtype and head dim, and logs the choice. To ask for one that
+    cannot run is an error. The environment variable FASTJEPA_KERNELS (operation=implementation,...) goes before these.
+    """
 
     masked_gather: Literal["auto", "triton", "torch"] = "auto"
     block_attention: Literal["auto", "triton", "varlen", "buckets", "padded", "xformers"] = "auto"
@@ -217,37 +224,37 @@ class KernelsConfig:
     mask_sampling: Literal["auto", "triton", "torch"] = "auto"
     target_loss: Literal["auto", "triton", "torch"] = "auto"
     linear: Literal["auto", "onednn", "torch"] = "auto"
-    """onednn: fp32 on a CPU with AVX-512. torch: PyTorch's, elsewhere."""
+    """onednn: for fp32 on a CPU with AVX-512. torch: PyTorch's, for all else."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run."""
+    """All settings of a run."""
 
     seed: int = 0
     output_dir: str = "runs/default"
     """The run folder: config.yaml, metrics.jsonl, checkpoints/."""
     epochs: float = 300.0
-    """Passes over the data; fractions allowed."""
+    """Passes over the data; a fraction is allowed."""
     global_batch_size: int = 2048
-    """Images per optimizer step over all ranks and micro batches: the run is the same on any number of GPUs (but for
-    masks.mode = official, whose cut depends on the micro batch)."""
+    """Images per optimizer step over all ranks and micro batches. The run is the same on any number of GPUs, except with
+    objective.masks.mode = official, whose cut depends on the micro batch."""
     micro_batch_size: int | None = None
-    """Images per rank at a time; null: the rank's whole share. The rest is gradient accumulation."""
+    """Images that a rank takes at a time; null: its whole share. Gradients are accumulated over its micro batches."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU that has it (compute capability 8.0 or more), else fp32. Optimizer state and EMA are fp32 always.
     bf16 is autocast over fp32 weights with plain PyTorch and at ZeRO stage 0, as in the official code; at stages 1 to 3
     weights, activations and their gradients are bf16, with fp32 masters."""
     target_precision: Literal["same", "fp8"] = "same"
-    """fp8: matrix products of the target encoder's blocks in e4m3, scaled by token and output channel, on GPUs of compute
-    capability 8.9 or newer. It changes the targets a little: see README."""
+    """fp8: the blocks of parts that are averages (the target encoder) multiply matrices in e4m3, scaled by token and output
+    channel, on GPUs of compute capability 8.9 or newer. It changes the targets a little: see README."""
     compile: Literal["auto", "none", "blocks", "cuda_graphs"] = "auto"
-    """blocks: torch.compile of each transformer block, which fuses what lies between the matrix products; the lengths
-    of sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU (but not at
-    ZeRO stage 3, which cannot, nor where the compiler fails, which is logged), none on a CPU, where it gains nothing.
-    cuda_graphs: the same, and each micro batch is replayed as a CUDA graph, for models and batches so small that the
-    GPU waits for the host; with plain PyTorch on a GPU, and with masks.mode = budget (not rasterized) and
-    objective.savings.target_last_block = false, so that all shapes are static."""
+    """blocks: torch.compile each transformer block, which fuses what lies between the matrix products. The lengths of
+    sequences are symbols in it, so that other batches need no new compilation. auto: blocks on a GPU, none on a CPU, where
+    it gains nothing. It is none at ZeRO stage 3 too, which cannot compile, and where the compiler fails, which is logged.
+    cuda_graphs: blocks, and each micro batch is replayed as a CUDA graph, for models and batches so small that the GPU waits
+    for the host. It needs plain PyTorch on a GPU and static shapes: objective.masks.mode = budget (not rasterized) and
+    objective.savings.target_last_block = false."""
     resume: str = "auto"
     """auto: continue from the newest checkpoint of output_dir, if any; never: refuse a folder that holds a run; or the path
     of a checkpoint."""
@@ -256,9 +263,9 @@ class Config:
     checkpoint_interval: int = 1000
     """Steps between two checkpoints; one is always written at the end."""
     keep_last: int = 3
-    """This many of the newest checkpoints are kept,"""
+    """How many of the newest checkpoints are kept."""
     keep_every: int | None = None
-    """and those whose step is a multiple of this; null: no others."""
+    """Checkpoints whose step is a multiple of this are kept as well; null: no others."""
     async_checkpoint: bool = True
     """Checkpoints are written while training goes on, if the host memory has room for a copy of weights and optimizer."""
     max_skipped_steps: int = 10
@@ -266,7 +273,7 @@ class Config:
     hang_timeout: float = 1800.0
     """Seconds without progress after which the run stops, and says which rank is behind and where it is."""
     evaluate: bool = True
-    """k-NN and linear probe at the end, if the source has labels and a held-out split."""
+    """true: run the k-NN and linear probes at the end, if the source has labels and a held-out split."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig

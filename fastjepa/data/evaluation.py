@@ -1,4 +1,4 @@
-"""Images for evaluation: no random crops, and none in the place of another."""
+"""Images for evaluation, in central crops. Bad images are left out, not replaced."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ _AT_ONCE = 256
 def evaluation_batches(
     dataset: ImageDataset, indices: Ints, config: DataConfig, device: torch.device
 ) -> Iterator[tuple[Ints, Tensor]]:
-    """The images at `indices`, int64 [n], at their largest central boxes, in batches: the indices, int64 [B], and the
-    pixels, uint8 [B, C, H, W] on `device`, which are good until the next batch is asked for. Bad images are left out, with
-    a warning that names them.
+    """Read the images at `indices`, int64 [n], in batches, each image at its largest central box.
+
+    Bad images are left out, with a warning that names them.
+
+    Yields:
+        The indices of a batch, int64 [B], and its pixels, uint8 [B, C, H, W] on `device`. The next batch may overwrite the
+        pixels.
     """
     with ThreadPoolExecutor(config.num_threads, thread_name_prefix="fastjepa-images") as pool:
         decoder = choose_decoder(config, device, min(len(indices), _AT_ONCE), pool)

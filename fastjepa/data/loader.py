@@ -1,7 +1,8 @@
-"""Batches of images and masks, prepared ahead of the step by background threads.
+"""Micro batches, prepared ahead of the step by background threads.
 
 Step s takes positions s * G to s * G + G - 1 of the run's endless sequence of samples (G: the global batch size). An
-epoch is n // G steps in an order of its own; the up to G - 1 images at its end are left out, others in each epoch.
+epoch of n images has n // G steps and an order of its own. Up to G - 1 images at its end are left out, different ones in
+each epoch.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _MAX_LANES = 2
 
 
 class Seconds(NamedTuple):
-    """What preparing a micro batch took, by the clock, on a thread that runs beside the step."""
+    """Wall-clock seconds that preparing a micro batch took, on a thread that runs beside the step."""
 
     read: float
-    """Files and headers."""
+    """Reading files and headers."""
     decode: float
     """Decoding and resizing."""
     to_device: float
-    """Copying to the device what was decoded on the host."""
+    """Copying images decoded on the host to the device."""
     prepare: float
-    """What the method does with the images: sampling and packing masks, say."""
+    """`Method.prepare`: for I-JEPA, sampling and packing masks."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Batch:
     """One micro batch of one rank, on its device."""
 
     prepared: Prepared
-    """What the objective's forward pass takes."""
+    """The input of the objective's forward pass."""
     sample_ids: Ints
     """int64 [B]: indices in the data set, those of the replacements where images were bad."""
     boxes: tuple[Boxes, ...]
@@ -67,13 +68,15 @@ class Batch:
 class Loader:
     """Iterates over a rank's micro batches, in order, from step `start_step` to `total_steps` - 1.
 
-    The samples, their crops and masks depend on the seed and the step alone, not on rank or world size, split or resume.
+    The samples of a step, their crops and their masks depend on the seed and the step alone: not on the number of ranks,
+    the split into micro batches, or a resume.
 
-    A bad image never ends a run, unless there are too many (`BadSamples`): another one takes its place
-    (`order.replacement`).
+    A bad image does not end a run: another image takes its place (`order.replacement`). Only too many bad images do
+    (`BadSamples`).
 
-    Two threads, the lanes, prepare a batch each, with a decoder each, so that one reads or waits for the GPU while the other
-    decodes. Within a batch data.num_threads threads, which the lanes share, read and decode.
+    Up to two threads prepare one batch each. Each takes a lane, which has decoders and a CUDA stream of its own, so that
+    one thread can read files or wait for the GPU while the other decodes. Within a batch, the files are read and decoded by
+    a pool of data.num_threads threads, which the lanes share.
     """
 
     def __init__(
@@ -103,17 +106,17 @@ class Loader:
                 f"steps_per_epoch = {steps_per_epoch} with a global batch of {self._global_batch_size} images: "
                 f"the data set has {len(dataset)}; use a smaller batch or more images"
             )
-        device = torch.empty(0, device=device).device  # "cuda" with its index
+        device = torch.empty(0, device=device).device  # "cuda" gets its index
         self._config, self._method, self._device = config, method, device
         self._steps_per_epoch, self._total_steps = steps_per_epoch, total_steps
         self._positions = functools.partial(
             batch_positions, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, accum=grad_accum_steps
         )
-        # Two epochs, for while one lane is in the old one still.
+        # Two epochs: one lane may still be in the old epoch when the other begins a new one.
         self._orders = functools.lru_cache(2)(functools.partial(epoch_order, config.seed, num_images=len(dataset)))
-        self._orders_lock = threading.Lock()  # so that both lanes do not work one out
+        self._orders_lock = threading.Lock()  # so that the lanes do not compute the same order twice
         self.bad_samples = BadSamples(dataset, config.data.max_bad_share, bad_samples_file)
-        """Their number is that of distinct ones so far, over all ranks."""
+        """The bad images of the run so far. `len` counts distinct ones, over all ranks."""
         self._pool = ThreadPoolExecutor(config.data.num_threads, thread_name_prefix="fastjepa-images")
         num_lanes = min(_MAX_LANES, config.data.prefetch)
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
@@ -126,7 +129,7 @@ class Loader:
             reader = Reader(dataset, views, config.seed, self._pool, self.bad_samples)
             self._lanes.put(_Lane(reader, torch.cuda.Stream(device) if device.type == "cuda" else None))
         self._todo = ((step, micro) for step in range(start_step, total_steps) for micro in range(grad_accum_steps))
-        # A thread begins on the first GPU, whichever the process uses.
+        # A new thread starts on the first GPU, even if the process uses another.
         start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._threads = ThreadPoolExecutor(num_lanes, thread_name_prefix="fastjepa-loader", initializer=start)
         self._pending: deque[Future[Batch]] = deque()
@@ -138,24 +141,28 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro batch, complete on its device. On a GPU, work on the one before must have been queued by now, on
-        the current stream: afterwards its memory is used again. An error in a thread is raised here, with its traceback,
-        and closes the loader.
+        """The next micro batch, complete on its device.
+
+        On a GPU, the caller must have queued all work on the micro batch before it by now, on the current stream: the
+        memory of that batch is reused when this work is done. An error in a thread is raised here, with its traceback, and
+        closes the loader.
         """
-        self._hold_what_is_in_use()
+        self._keep_batches_in_use()
         if not self._pending:
             raise StopIteration
-        prepared = self._pending.popleft()
-        if prepared.exception():
+        future = self._pending.popleft()
+        if future.exception():
             self.close()
-        batch = prepared.result()
+        batch = future.result()
         self._submit(1)
         self._delivered = batch if self._device.type == "cuda" else None
         return batch
 
-    def _hold_what_is_in_use(self) -> None:
-        """On a GPU, keep the last batch until the work that was queued on it is done: its memory belongs to other streams,
-        and to DALI, which would write the next images into it."""
+    def _keep_batches_in_use(self) -> None:
+        """On a GPU, keep each delivered batch until the work queued on it is done.
+
+        Its memory belongs to other streams, and to DALI, which would write the next images into it.
+        """
         if self._delivered is not None:
             done = torch.cuda.current_stream(self._device).record_event()
             self._in_use.append((self._delivered, done))
@@ -164,10 +171,10 @@ class Loader:
             self._in_use.popleft()
 
     def close(self) -> None:
-        """Stop the threads: they end after the batches in hand. Batches prepared ahead are dropped."""
+        """Stop the threads. They finish the batches that they have begun; batches prepared ahead are dropped."""
         self._stop()
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # then nothing is in use
+            torch.cuda.synchronize(self._device)  # after this no batch is in use
         self._in_use.clear()
         self._delivered = None
 
@@ -185,17 +192,17 @@ class Loader:
         if kind is None:
             self.close()
         else:
-            self._stop()  # not waiting for the GPU, which may wait for a rank that is gone
+            self._stop()  # do not wait for the GPU: it may be waiting for a rank that is gone
 
     def _submit(self, count: int) -> None:
         for step, micro_step in islice(self._todo, count):
             self._pending.append(self._threads.submit(self._prepare, step, micro_step))
 
     def _prepare(self, step: int, micro_step: int) -> Batch:
-        """On a thread: one micro batch."""
-        lane = self._lanes.get()  # there are as many as threads
+        """Prepare one micro batch, on a thread of its own."""
+        lane = self._lanes.get()  # never waits: there are as many lanes as threads
         try:
-            with torch.cuda.stream(lane.stream), record_function("loader"):  # a stream of None does nothing
+            with torch.cuda.stream(lane.stream), record_function("loader"):  # torch.cuda.stream(None) does nothing
                 return self._load(lane, step, micro_step)
         finally:
             self._lanes.put(lane)
@@ -229,18 +236,18 @@ class Loader:
 
 
 class _Lane(NamedTuple):
-    """What a thread needs to prepare a batch by itself."""
+    """The reader and the CUDA stream with which one thread prepares a batch."""
 
     reader: Reader
     stream: torch.cuda.Stream | None
 
     def wait(self) -> None:
-        """For the GPU to finish this lane's work; nobody else waits."""
+        """Wait until the GPU has done this lane's work. The training step and other lanes do not wait."""
         if self.stream is not None:
             self.stream.synchronize()
 
 
 def normalise(images: Tensor, config: DataConfig) -> Tensor:
-    """(x / 255 - mean) / std by channel: uint8 [B, C, H, W] -> float32."""
+    """Compute (x / 255 - mean) / std by channel: uint8 [B, C, H, W] -> float32."""
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (config.mean, config.std))
     return images.float().div_(255).sub_(mean).div_(std)

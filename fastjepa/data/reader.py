@@ -1,4 +1,4 @@
-"""Reads images by index: bytes, headers, crops, pixels; another image takes the place of a bad one."""
+"""Reads images by index: bytes, headers, crops, pixels. Another image takes the place of a bad one."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Images:
     flips: tuple[npt.NDArray[np.bool_], ...]
     """Per view, [B]: True where the crop is mirrored."""
     read_seconds: float
-    """Seconds of reading files and headers."""
+    """Seconds spent reading files and headers."""
     decode_seconds: float
-    """Seconds of decoding and resizing."""
+    """Seconds spent decoding and resizing."""
 
 
 class ViewDecoder(NamedTuple):
-    """A view of the images, and the decoder that makes it. Each view has its own: a decoder may use its memory again."""
+    """A view of the images and its decoder. Views do not share a decoder, which may reuse the memory of its last output."""
 
     settings: DataConfig
     """The data settings with the view's crop."""
@@ -48,19 +48,19 @@ class ViewDecoder(NamedTuple):
 
 
 class Reader:
-    """Reads the images of a run: an image's file once, for all its views."""
+    """Reads the images of a run. An image's file is read once for all its views."""
 
     def __init__(
         self, dataset: ImageDataset, views: Sequence[ViewDecoder], seed: int, pool: Executor, bad: BadSamples
     ) -> None:
         self._dataset, self._views, self._seed = dataset, views, seed
-        self._config = views[0].settings  # what it says of files is the same for all views
+        self._config = views[0].settings  # its settings for files are the same for all views
         self._pool, self._bad = pool, bad
 
     def read(self, wanted: Ints, epoch: int) -> Images:
-        """The images at `wanted`, int64 [B], cropped as their epoch has them.
+        """Read the images at `wanted`, int64 [B], with their crops of this epoch.
 
-        Another image takes the place of a bad one (`replacement`), and has the crop that it has in its own place.
+        Another image takes the place of a bad one (`replacement`), with the crop that it has at its own index.
 
         Raises:
             DataError: too many images are bad.
@@ -97,7 +97,7 @@ class Reader:
     def _decode(
         self, batch: list[EncodedImage], indices: Ints, epoch: int
     ) -> tuple[tuple[Tensor, ...], tuple[Boxes, ...], tuple[npt.NDArray[np.bool_], ...]]:
-        """Pixels, boxes and flips of every view.
+        """Crop and decode images: pixels, boxes and flips of every view.
 
         Raises:
             BadImages: images that cannot be decoded.
@@ -113,7 +113,7 @@ class Reader:
         return tuple(pixels), tuple(all_boxes), tuple(all_flips)
 
     def _fetch(self, indices: Ints, images: list[EncodedImage | None]) -> Mapping[int, str]:
-        """Read the images that are not there yet; the reasons of the bad ones, by position."""
+        """Read the images that are still None into `images`. Return why images are bad, by position."""
         missing = [position for position, image in enumerate(images) if image is None]
         known = {p: reason for p in missing if (reason := self._bad.reason(int(indices[p]))) is not None}
         if known:
@@ -127,7 +127,11 @@ class Reader:
 def fetch(
     dataset: ImageDataset, indices: Ints, config: DataConfig, pool: Executor
 ) -> tuple[list[EncodedImage | None], dict[int, str]]:
-    """The files and headers of some images, None for bad ones; and the reasons of these, by position."""
+    """Read the files and headers of some images.
+
+    Returns:
+        The images, None for bad ones, and why images are bad, by position.
+    """
     images: list[EncodedImage | None] = [None] * len(indices)
 
     def read(position: int) -> None:
@@ -137,15 +141,15 @@ def fetch(
 
 
 def read_image(dataset: ImageDataset, index: int, config: DataConfig) -> EncodedImage:
-    """An image's file, and what its header says.
+    """Read an image's file and its header.
 
     Raises:
         BadImage: it cannot be read, or its header says that it cannot be used.
     """
-    # No format needs more for a pixel than four channels of 16 bits, and some for its header and colour profile.
+    # The most bytes that a format needs: four channels of 16 bits per pixel, and 1 MiB for header and colour profile.
     return read_header(dataset.read(index, 8 * config.max_pixels + (1 << 20)), config.max_pixels)
 
 
 def sizes_of(images: Sequence[EncodedImage]) -> npt.NDArray[np.int32]:
-    """Heights and widths, int32 [B, 2]."""
+    """Heights and widths of images, int32 [B, 2]."""
     return np.array([(image.height, image.width) for image in images], np.int32)

@@ -7,6 +7,7 @@ An engine holds the objective, the optimizer and this rank's part of the fp32 st
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Engine(ShardedState):
 
     def __init__(self, model: Objective, device: torch.device) -> None:
         self._model, self.device = model, device
+        self._constants = _constants_of(model)  # now: an engine may cast the model's
         self._grad_norm = torch.zeros((), device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -60,6 +62,10 @@ class Engine(ShardedState):
         return [Piece(name, 0, buffer.numel(), buffer, 0, written) for name, buffer in state.items()]
 
     @property
+    def constants(self) -> Mapping[str, Tensor]:
+        return self._constants
+
+    @property
     @abstractmethod
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, for the schedule to write into."""
@@ -67,6 +73,16 @@ class Engine(ShardedState):
     @abstractmethod
     def close(self) -> None:
         """The last call, by all ranks. After it `del` of engine and model and `gc.collect()` free their memory."""
+
+
+def _constants_of(model: Objective) -> dict[str, Tensor]:
+    """The persistent buffers of the model that are not trained, fp32 on the CPU."""
+    trained = {*dict(model.named_parameters()), *model.state()}
+    return {
+        name: tensor.detach().to("cpu", torch.float32, copy=True)
+        for name, tensor in model.state_dict().items()
+        if name not in trained
+    }
 
 
 def detached(output: Output) -> Output:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SHM_COMM = "deepspeed_shm_comm"
 """An extension of DeepSpeed for CPUs."""
+EPILOGUE = "independent_gradient_partition_epilogue"
+"""The method of ZeRO 1 and 2 that ends a backward pass."""
 GATHER = "all_gather_dp_groups"
 """The function that the steps of ZeRO 1 and 2 and update_lp_params call, in the namespace of the optimizer's module."""
 OFFLOAD = "deepspeed.runtime.zero.parameter_offload"
@@ -108,8 +110,11 @@ def wait_on_the_device(zero: Any) -> None:
     With overlap_comm DeepSpeed waits there until the whole GPU is idle. But what comes next on the current stream needs the
     reduced gradients and nothing else.
     """
+    epilogue = getattr(zero, EPILOGUE, None)
+    if epilogue is None:
+        _no_longer_there(EPILOGUE)
+        return
     accelerator = sys.modules[type(zero).__module__].get_accelerator()
-    epilogue = zero.independent_gradient_partition_epilogue
 
     def without_the_host() -> None:
         accelerator.synchronize = lambda: accelerator.current_stream().wait_stream(zero.reduction_stream)
@@ -118,7 +123,7 @@ def wait_on_the_device(zero: Any) -> None:
         finally:
             del accelerator.synchronize
 
-    zero.independent_gradient_partition_epilogue = without_the_host
+    setattr(zero, EPILOGUE, without_the_host)
 
 
 @contextmanager
@@ -130,7 +135,10 @@ def gather_replaced_by(launch: Callable[..., None], zero: Any) -> Iterator[None]
     try:
         yield
     finally:
-        setattr(namespace, GATHER, original)
+        if original is None:
+            delattr(namespace, GATHER)
+        else:
+            setattr(namespace, GATHER, original)
 
 
 def forget(model: Objective) -> None:

@@ -1,4 +1,4 @@
-"""Probes on the frozen target encoder: `python -m fastjepa.evaluate RUN_FOLDER`."""
+"""Probes on the frozen encoder of a run: `python -m fastjepa.evaluate RUN_FOLDER`."""
 
 from fastjepa.evaluate.evaluation import evaluate_run, load_encoder
 

@@ -1,4 +1,4 @@
-"""python -m fastjepa.evaluate RUN_FOLDER: k-NN and linear probe on the frozen target encoder of a run."""
+"""Probe the frozen encoder of a run: k-NN, linear classifier, and whether the representations collapsed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastjepa.run.folder import RunFolder
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastjepa.evaluate", description=__doc__)
-    parser.add_argument("run_folder", help="output_dir of a run")
+    parser.add_argument("run_folder", help="the run's output_dir, with a checkpoint")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

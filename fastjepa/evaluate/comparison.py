@@ -1,4 +1,4 @@
-"""The end of a run in a few lines: learned features beside random ones and raw pixels, and whether they collapsed."""
+"""Compares learned features with random ones and raw pixels, and reports in a few lines whether a run worked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastjepa.evaluate.probes import Health, knn_accuracy, linear_accuracy, repr
 
 
 class Split(NamedTuple):
-    """Features float32 [n, D] or labels int64 [n] of the training images and of the held-out ones."""
+    """Features float32 [n, D], or labels int64 [n], of the training images and of the held-out images."""
 
     train: Tensor
     test: Tensor
@@ -19,7 +19,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of the held-out images in [0, 1]."""
+    """Accuracies of two probes: shares of the held-out images, in [0, 1]."""
 
     knn: float
     linear: float
@@ -27,18 +27,19 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run learned."""
+    """Probes of a run's encoder, and of two baselines."""
 
     learned: Accuracy
-    """The target encoder."""
+    """The trained encoder (I-JEPA: the target encoder)."""
     random: Accuracy
-    """The same encoder as it was initialised, with the same seed."""
+    """The same encoder before training, initialised with the same seed."""
     pixels: Accuracy
+    """The images themselves, downsampled and flattened."""
     health: Health
-    """Of the target encoder's features of the training images."""
+    """Health of the trained encoder's features of the training images."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report for JSON, with the verdict on its health."""
         return {**asdict(self), "verdict": self.health.verdict()}
 
 
@@ -46,10 +47,10 @@ def evaluate_features(learned: Split, random: Split, pixels: Split, labels: Spli
     """Probe three kinds of features of the same images.
 
     Args:
-        learned: mean-pooled target encoder.
-        random: the same of the encoder's initialisation.
-        pixels: the images that the encoders saw, flattened.
-        labels: one per image.
+        learned: features of the trained encoder, averaged over the patches.
+        random: the same of the encoder as it was initialised.
+        pixels: the images that the encoders saw, downsampled and flattened.
+        labels: class numbers of the images.
 
     Raises:
         ValueError: features or labels that cannot be probed.
@@ -65,7 +66,7 @@ def evaluate_features(learned: Split, random: Split, pixels: Split, labels: Spli
 
 
 def format_report(report: Report) -> str:
-    """A table for a terminal, then what it means in plain words. No newline at the end."""
+    """The report as a table for a terminal, then its meaning in plain words. No newline at the end."""
     learned, random, pixels, health = report.learned, report.random, report.pixels, report.health
     lines = [
         f"{'frozen features':<26}{'k-NN':>9}{'linear':>9}",
@@ -86,7 +87,7 @@ def format_report(report: Report) -> str:
         if theirs > ours
     ]
     if better:
-        lines.append(f"raw pixels reach more ({', '.join(better)}): at the scale of small images expected, see README")
+        lines.append(f"raw pixels reach more ({', '.join(better)}), which is expected for small images: see README")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a run: probes on the frozen target encoder of its newest checkpoint."""
+"""Evaluates a run: probes on the frozen encoder of its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from fastjepa.run.folder import RunFolder
 logger = logging.getLogger(__name__)
 
 ENCODED_AT_ONCE = 128
-# More images than these are thinned out evenly: exact k-NN over all of ImageNet takes hours on a CPU.
+# Larger sets are thinned out evenly to these sizes: exact k-NN over all of ImageNet takes hours on a CPU.
 MAX_TRAIN_IMAGES, MAX_TEST_IMAGES = 100_000, 50_000
 MAX_IMAGES_FOR_HEALTH = 2048
-# Raw pixels, the plainest of features, are probed at this size at most.
+# Larger images are downsampled to this many pixels a side before their raw pixels are probed.
 MAX_PIXEL_GRID = 32
 
 
 def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
-    """A part of a run's newest checkpoint that turns images [B, C, H, W] into features [B, N, D].
+    """A part of a run's newest checkpoint that turns images [B, C, H, W] into features [B, N, D], in evaluation mode.
 
     Args:
         run_folder: output_dir of a run.
@@ -53,17 +53,18 @@ def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
     weights = load_weights(newest, name)
     encoder = build_objective(method).part(name)
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    lacking = [name for name in missing if name != "pos_embed"]  # fixed, made anew
+    buffers = {name for name, _ in encoder.named_buffers()}
+    lacking = [name for name in missing if name not in buffers]  # older files hold no position tables: made anew
     if lacking or unexpected:
         raise CheckpointError(f"{newest} is of another model: it lacks {lacking} and has {unexpected} too many")
-    return encoder
+    return encoder.eval()
 
 
 def evaluate_run(folder: RunFolder, device: torch.device) -> Report | None:
-    """Print what the run learned and write it to evaluation.json.
+    """Probe the run's encoder, print the report and write it to evaluation.json.
 
-    With labels and a `val` split: k-NN and linear probe beside a random encoder and raw pixels. Without: whether the
-    representations collapsed, and no report.
+    With labels and a `val` split, the report compares the encoder with a random one and with raw pixels, by k-NN and linear
+    probe. Without them there is no report (None): it is only printed whether the representations have collapsed.
 
     Raises:
         CheckpointError, DataError: the run or its images cannot be read.
@@ -110,7 +111,7 @@ def _too_few(rows: npt.NDArray[np.int64]) -> str | None:
 
 
 def _pixels(config: DataConfig, images: Tensor) -> Tensor:
-    """uint8 [B, C, H, W] -> normalised [B, 1, C * h * w], as an encoder of one token."""
+    """Raw pixels in the form of an encoder with one token: uint8 [B, C, H, W] -> normalised [B, 1, C * h * w]."""
     height, width = images.shape[2:]
     grid = (min(height, MAX_PIXEL_GRID), min(width, MAX_PIXEL_GRID))
     return F.adaptive_avg_pool2d(normalise(images, config), grid).flatten(1)[:, None]
@@ -125,10 +126,11 @@ def _features(
     device: torch.device,
     encoders: Sequence[Callable[[Tensor], Tensor]],
 ) -> tuple[npt.NDArray[np.int64], list[Tensor]]:
-    """Features averaged over the patches, of up to `at_most` images spread evenly over the data set.
+    """Compute features, averaged over the patches, of up to `at_most` images spread evenly over the data set.
 
     Returns:
-        The images' indices, int64 [n] (bad ones are left out, with a warning), and per encoder [n, D], fp32, on the CPU.
+        The images' indices, int64 [n], and for each encoder the features, fp32 [n, D], on the CPU. Bad images are left out,
+        with a warning.
 
     Raises:
         DataError: none of the images can be used.

@@ -1,7 +1,7 @@
-"""What frozen features are worth: a k-NN vote, a linear classifier, and the health of the representation.
+"""Probes on frozen features: k-NN, logistic regression, and the health of the representation.
 
-Features are float32 [n, D], labels int64 [n] (any class numbers), all on one device. Nothing here draws a random number,
-and what would yield a meaningless figure is refused with a ValueError.
+Features are float32 [n, D], labels int64 [n] (any class numbers), all on one device. No probe draws random numbers. Inputs
+that would give a meaningless figure are refused with a ValueError.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MAX_SIMILARITIES = 2**26
-"""Held at a time by the k-NN vote: 256 MB."""
+"""Number of similarities that the k-NN probe holds at a time: 256 MiB."""
 
-# Where L-BFGS stops (largest component of the gradient). On 8,000 Fashion-MNIST images as 784 pixels the loss is then
+# L-BFGS stops when no component of the gradient is larger. On 8,000 Fashion-MNIST images as 784 pixels the loss is then
 # 3e-5 above its minimum, after 580 evaluations; below 2e-5 float32 makes no further progress there.
 GRADIENT_TOLERANCE = 3e-5
 MAX_ITERATIONS = 5000
 
-# Where a representation counts as collapsed. Measured at width 32 (digits, 1,200 steps) and 64 (Fashion-MNIST, 1,000):
+# A representation beyond either of the two limits below counts as collapsed. Measured at width 32 (digits, 1,200 steps) and
+# 64 (Fashion-MNIST, 1,000):
 #                                                        mean cosine      effective rank
 #   random initialisation of std 1/sqrt(fan_in)          0.70 - 0.96      15.4 - 29.3
 #   learning with EMA, from step 50 to the end           0.38 - 0.985     15.4 - 26.9
@@ -31,17 +32,17 @@ MAX_ITERATIONS = 5000
 #   collapsed without EMA (digits, from step 800)        0.9995           14.5 - 15.3
 #   collapsed, targets with gradients (digits)           0.9998           16.4 - 17.0
 #   initialisation of std 0.02, before and in training   0.9999           4.0 - 5.4
-# The rank alone misses two kinds of collapse; it is there for features that share no offset. No figure here tells
-# whether the EMA works: without it, k-NN was 74.4 % on Fashion-MNIST (74.7 % with), and 51 and 71 % on digits (80 %).
+# The rank alone misses two kinds of collapse; it is needed for features that share no offset. Neither figure tells
+# whether the EMA works: without the EMA, k-NN was 74.4 % on Fashion-MNIST (74.7 % with), and 51 and 71 % on digits (80 %).
 MAX_MEAN_COSINE = 0.997
 MIN_EFFECTIVE_RANK = 8.0
-MIN_SAMPLES = 64  # n samples have a rank of n - 1 at most: fewer would look like a collapse
+MIN_SAMPLES = 64  # n samples have a rank of n - 1 at most, so a smaller set would look like a collapse
 
 
 def standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets with every feature's mean over `train` taken out and divided by its standard deviation over `train`.
+    """Centre and scale every feature of both sets, by its mean and standard deviation over `train`.
 
-    A feature that is constant in `train`, up to rounding, is only centred: it must not turn into noise or infinity.
+    A feature that is constant in `train`, up to rounding, is only centred. Scaling would turn it into noise or infinity.
     """
     std, mean = torch.std_mean(train, dim=0, correction=0)
     std = std.masked_fill(std <= 1e-6 * train.abs().amax(0), 1.0)
@@ -51,9 +52,9 @@ def standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 def knn_accuracy(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of `test` whose label wins the vote of the k nearest neighbours in `train`.
+    """Share of `test` whose label wins the weighted vote of the k nearest neighbours in `train`.
 
-    Similarity is the cosine after the mean of `train` is taken out; a neighbour's vote weighs exp(similarity /
+    Similarity is the cosine after the mean of `train` is subtracted. A neighbour's vote has the weight exp(similarity /
     temperature) (Wu et al. 2018, section 3.4).
 
     Raises:
@@ -76,7 +77,7 @@ def knn_accuracy(
 
 
 def linear_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, l2: float = 1e-3) -> float:
-    """Share of `test` that a linear classifier of the standardised features (`fit_logistic`) gets right.
+    """Share of `test` that a logistic regression on the standardised features (`fit_logistic`) classifies correctly.
 
     Raises:
         ValueError: unusable features or labels.
@@ -90,9 +91,9 @@ def linear_accuracy(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Te
 
 
 def fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression: minimises mean cross-entropy + l2 / 2 · ‖weight‖² (the bias goes free).
+    """Multinomial logistic regression: minimise mean cross-entropy + l2 / 2 · ‖weight‖² (no penalty on the bias).
 
-    Full-batch L-BFGS with a strong Wolfe line search, from zero; a fit that does not converge is logged.
+    The solver is full-batch L-BFGS with a strong Wolfe line search, from zero. If it does not converge, a warning is logged.
 
     Args:
         x: [n, D], standardised.
@@ -107,7 +108,7 @@ def fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Ten
         [weight, bias],
         max_iter=MAX_ITERATIONS,
         tolerance_grad=GRADIENT_TOLERANCE,
-        tolerance_change=0.0,  # the default stops on slow progress, long before the minimum
+        tolerance_change=0.0,  # the default stops when progress is slow, long before the minimum
         history_size=50,
         line_search_fn="strong_wolfe",
     )
@@ -121,39 +122,46 @@ def fit_logistic(x: Tensor, y: Tensor, num_classes: int, l2: float) -> tuple[Ten
         optimizer.step(loss_and_gradient)
         loss = loss_and_gradient()
     gradient = max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
-    if gradient > 10 * GRADIENT_TOLERANCE:  # closer by, only float32's rounding is left
-        logger.warning("The linear probe has not converged: loss %.4f, gradient %.1e", loss, gradient)
+    if gradient > 10 * GRADIENT_TOLERANCE:  # a smaller gradient is only float32's rounding
+        logger.warning(
+            "The linear probe has not converged: loss %.4f, largest component of the gradient %.1e", loss, gradient
+        )
     return weight.detach(), bias.detach()
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a representation still tells its inputs apart (`representation_health`)."""
+    """Measures of how well a representation still tells its inputs apart (`representation_health`)."""
 
     feature_std: float
-    """Standard deviation over the samples, mean over the features."""
+    """Standard deviation over the samples, averaged over the features."""
     mean_cosine: float
-    """Between two different samples, not centred: 1 if all features are the same."""
+    """Mean cosine between two different samples, not centred: 1 if the features of all samples are the same."""
     effective_rank: float
     """exp of the entropy of the centred features' normalised singular values (Roy and Vetterli 2007); 0 if constant."""
     width: int
+    """Number of features, D."""
 
     def verdict(self) -> str | None:
-        """Why the representation counts as collapsed, in plain words, or None. For the limits, see their definition."""
+        """The reason why the representation counts as collapsed, in plain words; None if it does not.
+
+        The limits are MAX_MEAN_COSINE and MIN_EFFECTIVE_RANK; the latter is at most a quarter of the width.
+        """
         if self.mean_cosine > MAX_MEAN_COSINE:
-            what = f"the features are nearly the same for every image (mean cosine {self.mean_cosine:.4f})"
+            symptom = f"the features are nearly the same for every image (mean cosine {self.mean_cosine:.4f})"
         elif self.effective_rank < min(MIN_EFFECTIVE_RANK, self.width / 4):
-            what = f"the features vary in about {self.effective_rank:.1f} of {self.width} directions only"
+            symptom = f"the features vary in only about {self.effective_rank:.1f} of {self.width} directions"
         else:
             return None
-        return f"COLLAPSED: {what}. Usual causes: no EMA or one in low precision, an initialisation too small for the width."
+        causes = "no EMA or one in low precision, or an initialisation too small for the width"
+        return f"COLLAPSED: {symptom}. Usual causes: {causes}."
 
 
 def representation_health(features: Tensor) -> Health:
-    """Spread, similarity and rank of features [n, D]; take n well above D, for the rank is n - 1 at most.
+    """Measure spread, similarity and rank of features [n, D]. Take n well above D: the rank is n - 1 at most.
 
     Raises:
-        ValueError: features that are no finite float32 matrix, or fewer than MIN_SAMPLES of them.
+        ValueError: the features are not a finite float32 matrix, or there are fewer than MIN_SAMPLES.
     """
     _check_features("features", features)
     n, width = features.shape
@@ -161,12 +169,12 @@ def representation_health(features: Tensor) -> Health:
         raise ValueError(f"features: got {n} samples, expected {MIN_SAMPLES} or more to judge a collapse")
     x = features.double()
     centred = x - x.mean(0)
-    # Through the D×D matrix, as n may be a million; float64 keeps the small singular values to 1e-8 of the largest.
+    # Use the D×D matrix, because n may be a million. float64 keeps singular values down to 1e-8 of the largest.
     singular = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
     share = singular / singular.sum()
     rank = float(torch.special.entr(share).sum().exp()) if bool(singular.sum() > 0) else 0.0
     unit = F.normalize(x, dim=1)
-    cosine_sum = unit.sum(0).square().sum() - unit.square().sum()  # all ordered pairs less each with itself
+    cosine_sum = unit.sum(0).square().sum() - unit.square().sum()  # all ordered pairs of different samples
     return Health(float(x.std(0, correction=0).mean()), float(cosine_sum) / (n * (n - 1)), rank, width)
 
 
@@ -187,4 +195,6 @@ def _check_features(name: str, x: Tensor) -> None:
     finite = x.isfinite().all(1)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise ValueError(f"{name}: NaN or infinity in {bad} of {len(x)} samples; look for a loss that diverged")
+        raise ValueError(
+            f"{name}: NaN or infinity in {bad} of {len(x)} samples; has the loss diverged? See metrics.jsonl"
+        )

@@ -1,1 +1,1 @@
-"""The vision transformer on packed tokens, which every method builds on."""
+"""The vision transformer on packed tokens, on which every method builds."""

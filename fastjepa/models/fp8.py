@@ -4,9 +4,9 @@
     w ~ w8 * scale_w,  scale_w[n] = max_k |w[n, k]| / 448       for every output channel n
     x w^T ~ (x8 w8^T) * scale_x[t] * scale_w[n]                 products of e4m3, sums in fp32, the result in bf16
 
-e4m3 has 3 bits after the leading one: a factor is rounded by up to 2^-4 of itself. The target encoder has no backward pass,
-which would need a second format and transposed copies. Its weights are rounded in every forward pass, not kept: a pass over
-what a product reads once, next to 2 * N operations on each weight for every image of N patches.
+e4m3 stores 3 mantissa bits: a factor is rounded by up to 2^-4 of its value. Only the target encoder uses fp8, because it has
+no backward pass, which would need a second format and transposed copies. Its weights are quantised again in every forward
+pass: one pass over data that the product reads anyway, against 2 * N operations on each weight for every image of N patches.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastjepa.config import Config
 from fastjepa.errors import ConfigError
 from fastjepa.models.layers import Block, Linear
 
-_LARGEST = 448.0
-"""Of e4m3."""
+_E4M3_MAX = 448.0
+"""The largest finite number in e4m3."""
 
 
 def use_fp8(encoder: nn.Module) -> None:
-    """From now on the linear layers within the Blocks of the encoder multiply in fp8. No gradients."""
+    """Make the linear layers in the encoder's Blocks multiply in fp8 from now on. They can no longer compute gradients."""
     for block in encoder.modules():
         if isinstance(block, Block):
             for module in block.modules():
@@ -34,7 +34,7 @@ def use_fp8(encoder: nn.Module) -> None:
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [T, K] and weight [N, K], K and N multiples of 16, and bias [N], all floating -> x weight^T + bias, bf16 [T, N]."""
+    """Compute x weight^T + bias: x [T, K], weight [N, K], bias [N], all floating -> bf16 [T, N]. K, N: multiples of 16."""
     x8, x_scale = quantise(x)
     w8, w_scale = quantise(weight)
     recipe = ScalingType.RowWise
@@ -42,14 +42,18 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [R, K] -> e4m3 [R, K] and the scale of each row, fp32 [R, 1]: x is about their product."""
+    """Quantise each row of x [R, K]: return e4m3 [R, K] and scales, fp32 [R, 1], whose product is about x."""
     x = x.float()
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / _LARGEST
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / _E4M3_MAX
     return (x / scale).to(torch.float8_e4m3fn), scale
 
 
 def check_fp8(config: Config, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ConfigError if target_precision = fp8 cannot be had here."""
+    """Check that target_precision = fp8 can run here.
+
+    Raises:
+        ConfigError: the GPU, the precision or the encoder's widths do not allow it.
+    """
 
     def expect(ok: bool, expected: str, found: str) -> None:
         if not ok:

@@ -1,4 +1,4 @@
-"""What the encoders and the predictor are made of: transformer block on packed tokens, position table, initialisation.
+"""Building blocks of encoders and predictors: transformer block on packed tokens, position table, initialisation.
 
 Parameter names are those of the official checkpoints and of timm (`norm1`, `attn.qkv`, `attn.proj`, `norm2`, `mlp.fc1`,
 `mlp.fc2`).
@@ -22,16 +22,16 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class TokenSubset:
-    """The tokens of a packed batch whose outputs are needed: the others act as keys and values only."""
+    """The tokens of a packed batch whose outputs are needed. The others serve only as keys and values."""
 
     rows: Tensor
     """int64 [S]: rows of the packed batch, sequence by sequence."""
     lengths: Ragged
-    """How many of them each sequence has."""
+    """Number of these tokens in each sequence."""
 
 
 class Linear(nn.Linear):
-    """A linear layer of a block."""
+    """A linear layer of a block. `compute_with` can replace its computation."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -41,11 +41,11 @@ class Linear(nn.Linear):
     def compute_with(
         self, *, product: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None, weight_grad: Tensor | None = None
     ) -> None:
-        """Change how the layer is computed. This is the one place for it; the engine calls it before the first step.
+        """Replace the computation of this layer, before the first step. Nothing else may change it.
 
         Args:
-            product: takes input, weight and bias in place of `fastjepa_kernels.linear`.
-            weight_grad: the buffer that is weight.grad, for `fastjepa_kernels.linear` to add to.
+            product: a function of input, weight and bias, called in place of `fastjepa_kernels.linear`.
+            weight_grad: the buffer of weight.grad, to which `fastjepa_kernels.linear` then adds.
         """
         self._product, self._weight_grad = product or self._product, weight_grad
 
@@ -56,15 +56,15 @@ class Linear(nn.Linear):
 
 
 class QKVProjection(Linear):
-    """The fused query, key and value projection; queries of other tokens than those that are keys if asked."""
+    """The fused query, key and value projection. The queries may come from a subset of the tokens."""
 
-    def forward(self, x: Tensor, asking: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """x [T, D] -> (qkv [T, 3 D],); with `asking` [S, D], the tokens that ask: (q [S, D], kv [T, 2 D])."""
-        if asking is None:
+    def forward(self, x: Tensor, querying: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Project x [T, D] -> (qkv [T, 3 D],). If only tokens `querying` [S, D] have queries: (q [S, D], kv [T, 2 D])."""
+        if querying is None:
             return (super().forward(x),)
         width = self.in_features
         q_bias, kv_bias = self.bias[:width], self.bias[width:]
-        return self._product(asking, self.weight[:width], q_bias), self._product(x, self.weight[width:], kv_bias)
+        return self._product(querying, self.weight[:width], q_bias), self._product(x, self.weight[width:], kv_bias)
 
 
 class Attention(nn.Module):
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, projected: tuple[Tensor, ...], queries: Ragged, keys: Ragged) -> Tensor:
-        """What `qkv` gives -> [T, D], or [S, D] where other tokens ask."""
+        """Attend and project: the output of `qkv` -> [T, D], or [S, D] if S tokens have queries."""
         if len(projected) == 1:
             out = block_attention_packed(projected[0].unflatten(-1, (3, self.num_heads, -1)), keys)
         else:
@@ -107,24 +107,25 @@ class Block(nn.Module):
         self._computation: Callable[..., Tensor] = Block.compute
 
     def compute_with(self, computation: Callable[..., Tensor]) -> None:
-        """Change how the block is computed. This is the one place for it; the engine calls it before the first step.
+        """Replace the computation of this block, before the first step. Nothing else may change it.
 
         Args:
-            computation: takes the block and the arguments of `compute`, which it may be, compiled. The hooks of the block
-                stay outside of it.
+            computation: a function of the block and the arguments of `compute`; for example `compute`, compiled. The
+                block's hooks run outside of it.
         """
         self._computation = computation
 
     def forward(
         self, x: Tensor, lengths: Ragged, *, source_rows: Tensor | None = None, subset: TokenSubset | None = None
     ) -> Tensor:
-        """See `compute`."""
+        """Run `compute`, or what `compute_with` put in its place."""
         return self._computation(self, x, lengths, source_rows=source_rows, subset=subset)
 
     def compute(
         self, x: Tensor, lengths: Ragged, *, source_rows: Tensor | None = None, subset: TokenSubset | None = None
     ) -> Tensor:
-        """
+        """Attention and MLP, each with its LayerNorm before it and its residual sum after it.
+
         Args:
             x: [T, D] packed tokens; with `source_rows`, the [U, D] distinct rows that the tokens are copies of.
             lengths: the packed sequences (T tokens).
@@ -158,8 +159,11 @@ def run_block(
     source_rows: Tensor | None = None,
     subset: TokenSubset | None = None,
 ) -> Tensor:
-    """`block(x, lengths, ...)`; with `recompute`, what backward needs of it is not kept but computed again there, with the
-    same bits (nothing in a block is random). Without gradients, or in evaluation, there is nothing to keep."""
+    """Run `block(x, lengths, ...)`; with `recompute`, its activations are recomputed in the backward pass, not kept.
+
+    The recomputed activations have the same bits, because nothing in a block is random. Without gradients, or in evaluation
+    mode, there is nothing to keep, and `recompute` has no effect.
+    """
     if recompute and block.training and torch.is_grad_enabled():
         return checkpoint(
             block, x, lengths, source_rows=source_rows, subset=subset, use_reentrant=False, preserve_rng_state=False
@@ -168,8 +172,10 @@ def run_block(
 
 
 def sincos_position_table(dim: int, grid_h: int, grid_w: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (MAE's convention): the first half of the features encodes the column, the second
-    the row; in each half [sin(pos * omega), cos(pos * omega)], omega_k = 10000^(-k / (dim / 4)).
+    """Fixed 2-D sine-cosine positions in MAE's convention.
+
+    The first half of the features encodes the column, the second the row. Each half is [sin(pos * omega),
+    cos(pos * omega)] with omega_k = 10000^(-k / (dim / 4)).
 
     Returns:
         [1, grid_h * grid_w, dim], fp32, computed in fp64.
@@ -180,16 +186,30 @@ def sincos_position_table(dim: int, grid_h: int, grid_w: int) -> Tensor:
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()
 
 
+OFFICIAL_STD = 0.02
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, blocks: nn.ModuleList, init: str) -> None:
-    """Initialise in place (see ModelConfig.init): truncated normal linears, zero biases, LayerNorm 1 / 0.
+    """Initialise in place: normal weights of linear layers and convolutions, zero biases, LayerNorm 1 / 0.
 
-    `blocks` are the model's transformer blocks in order, whose residual outputs may be rescaled by depth.
+    official: std 0.02, not cut. The official code names a truncated normal, but its cut is at an absolute +-2, which is 100
+    standard deviations.
+    depth_rescale: the same, and the residual outputs of block l (attn.proj, mlp.fc2), counted from 1, divided by sqrt(2 l).
+    fan_in: normal of std 1 / sqrt(fan_in) cut at two standard deviations, which leaves a std of 0.88 / sqrt(fan_in), with
+    the rescale by depth.
+
+    Args:
+        blocks: the model's transformer blocks in order.
+        init: one of these (ModelConfig.init).
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            std = 0.02 if init != "fan_in" else module.weight[0].numel() ** -0.5
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            if init == "fan_in":
+                std = module.weight[0].numel() ** -0.5
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.normal_(module.weight, std=OFFICIAL_STD)
             assert module.bias is not None
             nn.init.zeros_(module.bias)
     if init != "official":

@@ -11,10 +11,10 @@ from fastjepa_kernels import Ragged, gather_add, gather_patches, linear
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution of patch-sized stride, applied to patches that are rows already: one matrix product."""
+    """A convolution whose stride is the patch size: one matrix product, as its input is already cut into rows of patches."""
 
     def forward(self, patches: Tensor) -> Tensor:
-        """[T, C * p * p] -> [T, D]."""
+        """Project rows of patches [T, C * p * p] -> [T, D]."""
         assert self.bias is not None
         return linear(patches, self.weight.flatten(1), self.bias)
 
@@ -31,7 +31,7 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """Patch embedding, fixed positions, pre-norm blocks, final LayerNorm.
 
-    `forward` takes whole images; training goes through `embed` and `encode`, on packed patches.
+    `forward` takes whole images. Training calls `patches`, `embed` and `encode`, on packed patches.
     """
 
     pos_embed: Tensor
@@ -50,29 +50,38 @@ class VisionTransformer(nn.Module):
         init_weights(self, self.blocks, model.init)
 
     def patches(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Images [B, C, H, W] -> rows of their patches [B * N, C * p * p], or of those at `indices`, int64 [T]: as the
-        embedding takes them, in the dtype that it computes in. Images in uint8 are normalised on the way."""
-        kind = images.device.type
+        """Cut images into rows of patches, in the dtype in which `embed` computes.
+
+        Args:
+            images: [B, C, H, W], uint8 or normalised floats. uint8 is normalised here.
+            indices: int64 [T], the patches to take, out of B * N; default: all.
+
+        Returns:
+            [T, C * p * p], or [B * N, C * p * p] for all patches.
+        """
+        device_type = images.device.type
         dtype = (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.patch_embed.proj.weight.dtype
+            torch.get_autocast_dtype(device_type)
+            if torch.is_autocast_enabled(device_type)
+            else self.patch_embed.proj.weight.dtype
         )
         if images.dtype == torch.uint8:
             return gather_patches(images, indices, self.patch_size, mean=self.mean, std=self.std, dtype=dtype)
         return gather_patches(images, indices, self.patch_size, dtype=dtype)
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
-        """Patch rows [T, C * p * p] at patch positions int64 [T] in [0, N) -> tokens [T, D]."""
+        """Embed rows of patches [T, C * p * p], at positions int64 [T] in [0, N) -> tokens [T, D]."""
         return gather_add(self.patch_embed(patches), self.pos_embed[0], positions)
 
     def encode(self, tokens: Tensor, lengths: Ragged, subset: TokenSubset | None = None) -> Tensor:
-        """Tokens [T, D] in packed sequences -> features [T, D], or [S, D] of a subset of the tokens."""
+        """Run the blocks on tokens [T, D] in packed sequences -> features [T, D], or [S, D] for a subset of the tokens."""
         *first, last = self.blocks
         for block in first:
             tokens = run_block(block, tokens, lengths, recompute=self.recompute)
         return self.norm(run_block(last, tokens, lengths, recompute=self.recompute, subset=subset))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W], uint8 or normalised floats -> features of all patches [B, N, D].
+        """Encode images [B, C, H, W], uint8 or normalised floats -> features of all patches [B, N, D].
 
         Raises:
             ValueError: the images' channels or size are not those of the model.

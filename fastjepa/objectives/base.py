@@ -163,6 +163,12 @@ class Part(NamedTuple):
     """The name of the part, listed before this one, whose EMA this part is. It has no gradients then."""
 
 
+def describe_parts(parts: Sequence[Part], evaluated: str) -> dict[str, str]:
+    """What each part is, in words, for those who read its weights."""
+    roles = {part.name: f"EMA of {part.averages}" if part.averages else "trained" for part in parts}
+    return {name: f"{role}, evaluated" if name == evaluated else role for name, role in roles.items()}
+
+
 class Output(NamedTuple):
     """What a forward pass returns."""
 

@@ -1,1 +1,1 @@
-"""Parameter groups, schedules, and AdamW with the EMA of a source group."""
+"""Parameter groups, schedules, and AdamW that also updates the EMA of the weights."""

@@ -1,8 +1,8 @@
-"""Parameter groups, AdamW with the EMA of the context encoder, and the schedules.
+"""AdamW that also updates the EMA of the weights.
 
-The target encoder is a parameter group of the optimizer, next to the group of the weights that it averages: whoever shards,
-casts, gathers and checkpoints the optimizer's parameters (DeepSpeed ZeRO) does the same to the average, in fp32, with the
-same layout. One pass over a group's memory then updates the weights and their average.
+An average (I-JEPA's target encoder) is a parameter group of the optimizer, beside the group of the weights that it averages.
+DeepSpeed ZeRO, which shards, casts, gathers and checkpoints the optimizer's parameters, therefore does the same to the
+average, in fp32 and with the same layout. One pass over a group's memory then updates the weights and their average.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fastjepa_kernels import adamw_ema_
 
 
 class AdamWEMA(torch.optim.Optimizer):
-    """AdamW whose step also moves the target groups: target <- momentum * target + (1 - momentum) * updated weights.
+    """AdamW whose step also updates the target groups: target <- momentum * target + (1 - momentum) * updated weights.
 
-    Works on the parameters themselves or on what ZeRO puts in their place: this rank's flat fp32 partition of each group.
-    ZeRO calls `step` once per group, with the parameters of the other groups taken away, so a target is moved together with
-    its source, from tensors remembered by `bind`.
+    It works on the parameters themselves, or on what ZeRO puts in their place: this rank's flat fp32 partition of each
+    group. ZeRO calls `step` once per group, with the parameters of the other groups removed. So a target is updated together
+    with its source, in tensors that `bind` has remembered.
 
-    Each group counts its updates, and has its hyper-parameters, on the device: a step reads nothing back, and its kernels
-    need not be compiled anew when the schedule moves on.
+    The update count and the hyper-parameters of each group are on the device: a step reads nothing back, and its kernels
+    are not recompiled when the schedule changes a value.
 
     Args:
         groups: from `param_groups`.
-        config: betas, eps and clip_grad; lr, weight decay and momentum come from the schedule (`set_schedule`).
+        config: gives betas, eps and clip_grad. Learning rate, weight decay and momentum come from `set_schedule`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
@@ -42,13 +42,13 @@ class AdamWEMA(torch.optim.Optimizer):
         self._grad_norm: Callable[[], Tensor] | None = None
 
     def bind(self, tensors: dict[str, list[Tensor]], grad_norm: Callable[[], Tensor]) -> None:
-        """Create fresh state for the tensors that each group will be stepped with, and pair the targets with their sources.
+        """Create fresh state for the tensors that `step` will update, and pair the targets with their sources.
 
         Args:
             tensors: group name -> its parameters or this rank's partition of them, fp32.
-            grad_norm: gives the global gradient norm of the step at hand, 0-dim, on the tensors' device. Where it is not
-                finite, `step` changes nothing, on all ranks alike; where it is above clip_grad, the gradients are scaled
-                down to it as they are read.
+            grad_norm: returns the global gradient norm of the current step, 0-dim, on the tensors' device. If it is not
+                finite, `step` changes nothing on any rank. If it is above clip_grad, `step` scales the gradients down to
+                clip_grad while it reads them.
 
         Raises:
             ValueError: a target group's tensors are not laid out as its source's.
@@ -62,7 +62,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 for x in mine:
                     self.state[x] = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
                 self._updates[name] = torch.zeros((), dtype=torch.int64, device=mine[0].device)
-                # fp64, as the schedule has them: the weight of the new average, 1 - momentum, goes to 0.
+                # fp64, like the schedule: 1 - momentum, the weight of the new value in the average, goes to 0.
                 self._hyper_parameters[name] = torch.zeros(3, dtype=torch.float64, device=mine[0].device)
                 continue
             if [x.shape for x in tensors[source]] != [x.shape for x in mine]:
@@ -70,13 +70,13 @@ class AdamWEMA(torch.optim.Optimizer):
             self._targets[source] = mine
 
     def moments(self, tensor: Tensor) -> dict[str, Tensor]:
-        """exp_avg and exp_avg_sq of one of the bound tensors; none for a target."""
+        """exp_avg and exp_avg_sq of one of the bound tensors. Empty for a target."""
         # DeepSpeed looks up the state of every tensor, which leaves empty entries behind.
         return dict(self.state.get(tensor, {}))
 
     @property
     def updates(self) -> int:
-        """Optimizer steps that were applied: AdamW's t. Reads it back from the device."""
+        """Number of optimizer steps that were applied, AdamW's t. Reading it waits for the device."""
         return max(int(count) for count in self._updates.values())
 
     @updates.setter
@@ -88,7 +88,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every group that has gradients, and the targets of those groups, unless the gradient norm is not finite."""
         assert closure is None, "closures are not supported"
-        assert self._grad_norm is not None, "bind comes first"
+        assert self._grad_norm is not None, "call bind before step"
         norm = self._grad_norm()
         found_inf = (~norm.isfinite()).float()
         grad_scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip else None
@@ -118,10 +118,12 @@ class AdamWEMA(torch.optim.Optimizer):
                 )
 
     def _send_hyper_parameters(self, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """lr, weight decay and momentum on the group's device. The host does not wait for them to arrive."""
-        there = self._hyper_parameters[group["name"]]
-        # Pinned memory is not handed out again before the copy is done: the next step cannot overwrite these.
-        here = torch.tensor(
-            [group["lr"], group["weight_decay"], group["ema_momentum"]], dtype=there.dtype, pin_memory=there.is_cuda
+        """Copy lr, weight decay and momentum to the group's device. The host does not wait for the copy."""
+        on_device = self._hyper_parameters[group["name"]]
+        # PyTorch does not hand out pinned memory again before the copy is done: the next step cannot overwrite these values.
+        on_host = torch.tensor(
+            [group["lr"], group["weight_decay"], group["ema_momentum"]],
+            dtype=on_device.dtype,
+            pin_memory=on_device.is_cuda,
         )
-        return there.copy_(here, non_blocking=True).unbind()
+        return on_device.copy_(on_host, non_blocking=True).unbind()

@@ -1,4 +1,4 @@
-"""Parameter groups: which parameters are stepped together, and which group is the average of which."""
+"""Parameter groups: sets of parameters that are updated together, and the pairing of averages with their sources."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 from fastjepa.objectives.base import Part
 
 FLAT_ALIGNMENT = 16
-"""Elements to whose multiple the buffer of a group is padded."""
+"""A group's flat buffer is padded to a multiple of this many elements, so that kernels can use wide loads."""
 
 
 def param_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """The parameters of each part, split into decayed ones and others (biases and 1-D tensors).
+    """Split the parameters of each part into those with weight decay and those without (biases and other 1-D tensors).
 
-    A group of a part that averages another names the group that it averages (`ema_of`), comes after it, and lists its
-    parameters in the same order. Every group has the keys name, part, names (of its parameters within the objective),
-    params, decay, ema_of. A group without parameters is left out.
+    The group of an average names the group that it averages (`ema_of`), comes after it, and lists its parameters in the
+    same order. Every group has the keys name, part, names (of its parameters within the objective), params, decay and
+    ema_of. Groups without parameters are left out.
     """
     groups: list[dict[str, Any]] = []
     for part in parts:
@@ -41,10 +41,10 @@ def param_groups(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def flatten_groups(groups: list[dict[str, Any]]) -> None:
-    """Move each group's parameters into one flat buffer, of which they become views, and their gradients likewise.
+    """Move each group's parameters into one flat buffer, and their gradients into another; both become views of it.
 
-    The group then holds that one buffer: an optimizer step, the gradient norm, zeroing and an all-reduce are each a single
-    pass over contiguous memory. The buffer is padded to 16 elements, so that kernels can use wide loads.
+    The group then has the buffer as its only parameter: an optimizer step, the gradient norm, zeroing and an all-reduce are
+    each a single pass over contiguous memory. The buffer is padded to a multiple of FLAT_ALIGNMENT elements.
     """
     for group in groups:
         params: list[nn.Parameter] = group["params"]

@@ -12,7 +12,7 @@ from fastjepa.config import OptimConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate, weight decay and EMA momentum of a run, pure functions of the step (paper, appendix A.1)."""
+    """Learning rate, weight decay and EMA momentum of a run (paper, appendix A.1)."""
 
     config: OptimConfig
     steps_per_epoch: int
@@ -21,8 +21,9 @@ class Schedule:
     def at(self, step: int) -> dict[str, float]:
         """The values that optimizer step `step` (counted from 0) uses.
 
-        Linear warm-up from start_lr to lr, then cosine to final_lr; cosine weight decay; linear momentum. As in the official
-        code, learning rate and weight decay are one step ahead: the first step already uses their values at 1.
+        The learning rate warms up linearly from start_lr to lr, then follows a cosine to final_lr. Weight decay follows a
+        cosine, momentum a line. As in the official code, learning rate and weight decay are one step ahead: step 0 uses
+        their values at 1.
         """
         c = self.config
         horizon = self.total_steps * c.schedule_scale
@@ -45,7 +46,7 @@ def _cosine(start: float, end: float, progress: float) -> float:
 
 
 def set_schedule(param_groups: Iterable[dict[str, Any]], values: dict[str, float]) -> None:
-    """Write `Schedule.at(step)` into the optimizer; groups without weight decay keep 0."""
+    """Write the values of `Schedule.at` into the optimizer's groups. The weight decay of groups without it stays 0."""
     for group in param_groups:
         group["lr"], group["ema_momentum"] = values["lr"], values["ema_momentum"]
         group["weight_decay"] = values["weight_decay"] if group["decay"] else 0.0

@@ -1,8 +1,9 @@
-"""How the state of training lies in the tensors of this rank: what an engine offers to checkpoints."""
+"""The layout of the training state on this rank, which an engine offers to checkpoints."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,23 +13,24 @@ from fastjepa.optim.adamw_ema import AdamWEMA
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of a tensor's elements within an fp32 tensor that this rank holds."""
+    """Consecutive elements of a parameter or state buffer, and their place in an fp32 tensor that this rank holds."""
 
     name: str
-    """The name of a parameter, or of a state buffer, within the objective."""
+    """Name of the parameter or state buffer within the objective."""
     start: int
-    """First element, in the flattened parameter."""
+    """Index of the first element in the flattened parameter."""
     numel: int
+    """Number of elements."""
     tensor: Tensor
-    """The optimizer's parameter: weights (of a part that averages another: the EMA). Its moments lie alike in
-    optimizer.state. A state buffer is its own tensor and has no moments."""
+    """The tensor that holds them: a parameter of the optimizer (weights or, in a part that averages another, the EMA), whose
+    moments in optimizer.state have the same layout; or the state buffer itself, which has no moments."""
     offset: int
-    """First element, in the flattened tensor."""
+    """Index of the first element in the flattened tensor."""
     written: bool = True
-    """Whether this rank writes it into a checkpoint (False: another rank holds the same and writes it)."""
+    """True if this rank writes the piece into a checkpoint, False if another rank holds the same and writes it."""
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The run's elements in `tensor`, which is laid out as `self.tensor`."""
+        """The elements of the piece in `tensor`, which has the same layout as `self.tensor`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
@@ -39,12 +41,17 @@ class ShardedState(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """Where this rank's fp32 state lies."""
+        """The pieces of the fp32 state that this rank holds."""
 
     @abstractmethod
     def shapes(self) -> dict[str, list[int]]:
-        """The shape of every parameter and state buffer by name, whole even where ZeRO shards it."""
+        """The full shape of every parameter and state buffer by name, even if ZeRO shards it."""
+
+    @property
+    @abstractmethod
+    def constants(self) -> Mapping[str, Tensor]:
+        """Buffers that are never trained (position tables), fp32 on the CPU, by name: readers of the weights need them."""
 
     @abstractmethod
     def publish_weights(self) -> None:
-        """After the fp32 state was written to: bring the model's weights on all ranks up to date with it."""
+        """Bring the model's weights on all ranks up to date with the fp32 state. Call it after writing to that state."""

@@ -1,1 +1,1 @@
-"""`fastjepa plan`: which ZeRO stage and micro batch for a model on a number of GPUs."""
+"""`fastjepa plan` recommends a ZeRO stage and a micro batch for a model on a number of GPUs."""

@@ -1,7 +1,7 @@
-"""Which stage, how many GPUs, what micro batch: python -m fastjepa.plan --model vit_huge --gpus 64 --memory 80
+"""Recommend a ZeRO stage and a micro batch: python -m fastjepa.plan --model vit_huge --gpus 64 --memory 80
 
-The plan comes from formulas for state, activations, bytes sent and arithmetic of a run: the largest micro batch that fits,
-and the images/s that a roofline allows, for plain PyTorch and every ZeRO stage. Nothing is measured here: the figures are
+Formulas give the state, activations, bytes sent and FLOPs of a run. From them follow, for plain PyTorch and every ZeRO
+stage, the largest micro batch that fits and the images/s that a roofline allows. Nothing is measured: the figures are
 bounds under the assumptions that are printed with them.
 """
 
@@ -29,27 +29,28 @@ from fastjepa.plan.zero import STAGES
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fastjepa.plan", description="Which ZeRO stage and micro batch for a model on a number of GPUs."
+        prog="python -m fastjepa.plan",
+        description="Recommend a ZeRO stage and a micro batch for a model on a number of GPUs.",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for fastjepa/train.py")
     parser.add_argument(
-        "--config", help="YAML file of a run, or a shipped one by name (default: the official settings)"
+        "--config", help="YAML file of a run, or the name of a shipped one (default: the official settings)"
     )
     parser.add_argument("--model", choices=sorted(MODEL_SIZES), help="short for model.name=...")
     parser.add_argument("--patch_size", help="short for model.patch_size=...")
-    parser.add_argument("--gpus", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="default: %(default)s")
-    parser.add_argument("--memory", type=float, default=80, help="GiB per GPU (default: %(default)s)")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: %(default)s)")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h100", help="type of GPU (default: %(default)s)")
+    parser.add_argument("--memory", type=float, default=80, help="memory per GPU in GiB (default: %(default)s)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs in each node (default: %(default)s)")
     parser.add_argument(
-        "--network", type=float, default=400, help="Gbit/s per GPU between nodes (default: %(default)s)"
+        "--network", type=float, default=400, help="bandwidth between nodes per GPU, in Gbit/s (default: %(default)s)"
     )
     parser.add_argument(
-        "--utilisation", type=float, default=0.5, help="share of the peak that is reached (default: %(default)s)"
+        "--utilisation", type=float, default=0.5, help="share of peak FLOP/s that a run reaches (default: %(default)s)"
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write plans and assumptions there too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write plans and assumptions to this file")
     parser.add_argument(
-        "--table", metavar="FILE", type=Path, help="write the tables of docs/plan.md anew, and nothing else"
+        "--table", metavar="FILE", type=Path, help="only update the tables in this Markdown file (docs/plan.md)"
     )
     return parser.parse_intermixed_args(argv)
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = recommend(plans)
     print(f"{config.model.name}/{config.model.patch_size} on {cluster.gpus} x {cluster.device.name}, "
           f"{cluster.memory:g} GiB, global batch {config.global_batch_size}: upper bounds, not promises.")  # fmt: skip
-    print("images/s are those of all GPUs together, all else is per GPU; sizes are those of the heaviest moment\n")
+    print("images/s count all GPUs; the rest is per GPU; sizes are those at the moment that needs the most memory\n")
     print(format_table(plans))
     print("\nassumed:\n" + "\n".join(f"  - {note}" for note in notes))
     command = None
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         command = start_command(plan, cluster, args.config, overrides)
         print(f"\n{plan.name}, micro batch {plan.micro}: {reason}\n\n  {command}")
         if not args.config:
-            print("\nRUN.yaml: a file with your data.source, and what else is to differ from the official settings")
+            print("\nRUN.yaml: your file with data.source and every other setting that differs from the official ones")
     if args.json:
         report: dict[str, Any] = {
             "plans": [dataclasses.asdict(plan) for plan in plans],
@@ -117,5 +118,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the command silently
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""GPUs by their vendors' data sheets."""
+"""Peak rates of GPUs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """From the vendor's data sheets."""
+    """Peak rates of one kind of GPU."""
 
     name: str
     flops: float
-    """Dense bf16, per second."""
+    """Dense bf16 FLOPs per second."""
     memory_bandwidth: float
-    """Bytes per second."""
+    """Bytes per second of the GPU's own memory."""
     nvlink: float
-    """Bytes per second, in one direction."""
+    """NVLink: bytes per second, in one direction."""
 
 
 DEVICES = {

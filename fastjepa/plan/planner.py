@@ -1,4 +1,4 @@
-"""The plan of a run: the largest micro batch that fits and the images/s that a roofline allows, for each ZeRO stage."""
+"""Plans for each ZeRO stage: the largest micro batch that fits, and the images/s that a roofline allows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from fastjepa.plan.zero import STAGES, Stage
 
 
 def usable_memory(total: float) -> float:
-    """Bytes of a GPU's memory that a run can use; CUDA's context, NCCL's buffers and gaps of the allocator take the rest."""
+    """Bytes of a GPU's memory that a run can use. CUDA's context, NCCL's buffers and fragmentation take the rest."""
     return 0.9 * total - 1.5 * GIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
+    """GPUs, the links between them, and how well a run uses them."""
+
     device: Device
     gpus: int
     memory: float = 80.0
@@ -30,9 +32,9 @@ class Cluster:
     network: float = 400.0
     """Gbit/s per GPU between nodes, in one direction."""
     utilisation: float = 0.5
-    """Share of the peak that matrix products reach."""
+    """Share of peak FLOP/s that matrix products reach."""
     latency: float = 20e-6
-    """Seconds that a collective takes however small it is."""
+    """Seconds that a collective takes at least, however little it sends."""
 
     def __post_init__(self) -> None:
         for key in ("gpus", "memory", "gpus_per_node", "network", "utilisation"):
@@ -43,7 +45,7 @@ class Cluster:
 
     @property
     def usable(self) -> float:
-        """Bytes."""
+        """Bytes of each GPU's memory that a run can use."""
         return usable_memory(self.memory * GIB)
 
     @property
@@ -52,8 +54,7 @@ class Cluster:
 
     @property
     def link(self) -> float:
-        """Bytes per second at which a rank sends in a ring. Between nodes, rings run through all of a node's network cards
-        side by side."""
+        """Bytes per second that a rank sends in a ring. Between nodes, rings use all network cards of a node in parallel."""
         if self.nodes == 1:
             return self.device.nvlink
         return min(self.device.nvlink, self.gpus_per_node * self.network * 1e9 / 8)
@@ -61,15 +62,19 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage on a cluster. Bytes per rank, seconds per optimizer step."""
+    """The plan for one stage on a cluster. Bytes are per rank, seconds per optimizer step."""
 
     stage: Stage
     state: int
+    """Bytes of weights, gradients and optimizer state at the heaviest moment."""
     activations_per_image: float
+    """Bytes that each image of a micro batch adds."""
     micro: int = 0
-    """Images of the largest micro batch; 0: none fits, and the rest is 0 too."""
+    """Images in the largest micro batch. 0 if not even one image fits; all fields below are 0 then."""
     accum: int = 0
+    """Micro batches per optimizer step."""
     sent: float = 0.0
+    """Bytes that a rank sends in an optimizer step."""
     compute_seconds: float = 0.0
     update_seconds: float = 0.0
     exposed_seconds: float = 0.0
@@ -86,11 +91,15 @@ class Plan:
 
 
 BYTES_WITH_AVERAGE, BYTES_WITHOUT = 38, 28
-"""Bytes that AdamW moves for a parameter whose average it moves too, and for one without."""
+"""Bytes that AdamW reads and writes per parameter: with an EMA to update, and without."""
 
 
 def memory_formula(config: Config, stage: Stage, gpus: int, *, bf16: bool = True) -> tuple[int, float]:
-    """Bytes of one rank at the heaviest moment of a step: state, and what each image of a micro batch adds."""
+    """Bytes that one rank needs at the heaviest moment of a step.
+
+    Returns:
+        Bytes of state, and bytes that each image of a micro batch adds.
+    """
     method = method_of(config)
     _, heaviest = method.typical_tokens()
     autocast = bf16 and stage in ("torch", 0)
@@ -99,7 +108,7 @@ def memory_formula(config: Config, stage: Stage, gpus: int, *, bf16: bool = True
 
 
 def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
-    """The largest micro batch that fits, and the time of a step with it.
+    """Plan one stage: find the largest micro batch that fits, and estimate the time of a step with it.
 
     Raises:
         ConfigError: the global batch cannot be shared out over the GPUs.
@@ -113,13 +122,14 @@ def plan_stage(config: Config, cluster: Cluster, stage: Stage) -> Plan:
     if not micro:
         return Plan(stage, state, per_image)
     accum = share // micro
-    reached = device.flops * cluster.utilisation
+    flops_per_second = device.flops * cluster.utilisation
     method, parameters = method_of(config), zero.parameters_of(config)
     mean, _ = method.typical_tokens()
-    compute = share * method.step_flops(mean) / reached
-    held = 1 if stage in ("torch", 0) else gpus
-    alone = parameters.trained - parameters.averaged  # of which there is no average
-    update = (BYTES_WITH_AVERAGE * parameters.averaged + BYTES_WITHOUT * alone) / held / device.memory_bandwidth
+    compute = share * method.step_flops(mean) / flops_per_second
+    shards = 1 if stage in ("torch", 0) else gpus
+    without_average = parameters.trained - parameters.averaged
+    bytes_touched = BYTES_WITH_AVERAGE * parameters.averaged + BYTES_WITHOUT * without_average
+    update = bytes_touched / shards / device.memory_bandwidth
     sent, exposed = communication(
         config, stage, gpus, accum, compute=compute, link=cluster.link, latency=cluster.latency
     )
@@ -163,15 +173,19 @@ def communication(
 
 
 COMMUNICATION = (
-    "plain PyTorch and ZeRO 0 send gradients after the backward pass, ZeRO 1 during the last one of a step, ZeRO 2 and 3 "
-    "during each; at ZeRO 1 and 2 the first network waits for its new weights, those of the others travel under its forward "
-    "pass; ZeRO 3 gathers weights during the step"
+    "plain PyTorch and ZeRO 0 send gradients after the backward pass, ZeRO 1 during the last backward pass of a step, "
+    "ZeRO 2 and 3 during each; at ZeRO 1 and 2 the first network waits for its new weights, and those of the others are "
+    "sent during its forward pass; ZeRO 3 gathers weights during the step"
 )
-"""What `communication` takes to be hidden, in words."""
+"""The overlap of communication and computation that `communication` assumes, in words."""
 
 
 def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
-    """The fastest stage that fits, of equally fast ones the simplest; and why. None: nothing fits."""
+    """Choose the fastest stage that fits; among stages within 0.1 % of it, the simplest.
+
+    Returns:
+        The plan and the reason for it, or None if no stage fits.
+    """
     feasible = [plan for plan in plans if plan.micro]
     if not feasible:
         return None
@@ -182,14 +196,14 @@ def recommend(plans: Sequence[Plan]) -> tuple[Plan, str] | None:
     slower = [plan.name for plan in skipped if plan.micro]
     reasons = [f"{', '.join(too_large)} would not fit"] if too_large else []
     if slower:
-        reasons.append(f"{', '.join(slower)} would be slower by the bound")
+        reasons.append(f"{', '.join(slower)} would be slower by these bounds")
     if len(feasible) > 1 and chosen is not feasible[-1]:
         reasons.append("higher stages save memory that is not needed")
     return chosen, "; ".join(reasons) or "nothing else fits"
 
 
 def remedies(config: Config, cluster: Cluster) -> list[str]:
-    """What would fit, where nothing does."""
+    """Changes that would make a run fit which fits at no stage: fewer activations, more GPUs, or larger ones."""
     found = []
     lean = dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing=True))
     if _fits(lean, cluster):
@@ -217,6 +231,7 @@ def count(number: int, noun: str) -> str:
 
 
 def assumptions(config: Config, cluster: Cluster) -> list[str]:
+    """The assumptions that plans rest on, as lines of text."""
     method, parameters = method_of(config), zero.parameters_of(config)
     mean, heaviest = (tokens._asdict() for tokens in method.typical_tokens())
     flops = method.step_flops(method.typical_tokens()[0])
@@ -224,7 +239,7 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
     sending = [
         f"{count(cluster.nodes, 'node')} of up to {count(cluster.gpus_per_node, 'GPU')}; a ring sends "
         f"{cluster.link / 1e9:.0f} GB/s (NVLink {device.nvlink / 1e9:.0f} GB/s each way, network {cluster.network:.0f} "
-        f"Gbit/s per GPU); a collective that is waited for takes {1e6 * cluster.latency:.0f} us at least",
+        f"Gbit/s per GPU); a collective that a step waits for takes at least {1e6 * cluster.latency:.0f} us",
         COMMUNICATION,
     ]
     return [
@@ -233,14 +248,14 @@ def assumptions(config: Config, cluster: Cluster) -> list[str]:
         + f" parameters; objective {config.objective.name}",
         "tokens per image: "
         + ", ".join(f"{name} {number:.0f}" for name, number in mean.items() if "_" not in name)
-        + "; memory is reckoned with the heaviest of 64 steps: "
+        + "; memory is that of the heaviest of 64 steps: "
         + ", ".join(f"{name} {number:.0f}" for name, number in heaviest.items() if "_" not in name),
         f"{flops / 1e9:.0f} GFLOP per image and step"
         + (", recomputation included" if config.model.activation_checkpointing else ""),
-        f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which {cluster.utilisation:.0%} are reached "
-        f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s",
+        f"{device.name}: {device.flops / 1e12:.0f} TFLOP/s bf16 dense, of which a run reaches {cluster.utilisation:.0%} "
+        f"(assumed, not measured); {device.memory_bandwidth / 1e12:.2f} TB/s of memory bandwidth",
         *sending * (cluster.gpus > 1),
-        f"AdamW moves {BYTES_WITH_AVERAGE} B per parameter with an average, {BYTES_WITHOUT} B per parameter without; usable "
-        f"memory {cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
-        "data loading is never waited for",
+        f"AdamW reads and writes {BYTES_WITH_AVERAGE} B per parameter with an EMA, {BYTES_WITHOUT} B per other parameter",
+        f"a run can use {cluster.usable / GIB:.1f} of {cluster.memory:g} GiB",
+        "no step waits for data",
     ]

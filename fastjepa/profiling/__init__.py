@@ -1,4 +1,4 @@
-"""Where the time, the arithmetic and the memory of a training step go, measured on this machine."""
+"""Measures the time, the FLOPs and the memory of a training step on this machine, and what they are spent on."""
 
 from fastjepa.profiling.memory import Memory
 from fastjepa.profiling.steps import (

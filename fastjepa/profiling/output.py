@@ -1,4 +1,4 @@
-"""The files that a profile leaves behind: JSON, CSV, and a page that needs nothing else."""
+"""Writes the files of a profile: JSON, CSV, and a self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page, without anything from elsewhere: figures into report.html."""
+"""Renders a report into report.html: one HTML page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from string import Template
 import torch
 
 from fastjepa.config.file import dump_config
+from fastjepa.host import GIB, MIB
 from fastjepa.profiling.plots import Line, Piece, bars, line_plot, stacked_bar, strip_plot
-from fastjepa.profiling.report import Report, readable_flops
+from fastjepa.profiling.report import KNEE, Report, memory_label, readable_flops
 from fastjepa.profiling.steps import StepProfile
 from fastjepa.profiling.time_split import IDLE, OTHER, TimeSplit
 
-MIB = 2**20
 _COLOURS = {
     "backward": "--indigo", "graph replay": "--indigo", "optimizer": "--amber", "data wait": "--red",
     "waiting for weights": "--red", "waiting for gradients": "--red", "communication": "--plum",
@@ -23,11 +23,9 @@ _COLOURS = {
     "weights": "--blue", "averages": "--sky", "gradients": "--teal", "masters": "--lime", "moments": "--amber",
     "activations": "--indigo", "matmul": "--blue",
 }  # fmt: skip
-_ROWS = 24
-
-
+_MAX_OPERATORS = 24
 _STAGE_COLOURS = ("--blue", "--sky", "--teal", "--lime")
-"""Of the stages of an objective's forward pass, in their order."""
+"""Colours of the stages of an objective's forward pass, in their order."""
 
 
 def _colour(name: str) -> str:
@@ -35,6 +33,7 @@ def _colour(name: str) -> str:
 
 
 def page(report: Report) -> str:
+    """The text of report.html."""
     config, profile = report.config, report.profile
     height, width = config.data.image_hw
     sections = [
@@ -80,17 +79,17 @@ def _note(text: str) -> str:
 
 
 def _tiles(p: StepProfile) -> str:
-    found = [
+    tiles = [
         (f"{p.images_per_second:,.4g}" if p.images_per_second < 1000 else f"{p.images_per_second:,.0f}", "images/s"),
-        (f"{p.tokens_per_second:,.0f}", "context and target tokens/s"),
-        (_ms(p.step_ms.p50), f"a step; p20 {_ms(p.step_ms.p20)}, p80 {_ms(p.step_ms.p80)}"),
-        (f"{p.mfu:.1%}", "MFU, of the matrix products that were measured"),
-        *([(f"{p.datasheet_mfu:.1%}", "MFU, of the datasheet")] if p.datasheet_mfu is not None else []),
-        (f"{p.split.matmul_share:.0%}", "of the time in matrix products and attention"),
-        (f"{p.data_wait:.1%}", "of the time waiting for data"),
+        (f"{p.tokens_per_second:,.0f}", "tokens/s"),
+        (_ms(p.step_ms.p50), f"per step, median; p20 {_ms(p.step_ms.p20)}, p80 {_ms(p.step_ms.p80)}"),
+        (f"{p.mfu:.1%}", "MFU: share of the FLOP/s of a matrix product measured here"),
+        *([(f"{p.datasheet_mfu:.1%}", "MFU: share of the datasheet's FLOP/s")] if p.datasheet_mfu is not None else []),
+        (f"{p.split.matmul_share:.0%}", "of a step's time is in matrix products and attention"),
+        (f"{p.data_wait:.1%}", "of a step's time is spent waiting for data"),
     ]
     return "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in found
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
     )
 
 
@@ -108,30 +107,35 @@ def _time(split: TimeSplit) -> str:
     body = stacked_bar(pieces, "shares of a step's time")
     if split.beside:
         beside = ", ".join(f"{part.name} {part.share:.0%}" for part in split.beside)
-        body += _note(f"Beside the step, on threads and streams of their own, as shares of its time: {beside}.")
+        body += _note(f"Running beside the step on other threads and streams, as shares of the step's time: {beside}.")
     return body + _note(
-        f"From steps under the profiler, which slows down the loader's threads too: they took {_ms(split.step_ms)} each. "
-        "The figures at the top are from steps without it."
+        f"Measured under the profiler, which slows down step and loader: these steps took {_ms(split.step_ms)} each. "
+        "The figures at the top are of steps without the profiler."
     )
 
 
 def _arithmetic(p: StepProfile) -> str:
     rows = [
         Piece("reached by the step", p.teraflops, readable_flops(p.teraflops), "--blue"),
-        Piece("matrix product, measured", p.ceilings.teraflops, readable_flops(p.ceilings.teraflops), "--grey"),
+        Piece(
+            "a large matrix product, measured here",
+            p.ceilings.teraflops,
+            readable_flops(p.ceilings.teraflops),
+            "--grey",
+        ),
     ]
     if p.datasheet_teraflops is not None:
         rows.append(Piece("datasheet", p.datasheet_teraflops, readable_flops(p.datasheet_teraflops), "--grey"))
     tokens = ", ".join(f"{number:,.1f} {name}" for name, number in p.tokens.items() if "_" not in name)
     return bars(rows, max(row.value for row in rows)) + _note(
-        f"{readable_flops(p.teraflop_per_step, '')} a step, from the length of every sequence. Tokens of an image, on "
-        f"average: {tokens}."
+        f"A step computes {readable_flops(p.teraflop_per_step, '')}, by formula from the length of every sequence. "
+        f"Mean number of tokens per image: {tokens}."
     )
 
 
 def _steps(p: StepProfile) -> str:
     return strip_plot(p.steps_ms, [("p50", p.step_ms.p50)], title="times of the steps", unit="ms") + _note(
-        f"Milliseconds of {len(p.steps_ms)} steps, a dot each, from data to data."
+        f"Milliseconds of {len(p.steps_ms)} steps, one dot each, from the end of one step to the end of the next."
     )
 
 
@@ -158,24 +162,28 @@ def _sweep(report: Report) -> str:
     )
     return _section(
         f"Micro batch: the knee is at {knee.micro_batch_size}",
-        body + _note(f"Synthetic images. The smallest micro batch within 5% of the best speed. {report.sweep_end}"),
+        body
+        + _note(
+            f"Measured with synthetic images. The knee is the smallest micro batch within {1 - KNEE:.0%} of the best speed. "
+            f"{report.sweep_end}"
+        ),
     )
 
 
 def _memory(p: StepProfile) -> str:
     pieces = [
-        Piece(name.replace("_", " "), size, _mib(size), _colour(name))
+        Piece(memory_label(name), size, _mib(size), _colour(name))
         for name, size in asdict(p.memory).items()
         if size and name != "other"
     ]
     rest = "batches and buffers" if p.on_gpu else "the interpreter, libraries and batches"
-    return stacked_bar(pieces, "memory by part") + _note(
-        f"At the peak {_mib(p.memory.peak)}, with {_mib(p.memory.other)} for {rest}."
+    return stacked_bar(pieces, "memory by purpose") + _note(
+        f"Peak: {_mib(p.memory.peak)}. Not shown: {_mib(p.memory.other)} for {rest}."
     )
 
 
 def _mib(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / MIB:,.1f} MiB"
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
 
 
 def _data(real: StepProfile, synthetic: StepProfile) -> str:
@@ -187,7 +195,8 @@ def _data(real: StepProfile, synthetic: StepProfile) -> str:
     ]
     share = real.images_per_second / synthetic.images_per_second
     return bars(rows, max(row.value for row in rows)) + _note(
-        f"With the images of data.source the step reaches {share:.0%} of the speed with images that cost nothing."
+        f"With the images of data.source, training reaches {share:.0%} of its speed with synthetic images, which need no "
+        "loading."
     )
 
 
@@ -198,12 +207,15 @@ def _operators(split: TimeSplit) -> str:
         f'<td class="wide">{row.calls:,.{0 if row.calls >= 10 else 1}f}</td><td>{row.ms:,.2f}</td><td>{row.share:.1%}</td>'
         f'<td class="wide"><span class="track"><div style="width:{100 * row.share / largest:.1f}%;'
         f'background:var({_colour(row.kind)})"></div></span></td></tr>'
-        for row in split.operators[:_ROWS]
+        for row in split.operators[:_MAX_OPERATORS]
     )
-    rest = split.operators[_ROWS:]
-    left = f" {len(rest)} more take {sum(row.share for row in rest):.1%}; operators.csv has all." if rest else ""
+    rest = split.operators[_MAX_OPERATORS:]
+    left = f" Another {len(rest)} take {sum(row.share for row in rest):.1%}; operators.csv lists all." if rest else ""
     return (
         '<div class="scroll"><table><thead><tr><th>name</th><th class="wide">calls</th><th>ms</th><th>share</th>'
         f'<th class="wide"></th></tr></thead><tbody>{rows}</tbody></table></div>'
-        + _note(f"Of a step under the profiler, without what they call. Blue: matrix products and attention.{left}")
+        + _note(
+            f"Calls and milliseconds per step under the profiler, each without the operators that it calls. "
+            f"Blue: matrix products and attention.{left}"
+        )
     )

@@ -1,6 +1,6 @@
-"""Plots as text to stand in a page: bars in HTML, which stay readable on a phone, and lines in SVG.
+"""Plots as text for an HTML page: bars in HTML, which stay readable on a phone, and lines in SVG.
 
-Colours are the page's variables (report.html), so that they follow its light and dark look.
+Colours are CSS variables of the page (report.html), so that they follow its light and dark mode.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
+    """A bar, or a piece of a stacked one."""
+
     name: str
     value: float
     label: str
     colour: str
-    """A variable of the page: --blue."""
+    """Name of a CSS variable of the page, such as --blue."""
 
 
 def stacked_bar(pieces: Sequence[Piece], title: str) -> str:
-    """One bar of all pieces, and below it their names and labels."""
+    """One bar of all pieces, with their names and labels below it."""
     total = sum(piece.value for piece in pieces) or 1.0
     shown = [piece for piece in pieces if piece.value > 0]
     bar = "".join(
@@ -37,7 +39,7 @@ def stacked_bar(pieces: Sequence[Piece], title: str) -> str:
 
 
 def bars(pieces: Sequence[Piece], largest: float) -> str:
-    """A bar each, against the same largest value."""
+    """A bar for each piece. A bar of value `largest` has the full width."""
     rows = "".join(
         f'<div class="row"><span>{escape(piece.name)}</span><b>{escape(piece.label)}</b>'
         f'<div class="track"><div style="width:{100 * min(1.0, piece.value / largest):.2f}%;'
@@ -60,7 +62,7 @@ class Line(NamedTuple):
 def line_plot(
     xs: Sequence[float], lines: Sequence[Line], *, title: str, x_label: str, marked: float | None = None
 ) -> str:
-    """Lines over the same xs, on a scale of powers of two; `marked`: an x that stands out."""
+    """Lines over the same xs, whose axis is logarithmic. A dashed vertical line is drawn at the x `marked`."""
     ticks = nice_ticks(max(y for line in lines for y in line.ys))
     low, high = math.log2(xs[0]), math.log2(xs[-1])
 
@@ -76,7 +78,7 @@ def line_plot(
         y = y_at(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>')
-    for x in xs[::-1][:: 1 + len(xs) // 10]:  # so that they do not touch
+    for x in xs[::-1][:: 1 + len(xs) // 10]:  # at most ten labels, so that they do not touch
         parts.append(f'<text x="{x_at(x):.1f}" y="{HEIGHT - 20}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{(WIDTH + _LEFT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
     if marked is not None:
@@ -93,7 +95,7 @@ def line_plot(
 
 
 def strip_plot(values: Sequence[float], marks: Sequence[tuple[str, float]], *, title: str, unit: str) -> str:
-    """Every value as a dot on one axis from 0, and marks with names."""
+    """Every value as a dot on one axis from 0, and named marks as dashed lines."""
     height, ticks = 92, nice_ticks(max(values))
 
     def x_at(value: float) -> float:
@@ -115,7 +117,7 @@ def strip_plot(values: Sequence[float], marks: Sequence[tuple[str, float]], *, t
 
 
 def nice_ticks(largest: float) -> list[float]:
-    """From 0 to at least the largest value, four to six of them, round ones."""
+    """Four to six round numbers, from 0 to at least the largest value."""
     if largest <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(largest / 4))

@@ -1,7 +1,8 @@
-"""Profiles the steps of a run that somebody else drives, or of a loop of its own: warm-up, timed steps, traced steps.
+"""Profiles training steps, of a run's own loop (`StepProfiler`) or of a loop of its own (`profile_steps`).
 
-The timed steps run without torch.profiler, and all that is said of speed and memory on a GPU comes from them. A few more
-run under the profiler, and only shares, operators and the Chrome trace (and on a CPU the activations) come from those.
+After a warm-up come timed steps without torch.profiler. All figures of speed, and of memory on a GPU, come from them. Then a
+few traced steps run under the profiler. Only shares, operators and the Chrome trace come from these, and on a CPU the memory
+of activations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fastjepa.run.meter import peak_memory
 
 
 class MicroBatch(Protocol):
-    """What a step needs; `fastjepa.data.Batch` is one."""
+    """The input of a micro step; `fastjepa.data.Batch` is one."""
 
     @property
     def prepared(self) -> Prepared: ...
@@ -45,7 +46,7 @@ B = TypeVar("B", bound=MicroBatch)
 
 @dataclass(frozen=True)
 class Steps:
-    """How many of each."""
+    """Numbers of steps of each kind."""
 
     warmup: int = 5
     timed: int = 10
@@ -53,7 +54,7 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """At most: the profiler needs one to warm up, and on a CPU one for the activations."""
+        """The most steps that a profile takes. The profiler needs one to warm up and, on a CPU, one for activations."""
         return self.warmup + self.timed + 2 + self.traced
 
 
@@ -62,7 +63,7 @@ DEFAULT_STEPS = Steps()
 
 @dataclass(frozen=True)
 class StepProfile:
-    """Figures of a rank on its device, but for images and tokens per second, which are of all ranks."""
+    """Figures of one rank on its device. Only images and tokens per second are those of all ranks."""
 
     device: str
     on_gpu: bool
@@ -72,30 +73,32 @@ class StepProfile:
     micro_batch_size: int
     grad_accum_steps: int
     step_ms: Timing
-    """From data to data, of the timed steps."""
+    """Time of a step, from the end of one to the end of the next."""
     steps_ms: tuple[float, ...]
+    """Milliseconds of every timed step."""
     images_per_second: float
     tokens_per_second: float
-    """All tokens that the method counts, as in metrics.jsonl."""
+    """All tokens that the method counts (`Prepared.counts`), as in metrics.jsonl."""
     data_wait: float
-    """Share of the time that the step waited for data: on a GPU, that it had nothing left to do meanwhile."""
+    """Share of the time in which the step waited for data; on a GPU, in which the GPU ran out of work meanwhile."""
     tokens: Mapping[str, float]
-    """By kind, per image: the mean of the timed steps."""
+    """Tokens per image by kind: the mean over the timed steps."""
     teraflop_per_step: float
-    """Mean. Matrix products from the length of every sequence; of recomputation, nothing."""
+    """10^12 FLOPs of a step, on average: by formula from the length of every sequence, without recomputation."""
     teraflops: float
-    """Reached, per second."""
+    """10^12 FLOPs per second that the steps reached."""
     ceilings: Ceilings
     mfu: float
-    """Share of the ceiling that was measured for matrix products in the same precision."""
+    """`teraflops` as a share of the measured ceiling for matrix products in the same precision."""
     datasheet_teraflops: float | None
-    """None: not known for this device and precision."""
+    """Peak by the data sheet; None if it is not known for this device and precision."""
     datasheet_mfu: float | None
+    """`teraflops` as a share of it."""
     split: TimeSplit
     memory: Memory
 
     def as_dict(self, *, operators: bool = True) -> dict[str, Any]:
-        """For JSON; without the operators, which are many, if asked."""
+        """The profile for JSON. The list of operators is long: leave it out with `operators=False`."""
         split = self.split if operators else dataclasses.replace(self.split, operators=())
         return dataclasses.asdict(dataclasses.replace(self, split=split))
 
@@ -103,13 +106,15 @@ class StepProfile:
 class StepProfiler:
     """Watches the steps of a training loop, which calls `step_done` after each optimizer step, on all ranks.
 
-    Nothing of it changes what is learnt: it reads, and draws no random numbers.
+    It does not change what is learned: it only reads, and draws no random numbers.
 
     Args:
-        engine, method, sizes: of the run.
-        folder: an existing one, for the Chrome traces of the ranks.
-        steps: how many.
-        ceilings: of the machine; None: they are measured now, for a second or so.
+        engine: engine of the run.
+        method: method of the run.
+        sizes: batch sizes of the run.
+        folder: an existing folder, for the ranks' Chrome traces.
+        steps: numbers of steps.
+        ceilings: ceilings of the machine. None: measure them now, which takes a second or so.
     """
 
     def __init__(
@@ -133,11 +138,11 @@ class StepProfiler:
         self._counts: list[int] = []
         self._waits: list[tuple[Any, Any]] = []
         self._result: StepProfile | None = None
-        self._stages = self._profile()
-        next(self._stages)
+        self._phases = self._profile()
+        next(self._phases)
 
     def watch(self, batches: Iterable[B]) -> Iterator[B]:
-        """The same batches, and how long they were waited for."""
+        """Pass the batches on, and measure how long the loop waits for each."""
         iterator = iter(batches)
         while True:
             asked = self._clock.now()
@@ -152,22 +157,22 @@ class StepProfiler:
             yield batch
 
     def step_done(self) -> StepProfile | None:
-        """The profile after the last step that counts, None after all others."""
+        """Go on to the next phase. Returns the profile after the last step that it needs, None after all other steps."""
         before = self._result
-        next(self._stages, None)
+        next(self._phases, None)
         return None if before else self._result
 
     def _profile(self) -> Iterator[None]:
-        """Goes on after each step."""
+        """The phases of the profile: a generator that is resumed after each step."""
         steps, device = self._steps, self._engine.device
         for _ in range(steps.warmup):
             yield
         clock = self._clock
-        level = 0
+        allocated_before = 0
         if clock.cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            level = torch.cuda.memory_allocated(device)
+            allocated_before = torch.cuda.memory_allocated(device)
         marks = [clock.now()]
         self._timing = True
         for _ in range(steps.timed):
@@ -176,25 +181,24 @@ class StepProfiler:
         self._timing = False
         times = clock.milliseconds(pairwise(marks))
         peak = peak_memory(device)
-        activations = peak - level
+        activations = peak - allocated_before
         if not clock.cuda:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocations:
                 yield
             activations = _peak_allocated(allocations)
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * clock.cuda]
-        # All threads: those of the loader and of collectives too.
-        everything = _ExperimentalConfig(profile_all_threads=True)
-        with profile(activities=activities, experimental_config=everything) as profiler:
-            yield  # the profiler's first step is slow
+        # The threads of the loader and of collectives are traced too.
+        all_threads = _ExperimentalConfig(profile_all_threads=True)
+        with profile(activities=activities, experimental_config=all_threads) as profiler:
+            yield  # not traced: the profiler's first step is slow
             clock.synchronize()
             for left in reversed(range(steps.traced)):
                 with record_function(STEP):
                     yield
                     if not left:
                         clock.synchronize()
-        with explain_write_errors(
-            str(self._trace), "Choose another folder"
-        ):  # the profiler says nothing: it is the reading that fails
+        with explain_write_errors(str(self._trace), "Choose another folder"):
+            # The profiler is silent if it cannot write the file; then reading it fails.
             profiler.export_chrome_trace(str(self._trace))
             events = json.loads(self._trace.read_text(encoding="utf-8"))["traceEvents"]
         memory = measure_memory(self._engine, activations=activations, peak=peak)
@@ -206,8 +210,8 @@ class StepProfiler:
         steps = [micro_batches[i : i + accum] for i in range(0, len(micro_batches), accum)]
         seconds = [ms / 1e3 for ms in times]
 
-        def per_step(of: Callable[[Lengths, Tokens], float]) -> list[float]:
-            return [sum(of(*micro_batch) for micro_batch in step) for step in steps]
+        def per_step(amount: Callable[[Lengths, Tokens], float]) -> list[float]:
+            return [sum(amount(*micro_batch) for micro_batch in step) for step in steps]
 
         def rate(amounts: Sequence[float]) -> float:
             return statistics.median(amount / s for amount, s in zip(amounts, seconds, strict=True))
@@ -244,7 +248,7 @@ class StepProfiler:
 
 
 class _Clock:
-    """Marks in time. On a GPU they are events, reached when all that was queued before is done; the host goes on."""
+    """Marks in time. On a GPU a mark is an event, reached when all work queued before it is done; the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.cuda = device, device.type == "cuda"
@@ -261,15 +265,15 @@ class _Clock:
         return event
 
     def milliseconds(self, spans: Iterable[tuple[Any, Any]]) -> list[float]:
-        """From the first mark of each span to the second."""
+        """Milliseconds from the first mark of each span to the second."""
         self.synchronize()
         return [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in spans]
 
 
 def _peak_allocated(profiler: profile) -> int:
-    """Bytes of tensors that the thread of the step allocated on the CPU: the most above what there was before."""
+    """The most bytes of tensors that the step's thread had allocated on the CPU, above those from before the profile."""
     level = peak = 0
-    recorded: Any = profiler.profiler  # the Chrome trace has these too, but reading it takes longer
+    recorded: Any = profiler.profiler  # the Chrome trace has these events too, but reading it takes longer
     for event in sorted(recorded.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             level += event.nbytes()
@@ -284,13 +288,13 @@ def _mean(tokens: Sequence[Tokens]) -> dict[str, float]:
 
 
 class SyntheticBatch(NamedTuple):
-    """A micro batch without a file behind it."""
+    """A micro batch of synthetic images."""
 
     prepared: Prepared
 
 
 def synthetic_batches(method: Method, sizes: BatchSizes, device: torch.device, steps: int) -> list[SyntheticBatch]:
-    """Micro batches for so many steps that cost nothing to get: the same noise, prepared beforehand."""
+    """Make micro batches for `steps` steps that need no loading: all have the same noise as images, and are prepared now."""
     config = method.config
     noise = torch.Generator().manual_seed(config.seed)
     views = []
@@ -322,7 +326,7 @@ def profile_steps(
     steps: Steps = DEFAULT_STEPS,
     ceilings: Ceilings | None = None,
 ) -> StepProfile:
-    """Train on `batches`, of which `steps.total * sizes.accum` are taken, and profile it (`StepProfiler`).
+    """Train on the first `steps.total * sizes.accum` of `batches`, and profile it (`StepProfiler`).
 
     Raises:
         ValueError: there are fewer batches.
@@ -333,4 +337,6 @@ def profile_steps(
         engine.micro_step(batch.prepared)
         if number % sizes.accum == 0 and (profiled := profiler.step_done()):
             return profiled
-    raise ValueError(f"the batches ended before {steps.total} steps of {sizes.accum} micro batches")
+    raise ValueError(
+        f"the batches ended before the profile was complete: it takes {steps.total} steps of {sizes.accum} micro batches"
+    )

@@ -1,9 +1,8 @@
-"""From a trace of torch.profiler: which part of the step took the time, and which operators or kernels.
+"""Splits the time of a step by part and by operator or kernel, from a trace of torch.profiler.
 
-On a CPU a part takes the time that the thread of the step spends within its annotation (`record_function`). On a GPU it
-takes the time of the kernels that were launched within it, wherever the host is by then; a kernel belongs to the
-annotation in which its launch lies: on its own thread, or, as autograd launches from a thread without any, on the
-thread of the step.
+On a CPU, a part takes the time that the step's thread spends within the part's annotation (`record_function`). On a GPU, it
+takes the time of the kernels that were launched within the annotation, whatever the host does when they run. The annotation
+is looked up on the thread that launched the kernel; if that thread has none (autograd's), on the step's thread.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 STEP = "traced step"
-"""Annotates every step that counts. On a GPU nothing is under way where the first begins and the last ends."""
+"""The annotation of every traced step. On a GPU no work is under way when the first begins and when the last ends."""
 DATA_WAIT = "data wait"
 STEP_PARTS = (
     "backward", "optimizer", "waiting for gradients", "waiting for weights", "graph replay", DATA_WAIT,
@@ -30,7 +29,7 @@ _MATMUL_OPERATOR = re.compile(
     r"^aten::_?(scaled_|add|b|baddb)?(mm|addmm_activation)\w*$|scaled_dot_product_|_flash_attention|_efficient_attention"
     r"|block_attention|_mkl_linear|linear_pointwise"
 )
-# Of kernels whose operator is not known: those of the libraries that PyTorch calls, of its compiler, and our own.
+# For kernels whose operator is not known: kernels of the libraries that PyTorch calls, of its compiler, and our own.
 _MATMUL_KERNEL = re.compile(
     r"gemm|cutlass|nvjet|xmma|triton_tem_fused|flash_|fmha|_attend_|_backward_(keys|queries)_kernel"
 )
@@ -40,46 +39,47 @@ Kind = Literal["matmul", "communication", "other"]
 
 @dataclass(frozen=True)
 class Part:
-    """Of a step."""
+    """A part of a step."""
 
     name: str
     ms: float
+    """Milliseconds per step."""
     share: float
-    """Of the time of the traced steps."""
+    """Share of the time of the traced steps."""
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator of PyTorch on a CPU (without those that it calls), a kernel on a GPU."""
+    """A PyTorch operator on a CPU, without the operators that it calls; a kernel on a GPU."""
 
     name: str
     kind: Kind
     calls: float
-    """Per step."""
+    """Calls per step."""
     ms: float
-    """Per step."""
+    """Milliseconds per step."""
     share: float
-    """Of the time of the traced steps."""
+    """Share of the time of the traced steps."""
 
 
 @dataclass(frozen=True)
 class TimeSplit:
-    """Of steps under the profiler, which slows them down: shares carry over to the timed steps, milliseconds do not."""
+    """The time of steps under the profiler, which slows them down: only the shares hold for the timed steps too."""
 
     step_ms: float
     parts: tuple[Part, ...]
-    """Add up to the step. `other`: the rest of the step's thread (CPU), or kernels outside of all annotations (GPU);
-    `communication`: collectives under which nothing else ran; `idle`: the GPU had nothing to do."""
+    """Parts that add up to the step. `other` is the rest of the step's thread (CPU) or kernels outside annotations (GPU);
+    `communication` is collectives while no kernel of the step ran; `idle` is time in which the GPU had nothing to do."""
     beside: tuple[Part, ...]
-    """What went on beside the step, on threads and streams of its own: threads of the loader, collectives."""
+    """Work beside the step, on other threads and streams: the loader's threads and collectives."""
     matmul_share: float
-    """Of the time of the steps: matrix products and attention."""
+    """Share of the steps' time in matrix products and attention."""
     operators: tuple[Operator, ...]
-    """By time, falling."""
+    """Sorted by time, longest first."""
 
 
 class _Span(NamedTuple):
-    """Microseconds."""
+    """A named span of time. Start and end are in microseconds."""
 
     start: float
     end: float
@@ -95,7 +95,7 @@ class _Thread:
         self._starts = [span.start for span in self._spans]
 
     def at(self, time: float) -> str | None:
-        """The innermost annotation then."""
+        """The innermost annotation at this time."""
         for span in reversed(self._spans[: bisect_right(self._starts, time)]):
             if time <= span.end:
                 return span.name
@@ -103,14 +103,14 @@ class _Thread:
 
 
 def split_time(events: Iterable[dict[str, Any]], stages: Sequence[str]) -> TimeSplit:
-    """Split the time of the steps in a Chrome trace that has annotations STEP.
+    """Split the time of the steps in a Chrome trace. Each step has the annotation STEP.
 
     Args:
-        events: the `traceEvents`.
+        events: `traceEvents` of the trace.
         stages: names of the annotations within the objective's forward pass (`Method.stages`).
 
     Raises:
-        ValueError: it has none.
+        ValueError: the trace has no annotation STEP.
     """
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     steps = [event for event in spans if event["name"] == STEP and event["cat"] == "user_annotation"]
@@ -126,13 +126,13 @@ def split_time(events: Iterable[dict[str, Any]], stages: Sequence[str]) -> TimeS
             annotations[event["tid"]].append(_Span(_start(event), _end(event), event["name"]))
     kernels = [event for event in inside if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")]
     if kernels:
-        line = _labelled(kernels, spans, annotations, main)
-        line += [span._replace(priority=-1) for span in annotations[main] if span.name == DATA_WAIT]
+        timeline = _labelled(kernels, spans, annotations, main)
+        timeline += [span._replace(priority=-1) for span in annotations[main] if span.name == DATA_WAIT]
         rest = IDLE
         operators = _kernel_times(kernels, spans)
-        collectives = [span for span in line if span.name == COMMUNICATION]
+        collectives = [span for span in timeline if span.name == COMMUNICATION]
     else:
-        line, rest = annotations[main], OTHER
+        timeline, rest = annotations[main], OTHER
         operators = _self_times([e for e in inside if e["tid"] == main and e["cat"] in ("cpu_op", "user_annotation")])
         found = (e for e in overlapping if _COLLECTIVE.match(e["name"]))
         collectives = [_Span(_start(event), _end(event), COMMUNICATION) for event in found]
@@ -140,7 +140,7 @@ def split_time(events: Iterable[dict[str, Any]], stages: Sequence[str]) -> TimeS
     def part(name: str, microseconds: float) -> Part:
         return Part(name, microseconds / 1e3 / len(steps), microseconds / (end - start))
 
-    taken = dict(_covered(line, start, end))
+    taken = dict(_covered(timeline, start, end))
     named = {name: taken.pop(name) for name in (*stages, *STEP_PARTS) if name in taken}
     named |= dict(sorted(taken.items()))
     named[rest] = named.get(rest, 0.0) + end - start - sum(named.values())
@@ -172,8 +172,10 @@ def _end(event: dict[str, Any]) -> float:
 
 
 def _covered(spans: list[_Span], start: float, end: float) -> Iterator[tuple[str, float]]:
-    """(name, microseconds) between start and end: a moment belongs to the span of the highest priority, of equal ones to
-    the one that began last."""
+    """Yield (name, microseconds) of the time that each name takes between start and end.
+
+    A moment belongs to the span of the highest priority that covers it; of several, to the one that began last.
+    """
     edges = sorted({start, end, *(edge for span in spans for edge in span[:2] if start < edge < end)})
     waiting = sorted(spans, key=lambda span: span.start, reverse=True)
     open_spans: list[_Span] = []
@@ -190,7 +192,7 @@ def _covered(spans: list[_Span], start: float, end: float) -> Iterator[tuple[str
 def _labelled(
     kernels: list[dict[str, Any]], events: list[dict[str, Any]], annotations: dict[Any, list[_Span]], main: Any
 ) -> list[_Span]:
-    """Kernels as spans of the part that launched them. Those of the step hide collectives, these the loader's."""
+    """Kernels as spans of the parts that launched them. The step's kernels hide collectives, which hide the loader's."""
     threads = {tid: _Thread(spans) for tid, spans in annotations.items()}
     threads.setdefault(main, _Thread([]))
     launches = {
@@ -214,7 +216,7 @@ def _labelled(
 def _kernel_times(
     kernels: list[dict[str, Any]], events: list[dict[str, Any]]
 ) -> dict[tuple[str, Kind], tuple[int, float]]:
-    """(name, kind) -> (calls, microseconds). A kernel is a matrix product if the operator that launched it is one."""
+    """Sum up kernels: (name, kind) -> (calls, microseconds). A kernel is a matmul if its operator is one."""
     operators = {
         event["args"]["External id"]: event["name"]
         for event in events
@@ -236,7 +238,7 @@ def _kernel_times(
 
 
 def _self_times(events: list[dict[str, Any]]) -> dict[tuple[str, Kind], tuple[int, float]]:
-    """(name, kind) -> (calls, microseconds) of the operators of one thread, without the time of those that they call."""
+    """Sum up one thread's operators, without the operators that they call: (name, kind) -> (calls, microseconds)."""
     times: dict[tuple[str, Kind], tuple[int, float]] = {}
 
     def add(event: dict[str, Any], calls: int, time: float) -> None:

@@ -1,5 +1,4 @@
-"""Times of functions that do the same, taken in turns, so that whatever else the machine does falls on all of them; and
-what the machine reaches at best."""
+"""Times functions in turns, so that whatever else the machine does affects all of them alike, and measures its ceilings."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import torch
 from fastjepa.host import cpu_name
 from fastjepa.plan.datasheets import DEVICES
 
-_CACHE_BYTES = 256 << 20  # more than the last-level cache of any GPU: written between runs, so that each starts cold
+_CACHE_BYTES = 256 << 20  # more than any GPU's last-level cache; written before each run, so that the run starts cold
 
 
 def nothing() -> None:
@@ -22,7 +21,7 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed, and what has to be done before each time, outside of it."""
+    """A function to time, and what to do before each call of it, outside the measured time."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = nothing
@@ -40,7 +39,7 @@ class Timing:
 def time_in_turns(
     functions: Mapping[str, Timed], device: torch.device, *, repeats: int, warmup: int = 3
 ) -> dict[str, Timing]:
-    """`sample_in_turns`, after as many rounds that do not count as `warmup` says; percentiles by name."""
+    """Run `sample_in_turns` after `warmup` rounds that are not timed. Returns percentiles by name."""
     for _ in range(warmup):
         for function in functions.values():
             function.prepare()
@@ -49,14 +48,16 @@ def time_in_turns(
 
 
 def sample_in_turns(functions: Mapping[str, Timed], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Run every function `rounds` times, one after the other in each round; milliseconds by name.
+    """Run every function once per round. Returns the milliseconds of all runs by name.
 
-    On CUDA by events, with the caches flushed before each run and no synchronisation between them; elsewhere by the clock.
+    On CUDA, events measure the time; caches are flushed before each run, and the host does not wait between runs.
+    Elsewhere a clock measures it.
     """
     return (_time_on_gpu if device.type == "cuda" else _time_on_cpu)(functions, device, rounds)
 
 
 def summary(times: list[float]) -> Timing:
+    """Percentiles of times in milliseconds."""
     p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
     return Timing(p20, p50, p80)
 
@@ -79,7 +80,7 @@ def _time_on_gpu(functions: Mapping[str, Timed], device: torch.device, repeats: 
         for name, function in functions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             function.prepare()
-            torch.cuda._sleep(2_000_000)  # about a millisecond, in which the launches can be queued
+            torch.cuda._sleep(2_000_000)  # about a millisecond, so that the run is queued before the GPU gets to it
             cache.zero_()
             start.record()
             function.run()
@@ -91,17 +92,17 @@ def _time_on_gpu(functions: Mapping[str, Timed], device: torch.device, repeats: 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches on the plainest work of each kind."""
+    """The rates that this machine reaches on a plain copy and a plain matrix product."""
 
     gigabytes_per_second: float
-    """Of a copy: bytes read and written."""
+    """10^9 bytes per second that a copy reads and writes."""
     teraflops: float
-    """Of a large matrix product in the dtype at hand."""
+    """10^12 FLOPs per second of a large matrix product in the dtype of interest."""
 
 
 @dataclass(frozen=True)
 class CeilingWork:
-    """The work whose rates are the ceilings; to be timed in turns with what is held to them, if the machine is not idle."""
+    """The work whose rates are the ceilings. On a busy machine, time it in turns with what is compared to the ceilings."""
 
     functions: Mapping[str, Timed]
     bytes: int
@@ -114,32 +115,34 @@ class CeilingWork:
         source = torch.zeros(numel, dtype=torch.float32, device=device)
         target = torch.empty_like(source)
         n = 8192 if cuda else 1024
-        # Not from the global generator, which belongs to whoever measures within a run.
+        # Leave the global generator alone: a run may be going on, and its random numbers must not change.
         random = torch.Generator(device).manual_seed(0)
         a, b = (torch.randn(n, n, device=device, generator=random).to(dtype) for _ in range(2))
         functions = {"copy": Timed(lambda: target.copy_(source)), "matmul": Timed(lambda: a @ b)}
         return CeilingWork(functions, 8 * numel, 2 * n**3)
 
     def ceilings(self, timings: Mapping[str, Timing]) -> Ceilings:
-        """From the timings of `functions`, which may be among others."""
+        """The ceilings that follow from timings of `functions`. Other timings in the mapping are ignored."""
         return Ceilings(self.bytes / timings["copy"].p50 / 1e6, self.flops / timings["matmul"].p50 / 1e9)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, *, repeats: int = 10) -> Ceilings:
+    """Measure the ceilings of a device, for matrix products in `dtype`. Takes a second or so."""
     work = CeilingWork.on(device, dtype)
     return work.ceilings(time_in_turns(work.functions, device, repeats=repeats))
 
 
 def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
-# How the driver names GPUs that compute as fast as one of those.
+# Parts of the names that the driver gives to GPUs, and the data sheet with their FLOP/s.
 _DATASHEETS = {"A100": DEVICES["a100"], "H100 80GB HBM3": DEVICES["h100"], "H200": DEVICES["h100"]}
 
 
 def datasheet_teraflops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Of dense matrix products; None: not known."""
+    """Peak 10^12 FLOPs per second of dense matrix products by the data sheet. None if it is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     found = [sheet for name, sheet in _DATASHEETS.items() if name in device_name(device)]

@@ -1,4 +1,4 @@
-"""Saving while training goes on, retention, and what becomes of saves that fail."""
+"""Saves in the background, which older checkpoints are kept, and what a save that fails does to the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastjepa.checkpoint import checkpointer, restore, writer
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, latest, newest_first
 from fastjepa.errors import CheckpointError
-from tests.checkpoint.test_restore import assert_identical, state_of, torch_engine, train
+from tests.support.checkpoints import assert_identical, state_of, torch_engine, train
 
 
 def saver(folder: Path, keep_last: int = 3, keep_every: int | None = None, asynchronous: bool = True) -> Checkpointer:
@@ -24,13 +24,13 @@ def test_training_goes_on_during_a_save_and_does_not_change_it(tmp_path: Path, m
     trained = threading.Event()
     write = writer.write
 
-    def after_training(*arguments: Any) -> Path:
+    def write_after_training(*arguments: Any) -> Path:
         assert trained.wait(60)
         return write(*arguments)
 
     engine = train(torch_engine(), 0, 2)
     at_2 = writer.save(tmp_path / "waited", engine, RunState(2, {}, {}))
-    monkeypatch.setattr(writer, "write", after_training)
+    monkeypatch.setattr(writer, "write", write_after_training)
     with saver(tmp_path / "background") as saves:
         saves.save(engine, RunState(2, {}, {}), last=False)
         train(engine, 2, 4)
@@ -44,14 +44,14 @@ def test_training_goes_on_during_a_save_and_does_not_change_it(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_the_newest_and_every_nth_are_kept(tmp_path: Path, asynchronous: bool) -> None:
+def test_the_newest_checkpoints_and_those_of_every_nth_step_are_kept(tmp_path: Path, asynchronous: bool) -> None:
     engine = torch_engine()
     with saver(tmp_path, keep_last=2, keep_every=4, asynchronous=asynchronous) as saves:
         for step in range(1, 8):
             saves.save(engine, RunState(step, {}, {}), last=False)
         saves.wait()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", *(f"step_0000000{n}" for n in (4, 6, 7))]
-        # Gone back to step 3: the later ones are another run's until they are replaced.
+        # The run has gone back to step 3: later checkpoints do not count, and stay until they are replaced.
         saves.save(engine, RunState(3, {}, {}), last=True)
     assert [p.name for p in newest_first(tmp_path)] == ["step_00000003"]
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_0000000{n}" for n in (3, 4, 6, 7)]
@@ -76,7 +76,7 @@ def test_a_failed_save_is_logged_and_only_the_last_one_is_an_error(
     assert [p.name for p in newest_first(tmp_path)] == ["step_00000004", "step_00000001"]
 
 
-def test_without_memory_for_a_copy_training_waits_and_says_so_once(
+def test_without_memory_for_a_copy_training_waits_and_logs_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(checkpointer, "free_memory", lambda: 1000)
@@ -88,7 +88,7 @@ def test_without_memory_for_a_copy_training_waits_and_says_so_once(
     assert caplog.text.count("training waits while checkpoints are written") == 1
 
 
-def test_a_failed_save_ends_no_run_whose_latest_cannot_be_read(
+def test_a_failed_save_does_not_end_the_run_even_if_latest_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "latest").mkdir()

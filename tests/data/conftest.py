@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data.decode.dali import dali_problem
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
 from tests.support.image_files import Pixels
 
 NEEDS_DALI = pytest.mark.skipif(dali_problem() is not None, reason=str(dali_problem()))
@@ -32,7 +34,7 @@ def make_config() -> Callable[..., Config]:
             seed=7,
             data=DataConfig(**settings),  # type: ignore[arg-type]
             model=ModelConfig(name="vit_tiny", patch_size=8),
-            masks=MaskConfig(min_keep=5),
+            objective=IJEPAConfig(masks=MaskConfig(min_keep=5)),
         )
 
     return make

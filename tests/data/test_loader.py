@@ -1,4 +1,4 @@
-"""The loader: the same samples, crops and masks however a run is split or resumed, and no bad image stops it."""
+"""The loader gives the same samples, crops and masks however a run is split or resumed, and replaces bad images."""
 
 import gc
 import itertools
@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,15 +15,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-import fastjepa.data.loader as loader_module
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import Batch, DataError, ImageDataset, Loader, open_dataset
 from fastjepa.data.decode.choice import choose_decoder
 from fastjepa.data.decode.images import read_header
 from fastjepa.data.order import crop_boxes, epoch_order, flips, replacement
 from fastjepa.data.reader import sizes_of
+from fastjepa.objectives.base import Moment
 from fastjepa.objectives.ijepa.masks import sample_masks
+from fastjepa.objectives.ijepa.method import IJEPA
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 
 CPU = torch.device("cpu")
 MakeConfig = Callable[..., Config]
@@ -54,6 +59,7 @@ def make_loader(
     return Loader(
         dataset,
         config,
+        method_of(config),
         rank=rank,
         world_size=world,
         micro_batch_size=micro,
@@ -66,26 +72,31 @@ def make_loader(
     )
 
 
-def load(*args: Path | Config, **split: int) -> list[Batch]:
-    folder, config = args
-    assert isinstance(folder, Path)
-    assert isinstance(config, Config)
+def load(folder: Path, config: Config, **split: int) -> list[Batch]:
+    """All batches of a loader; `split` are arguments of `make_loader`."""
     with make_loader(dataset_of(folder), config, **split) as batches:  # type: ignore[arg-type]
         return list(batches)
 
 
+def prepared(batch: Batch) -> MaskedImages:
+    """The images of a batch and their masks."""
+    assert isinstance(batch.prepared, MaskedImages)
+    return batch.prepared
+
+
 def samples(batches: list[Batch]) -> list[tuple[int, bytes, tuple[list[int], bool], list[int], list[int]]]:
-    """Identity, pixels, crop and flip, context and target patches of each image, in order."""
+    """The index, pixels, crop and flip, context and target patches of each image, in order."""
     seen = []
     for batch in batches:
-        masks = batch.masks
-        context, target = masks.context.cu_seqlens.tolist(), masks.target.cu_seqlens.tolist()
-        blocks = masks.target.num_seqs // masks.num_images
+        images, masks = prepared(batch).images, prepared(batch).masks
+        context, target = masks.context_lengths.cu_seqlens.tolist(), masks.target_lengths.cu_seqlens.tolist()
+        blocks = masks.target_lengths.num_seqs // masks.num_images
+        (boxes,), (mirrored,) = batch.boxes, batch.flips  # one view
         for i, index in enumerate(batch.sample_ids.tolist()):
             c = masks.context_indices[context[i] : context[i + 1]] - i * masks.num_patches
             t = masks.target_indices[target[i * blocks] : target[(i + 1) * blocks]] - i * masks.num_patches
-            crop = batch.boxes[i].tolist(), bool(batch.flips[i])
-            seen.append((index, batch.images[i].numpy().tobytes(), crop, c.tolist(), t.tolist()))
+            crop = boxes[i].tolist(), bool(mirrored[i])
+            seen.append((index, images[i].numpy().tobytes(), crop, c.tolist(), t.tolist()))
     return seen
 
 
@@ -96,7 +107,7 @@ def test_an_epoch_holds_each_image_once(image_folder: ImageFolder, make_config: 
     assert [b.sample_ids.tolist() for b in epochs[:3]] != [b.sample_ids.tolist() for b in epochs[3:]]
 
 
-def test_a_batch_is_what_the_pure_functions_of_seed_step_and_index_say(
+def test_a_batch_equals_the_pure_functions_of_seed_step_and_index(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
     config = make_config(loader=loader_name, flip=0.5)
@@ -110,13 +121,14 @@ def test_a_batch_is_what_the_pure_functions_of_seed_step_and_index_say(
             images = [read_header(dataset.read(index, 10**6), 10**8) for index in indices]
             boxes = crop_boxes(config.data, seed=config.seed, epoch=epoch, indices=indices, sizes=sizes_of(images))
             mirrored = flips(config.data, seed=config.seed, epoch=epoch, indices=indices)
-            np.testing.assert_array_equal(batch.boxes, boxes)
-            np.testing.assert_array_equal(batch.flips, mirrored)
-            assert torch.equal(batch.images, decoder.decode(images, boxes, mirrored))
+            np.testing.assert_array_equal(batch.boxes, [boxes])
+            np.testing.assert_array_equal(batch.flips, [mirrored])
+            assert torch.equal(prepared(batch).images, decoder.decode(images, boxes, mirrored))
             positions = torch.arange(step * BATCH, (step + 1) * BATCH)
-            masks = sample_masks(config.masks, 4, 4, seed=config.seed, step=step, sample_indices=positions)
-            assert torch.equal(batch.masks.predictor_rows, masks.predictor_rows)
-            assert torch.equal(batch.masks.target_indices, masks.target_indices)
+            settings = IJEPAConfig.of(config).masks
+            masks = sample_masks(settings, 4, 4, seed=config.seed, step=step, sample_indices=positions)
+            assert torch.equal(prepared(batch).masks.predictor_rows, masks.predictor_rows)
+            assert torch.equal(prepared(batch).masks.target_indices, masks.target_indices)
 
 
 @pytest.mark.parametrize(("world", "micro", "accum"), [(1, 4, 3), (2, 6, 1), (3, 2, 2)])
@@ -146,8 +158,8 @@ def test_both_decoders_see_the_same_samples_crops_and_masks(image_folder: ImageF
     for t, d in zip(turbo, dali, strict=True):
         np.testing.assert_array_equal(t.sample_ids, d.sample_ids)
         np.testing.assert_array_equal(t.boxes, d.boxes)
-        # The pixels are noise. Another crop would differ by 80 levels of 255 on average.
-        assert (t.images.float() - d.images.float()).abs().mean() < 4
+        # The pixels are noise: another crop would differ by 80 levels of 255 on average.
+        assert (prepared(t).images.float() - prepared(d).images.float()).abs().mean() < 4
 
 
 def test_normalised_pixels_are_those_of_uint8_per_channel(
@@ -155,8 +167,8 @@ def test_normalised_pixels_are_those_of_uint8_per_channel(
 ) -> None:
     settings = {"in_channels": 3, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 0.2), "loader": loader_name}
     folder = image_folder(12)
-    (plain,), (normalised,) = (
-        load(folder, make_config(pixels=pixels, **settings), stop=1) for pixels in ("uint8", "normalised")
+    plain, normalised = (
+        prepared(load(folder, make_config(pixels=pixels, **settings), stop=1)[0]) for pixels in ("uint8", "normalised")
     )
     assert (plain.images.dtype, normalised.images.dtype) == (torch.uint8, torch.float32)
     scaled = plain.images.double().permute(0, 2, 3, 1) / 255
@@ -164,10 +176,11 @@ def test_normalised_pixels_are_those_of_uint8_per_channel(
     torch.testing.assert_close(normalised.images.permute(0, 2, 3, 1).double(), expected, atol=1e-5, rtol=0)
 
 
-def test_a_batch_says_how_long_its_parts_took(
+def test_a_batch_holds_the_seconds_of_each_stage_of_its_preparation(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
     for batch in load(image_folder(12), make_config(loader=loader_name), stop=2):
+        assert batch.seconds._fields == ("read", "decode", "to_device", "prepare")
         assert min(batch.seconds) > 0
         assert sum(batch.seconds) < 60
 
@@ -175,11 +188,12 @@ def test_a_batch_says_how_long_its_parts_took(
 def test_too_few_images_for_a_batch_are_refused_with_both_numbers(
     image_folder: ImageFolder, make_config: MakeConfig
 ) -> None:
-    dataset = dataset_of(image_folder(5))
+    dataset, config = dataset_of(image_folder(5)), make_config()
     with pytest.raises(ValueError, match=r"global batch of 12 images: the data set has 5"):
         Loader(
             dataset,
-            make_config(),
+            config,
+            method_of(config),
             rank=0,
             world_size=1,
             micro_batch_size=12,
@@ -199,7 +213,7 @@ def spoil(folder: Path, index: int, content: bytes) -> None:
 
 
 def stand_in(index: int, epoch: int, bad: set[int], n: int, seed: int = 7) -> int:
-    """The image that belongs in the place of `index`: the documented rule as a loop."""
+    """The image that stands in for a bad one by the documented rule, written as a loop."""
     candidates = (replacement(index, k, seed=seed, epoch=epoch, num_images=n) for k in itertools.count(1))
     return index if index not in bad else next(candidate for candidate in candidates if candidate not in bad)
 
@@ -226,7 +240,7 @@ def test_a_bad_image_is_replaced_by_the_rule_counted_and_named_once(
     entries = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert sorted((entry["index"], entry["name"]) for entry in entries) == [(4, "004.png"), (5, "005.png")]
     assert all(entry["reason"] for entry in entries)
-    for epoch, batch in enumerate(batches):  # an epoch is one step here
+    for epoch, batch in enumerate(batches):  # an epoch has one step here
         step = expected[epoch * BATCH : (epoch + 1) * BATCH]
         assert batch.sample_ids.tolist() == [stand_in(sample[0], epoch, {4, 5}, 13) for sample in step]
         own = {sample[0]: sample[1] for sample in step}
@@ -249,7 +263,7 @@ def test_images_that_vanish_or_are_cut_during_the_run_are_replaced(
     assert not set(last.sample_ids) & {2, 7}
 
 
-def test_bad_images_do_not_break_the_promises_of_resume_and_split(
+def test_with_bad_images_a_resumed_or_split_run_sees_the_same_samples(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
     folder, config = image_folder(37), make_config(loader=loader_name)
@@ -297,14 +311,14 @@ def loader_threads() -> list[threading.Thread]:
 def test_an_error_in_the_thread_is_raised_with_its_traceback(
     image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sampler_that_breaks(*args: object, step: int, **kwargs: object) -> None:
-        raise ZeroDivisionError(f"at step {step}")
+    def fail_to_prepare(self: IJEPA, views: object, sample_indices: object, moment: Moment) -> None:
+        raise ZeroDivisionError(f"at step {moment.step}")
 
-    monkeypatch.setattr(loader_module, "sample_masks", sampler_that_breaks)
+    monkeypatch.setattr(IJEPA, "prepare", fail_to_prepare)
     loader = make_loader(dataset_of(image_folder(12)), make_config(loader="turbo"))
     with pytest.raises(ZeroDivisionError, match="at step 0") as caught:
         next(loader)
-    assert "sampler_that_breaks" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "fail_to_prepare" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert list(loader) == []  # the loader is closed
 
 
@@ -334,22 +348,23 @@ def test_no_thread_outlives_the_loader(image_folder: ImageFolder, make_config: M
 def test_no_more_batches_are_prepared_than_asked_for(
     image_folder: ImageFolder, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared: list[int] = []
+    steps: list[int] = []
+    plain = IJEPA.prepare
 
-    def count(*args: object, step: int, **kwargs: object) -> object:
-        prepared.append(step)
-        return sample_masks(*args, step=step, **kwargs)  # type: ignore[arg-type]
+    def count(self: IJEPA, views: Sequence[Tensor], sample_indices: Tensor, moment: Moment) -> MaskedImages:
+        steps.append(moment.step)
+        return plain(self, views, sample_indices, moment)
 
-    monkeypatch.setattr(loader_module, "sample_masks", count)
+    monkeypatch.setattr(IJEPA, "prepare", count)
     loader = make_loader(dataset_of(image_folder(12)), make_config(loader="turbo", prefetch=3), stop=100)
     with loader:
         for _ in range(4):
             next(loader)
         deadline = time.monotonic() + 60
-        while len(prepared) < 7 and time.monotonic() < deadline:
+        while len(steps) < 7 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
-        assert sorted(prepared) == list(range(7))  # 4 delivered, 3 ahead
+        assert sorted(steps) == list(range(7))  # 4 delivered, 3 ahead
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -368,7 +383,7 @@ def test_memory_does_not_grow_with_the_steps(
             batch = next(loader)
         grown = resident() - before
     # A leak of the images alone would be 400 x 12 x 3 x 64 x 64 bytes = 59 MB.
-    assert batch.images.nbytes * 400 > 58e6
+    assert prepared(batch).images.nbytes * 400 > 58e6
     assert grown < 20e6
 
 
@@ -383,26 +398,26 @@ def test_batches_on_the_gpu_are_those_of_the_cpu(
     expected = load(folder, config, stop=4)
     with make_loader(dataset_of(folder), config, stop=4, device=torch.device("cuda", 0)) as loader:
         for batch, reference in zip(loader, expected, strict=True):
-            assert batch.images.is_cuda
-            assert batch.masks.context_indices.is_cuda
+            ours, theirs = prepared(batch), prepared(reference)
+            assert all(tensor.is_cuda for tensor in ours.tensors())
             np.testing.assert_array_equal(batch.sample_ids, reference.sample_ids)
-            assert torch.equal(batch.masks.context_indices.cpu(), reference.masks.context_indices)
-            assert (batch.images.cpu().float() - reference.images.float()).abs().mean() < 4
+            assert torch.equal(ours.masks.context_indices.cpu(), theirs.masks.context_indices)
+            assert (ours.images.cpu().float() - theirs.images.float()).abs().mean() < 4
 
 
 @pytest.mark.gpu
 def test_a_batch_on_the_gpu_is_not_overwritten_while_a_slow_step_uses_it(
     image_folder: ImageFolder, make_config: MakeConfig, loader_name: str
 ) -> None:
-    """The step's work is queued behind a long wait, and the batch is let go at once, as the trainer does it."""
+    """The step's work is queued behind a long wait, and the batch is let go at once, as in the trainer."""
     folder, config = image_folder(13), make_config(loader=loader_name, prefetch=2)
-    expected = [batch.images.float().mean() for batch in load(folder, config, stop=20)]
-    sums = []
+    expected = [prepared(batch).images.float().mean() for batch in load(folder, config, stop=20)]
+    means = []
     with make_loader(dataset_of(folder), config, stop=20, device=torch.device("cuda", 0)) as loader:
         for batch in loader:
             torch.cuda._sleep(50_000_000)
-            sums.append(batch.images.float().mean())
+            means.append(prepared(batch).images.float().mean())
             del batch
         torch.cuda.synchronize()
-    for ours, reference in zip(sums, expected, strict=True):
+    for ours, reference in zip(means, expected, strict=True):
         assert abs(ours.item() - reference.item()) < 1

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: filled in from the run's configuration, contradictions and traps refused; shares of the global batch."""
+"""DeepSpeed's JSON is filled in from the run's settings, and refused where it contradicts them or would break the run."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def test_every_auto_of_the_shipped_files_is_filled_in(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_clips_checks_and_measures_nothing_that_waits_for_the_device(stage: int) -> None:
-    """The optimizer clips and skips by a norm on the device; a timer would synchronise around every micro batch."""
+def test_deepspeeds_own_clipping_checks_and_timers_which_wait_for_the_device_are_off(stage: int) -> None:
+    """fastjepa's optimizer clips and skips by a norm on the device; a timer would synchronise around every micro batch."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = small_config(optim=RUN.optim)  # of one rank
+    config = small_config(optim=RUN.optim)
     settings = read_ds_config(CONFIGS / f"zero{stage}.json", config, BatchSizes.share(config, 1), 1, bf16=True)
     parsed = DeepSpeedConfig(settings)
     assert parsed.gradient_clipping == 0
     assert not parsed.bfloat16_config.check_grad_overflow
     assert not parsed.timers_config.enabled
-    assert parsed.zero_config.compute_grad_norm == (stage in (0, 3))  # refused by those
+    assert parsed.zero_config.compute_grad_norm == (stage in (0, 3))  # these stages refuse to go without
 
 
-def test_what_an_empty_file_leaves_out_is_filled_in(file: Path) -> None:
+def test_keys_that_a_file_leaves_out_are_filled_in(file: Path) -> None:
     file.write_text("{}")
     bf16 = {"enabled": False, "check_grad_overflow": False}
     never = {"gradient_clipping": 0.0, "timers": {"throughput": {"enabled": False}}}
@@ -90,7 +90,7 @@ def test_a_contradiction_names_file_key_and_both_values(file: Path, key: str, th
 
 
 @pytest.mark.parametrize("key", ["bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"])
-def test_what_would_wait_for_the_device_is_refused(file: Path, key: str) -> None:
+def test_keys_that_make_the_host_wait_for_the_device_are_refused(file: Path, key: str) -> None:
     section, name = key.split(".")
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | {section: {"stage": 2, name: True}}))
     with pytest.raises(ConfigError, match=rf"{key} = True contradicts .* without waiting for the GPU = False"):
@@ -118,7 +118,7 @@ def test_a_misspelt_key_is_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_what_would_break_the_run_is_refused_with_its_reason(file: Path, key: str) -> None:
+def test_keys_that_would_break_the_run_are_refused_with_the_reason(file: Path, key: str) -> None:
     section, _, name = key.rpartition(".")
     value: dict[str, Any] = {name: {"enabled": True}}
     file.write_text(json.dumps({section: value} if section else value))
@@ -150,29 +150,3 @@ def test_a_file_that_is_no_json_object_is_refused(file: Path, text: str) -> None
 def test_a_missing_file_is_named(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"zero\.json: cannot read this DeepSpeed configuration: .*No such file"):
         read(file)
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "world", "expected"),
-    [
-        (12, None, 1, BatchSizes(12, 1)),
-        (12, None, 3, BatchSizes(4, 1)),
-        (12, 2, 2, BatchSizes(2, 3)),
-        (12, 100, 2, BatchSizes(6, 1)),  # a micro batch is at most the rank's share
-        (12, 1, 12, BatchSizes(1, 1)),
-    ],
-)
-def test_the_global_batch_is_shared_out(total: int, micro: int | None, world: int, expected: BatchSizes) -> None:
-    sizes = BatchSizes.share(small_config(global_batch_size=total, micro_batch_size=micro), world)
-    assert sizes == expected
-    assert sizes.micro * sizes.accum * world == total
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size = 12: expected a multiple of the number of ranks, 5"):
-        BatchSizes.share(small_config(global_batch_size=12), 5)
-
-
-def test_a_micro_batch_that_does_not_divide_a_share_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"micro_batch_size = 4: expected a divisor of 6, .*12 on 2 ranks"):
-        BatchSizes.share(small_config(global_batch_size=12, micro_batch_size=4), 2)

@@ -1,4 +1,4 @@
-"""What every engine promises in one process, on the GPU or on the CPU: DeepSpeed has one of them per process."""
+"""The promises of every engine in one process, on the CPU or on the GPU: DeepSpeed uses one of the two per process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,18 @@ from fastjepa.checkpoint import restore
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState
 from fastjepa.checkpoint.writer import Snapshot
-from fastjepa.config import KernelsConfig, MaskConfig, OptimConfig
+from fastjepa.config import KernelsConfig, OptimConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.base import Engine
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.compilation import compile_blocks
 from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
 from fastjepa.engine.torch_engine import TorchEngine
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.ijepa.masks import MaskBatch
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.objective import MaskedImages
 from fastjepa.optim.schedule import Schedule, set_schedule
 from tests.support.read_backs import ReadBacks
-from tests.support.small import small_batch, small_config
+from tests.support.small import config_of, engine_of, small_batch, small_config
 
 CONFIGS = ROOT / "configs"
 CPU = pytest.param(
@@ -47,8 +46,8 @@ STAGES = [pytest.param(stage, id="torch" if stage is None else f"zero{stage}") f
 
 on_its_device = pytest.mark.parametrize("device", [CPU, GPU])
 by_every_engine = pytest.mark.parametrize("stage", STAGES)
-# Stage 3 waits for its reductions after each micro batch and reads the norm back: README, "What is not there yet".
-by_those_that_never_wait = pytest.mark.parametrize("stage", STAGES[:-1])
+# Stage 3 waits for its reductions after each micro batch and reads the norm back (README, "What is not there yet").
+by_engines_that_never_wait = pytest.mark.parametrize("stage", STAGES[:-1])
 in_both_precisions = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 in_every_mask_mode = pytest.mark.parametrize("mode", ["ragged", "official", "budget"])
 with_and_without_recomputing = pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -56,7 +55,7 @@ with_and_without_recomputing = pytest.mark.parametrize("recompute", [False, True
 
 @pytest.fixture(scope="module", autouse=True)
 def group_of_one() -> Iterator[None]:
-    """DeepSpeed's process group and variables are not left to other tests."""
+    """Remove DeepSpeed's process group and environment variables after the tests of this file."""
     before = dict(os.environ)
     yield
     distributed.finish()
@@ -67,31 +66,36 @@ def group_of_one() -> Iterator[None]:
 def engine_on(
     device: torch.device, stage: int | None, precision: str = "fp32", *, recompute: bool = False, **changes: Any
 ) -> Engine:
-    """On one rank, with the files that are shipped; a step is two micro batches, and is clipped."""
+    """Build an engine of one rank with the shipped DeepSpeed files; a step has two micro batches and is clipped.
+
+    Args:
+        stage: of ZeRO; None: plain PyTorch.
+        changes: settings of `Config` or of `IJEPAConfig`.
+    """
     settings = {"compile": "none", "optim": OptimConfig(warmup_epochs=0, clip_grad=0.01), **changes}
     config = small_config(precision=precision, global_batch_size=4, micro_batch_size=2, **settings)
     config = replace(config, model=replace(config.model, activation_checkpointing=recompute))
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
-    return build_engine(build_model(config), config, BatchSizes.share(config, 1), device, ds_config)
+    return engine_of(config, BatchSizes.share(config, 1), device, ds_config)
 
 
-def batch(engine: Engine, number: int = 0) -> tuple[Tensor, MaskBatch]:
-    images, masks = small_batch(engine.model.config, 2, step=number)
-    return images.to(engine.device), masks.to(engine.device)
+def batch(engine: Engine, number: int = 0) -> MaskedImages:
+    """Micro batch `number`, on the engine's device."""
+    return small_batch(config_of(engine), 2, step=number).to(engine.device)
 
 
 def train(engine: Engine, steps: int) -> Tensor:
-    """The losses of the micro batches."""
-    schedule = Schedule(engine.model.config.optim, steps_per_epoch=steps, total_steps=steps)
+    """Train, and return the losses of the micro batches."""
+    schedule = Schedule(config_of(engine).optim, steps_per_epoch=steps, total_steps=steps)
     losses = []
     for step in range(steps):
         set_schedule(engine.param_groups, schedule.at(step))
-        losses += [engine.micro_step(*batch(engine, number)) for number in (2 * step, 2 * step + 1)]
+        losses += [engine.micro_step(batch(engine, number)).loss for number in (2 * step, 2 * step + 1)]
     return torch.stack(losses).cpu()
 
 
 def state(engine: Engine) -> dict[str, list[Tensor]]:
-    """Weights, EMA and moments of every parameter, in the optimizer's memory."""
+    """The weights (or EMA) and moments of every parameter: views of the optimizer's memory."""
     return {
         piece.name: [piece.view(tensor) for tensor in (piece.tensor, *engine.optimizer.moments(piece.tensor).values())]
         for piece in engine.pieces()
@@ -109,7 +113,10 @@ def equal(mine: dict[str, list[Tensor]], theirs: dict[str, list[Tensor]]) -> boo
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Where the host waits for the GPU is an error. PyTorch's own guard sees what is read back, not what is waited for."""
+    """Raise where the host waits for the GPU.
+
+    PyTorch's own guard sees values that are read back, but no synchronisations.
+    """
 
     def wait(*_: Any) -> None:
         raise AssertionError("the host waits for the GPU")
@@ -135,7 +142,7 @@ def test_losses_are_those_of_plain_torch_on_the_cpu(device: torch.device, stage:
     torch.testing.assert_close(mine, plain, rtol=1e-4 if precision == "fp32" else 3e-2, atol=0)
 
 
-def test_kernels_that_cannot_run_are_a_mistake_in_the_settings() -> None:
+def test_the_message_of_a_kernel_that_cannot_run_names_the_setting() -> None:
     with pytest.raises(ConfigError, match=r"kernels\.linear: linear = onednn cannot run for torch\.bfloat16 on cpu"):
         engine_on(torch.device("cpu"), None, "bf16", kernels=KernelsConfig(linear="onednn"))
 
@@ -145,7 +152,7 @@ def test_kernels_that_cannot_run_are_a_mistake_in_the_settings() -> None:
 def test_compiled_engines_train_the_same_bits(
     device: torch.device, stage: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With attention that can be compiled on a CPU."""
+    """The attention is one that can be compiled on a CPU."""
     for engine in ("torch_engine", "deepspeed_engine"):
         compiler = functools.partial(compile_blocks, backend="aot_eager")
         monkeypatch.setattr(f"fastjepa.engine.{engine}.compile_blocks", compiler)
@@ -158,7 +165,7 @@ def test_compiled_engines_train_the_same_bits(
 
 
 @pytest.mark.gpu
-@by_those_that_never_wait
+@by_engines_that_never_wait
 def test_compiled_engines_train_alike_on_a_gpu(stage: int | None) -> None:
     losses = [
         train(engine_on(torch.device("cuda"), stage, "bf16", compile=compile), 20) for compile in ("auto", "none")
@@ -169,12 +176,11 @@ def test_compiled_engines_train_alike_on_a_gpu(stage: int | None) -> None:
 @on_its_device
 @by_every_engine
 @in_both_precisions
-def test_matrix_products_are_in_the_precision_asked_for(
+def test_matrix_products_are_computed_in_the_requested_precision(
     device: torch.device, stage: int | None, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if (
-        device.type == "cpu"
-    ):  # answer as on a GPU, where DeepSpeed switches off an autocast around its call of the model
+    if device.type == "cpu":
+        # Answer as on a GPU, where DeepSpeed turns off an autocast around its call of the model.
         asked = torch.is_autocast_enabled
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type=device.type: asked(device_type))
     engine = engine_on(device, stage, precision)
@@ -186,8 +192,8 @@ def test_matrix_products_are_in_the_precision_asked_for(
     for module in engine.model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(look)
-    engine.micro_step(*batch(engine))
-    assert len(seen) > 3 * 8  # of context encoder, target encoder and predictor
+    engine.micro_step(batch(engine))
+    assert len(seen) > 3 * 8  # the layers of context encoder, target encoder and predictor
     assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float32}
     kept_in_bf16 = precision == "bf16" and stage in (1, 2, 3)
     assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16 if kept_in_bf16 else torch.float32}
@@ -199,11 +205,11 @@ def test_matrix_products_are_in_the_precision_asked_for(
 @in_both_precisions
 def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, stage: int | None, precision: str) -> None:
     engine = engine_on(device, stage, precision)
-    (images, masks), bad = batch(engine), torch.nan
+    good, bad = batch(engine), torch.nan
 
     def step(*factors: float) -> None:
         for factor in factors:
-            engine.micro_step(images * factor, masks)
+            engine.micro_step(replace(good, images=good.images * factor))
 
     step(1, 1)
     before = {name: [x.clone() for x in tensors] for name, tensors in state(engine).items()}
@@ -218,7 +224,7 @@ def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, stage: 
 
 @on_its_device
 @by_every_engine
-def test_a_background_save_holds_the_state_of_its_moment_and_a_cpu_reads_it(
+def test_a_background_save_holds_the_state_at_the_call_and_plain_pytorch_on_a_cpu_reads_it(
     device: torch.device, stage: int | None, tmp_path: Path
 ) -> None:
     engine = engine_on(device, stage, "bf16")
@@ -237,11 +243,11 @@ def test_a_background_save_holds_the_state_of_its_moment_and_a_cpu_reads_it(
 
 
 @pytest.mark.gpu
-@by_those_that_never_wait
-def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(stage: int | None) -> None:
+@by_engines_that_never_wait
+def test_the_host_does_not_wait_for_a_copy_of_the_state_and_the_next_step_does_not_change_it(stage: int | None) -> None:
     engine = engine_on(torch.device("cuda"), stage, "bf16")
-    images, masks = batch(engine)
-    engine.micro_step(images, masks)
+    micro_batch = batch(engine)
+    engine.micro_step(micro_batch)
     snapshot = Snapshot.of(engine, RunState(1, {}, {}))
     pinned: dict[str, Tensor] = {}
     assert snapshot.bytes_to_copy(pinned) >= snapshot.bytes
@@ -252,11 +258,11 @@ def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(sta
     before = {name: tensor.cpu() for name, tensor in snapshot.tensors.items()}
     torch.cuda.synchronize()
     with no_waiting():
-        torch.cuda._sleep(10**9)  # about half a second, before the copy on the stream
+        torch.cuda._sleep(10**9)  # delays the copy on the stream by about half a second
         copy = snapshot.copied(pinned)
         assert copy.arrived is not None
         on_its_way = not copy.arrived.query()
-        engine.micro_step(images, masks)
+        engine.micro_step(micro_batch)
     assert on_its_way
     copy.arrived.synchronize()
     assert all(torch.equal(copy.tensors[name], tensor) for name, tensor in before.items())
@@ -265,76 +271,78 @@ def test_a_copy_of_the_state_is_not_waited_for_nor_changed_by_the_step_after(sta
 
 
 @pytest.mark.gpu
-@by_those_that_never_wait
+@by_engines_that_never_wait
 @in_both_precisions
 @in_every_mask_mode
 @with_and_without_recomputing
-def test_a_step_never_waits_for_the_host(stage: int | None, precision: str, mode: str, recompute: bool) -> None:
+def test_the_host_never_waits_for_a_step(stage: int | None, precision: str, mode: str, recompute: bool) -> None:
     masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
     engine = engine_on(torch.device("cuda"), stage, precision, recompute=recompute, masks=masks_config)
-    assert_never_waits(engine)
+    assert_the_host_never_waits(engine)
 
 
 @pytest.mark.gpu
-@by_those_that_never_wait
-def test_a_compiled_step_never_waits_for_the_host(stage: int | None) -> None:
-    assert_never_waits(engine_on(torch.device("cuda"), stage, "bf16", compile="blocks"))
+@by_engines_that_never_wait
+def test_the_host_never_waits_for_a_compiled_step(stage: int | None) -> None:
+    assert_the_host_never_waits(engine_on(torch.device("cuda"), stage, "bf16", compile="blocks"))
 
 
-def assert_never_waits(engine: Engine) -> None:
+def assert_the_host_never_waits(engine: Engine) -> None:
     batches = [batch(engine, number) for number in range(8)]
-    batches[4] = (batches[4][0] * torch.nan, batches[4][1])  # nor does a step that is skipped
-    for micro_step, (images, masks) in enumerate(batches):
-        if micro_step < 2:  # the first step may wait: libraries set themselves up
-            engine.micro_step(images, masks)
-            continue
-        with no_waiting():
-            engine.micro_step(images, masks)
+    batches[4] = replace(batches[4], images=batches[4].images * torch.nan)  # a step that is skipped
+    for number, each in enumerate(batches):
+        # In the first step the host may wait, because libraries set themselves up.
+        with nullcontext() if number < 2 else no_waiting():
+            engine.micro_step(each)
     assert (engine.optimizer.updates, int(engine.skipped_in_a_row())) == (3, 0)
 
 
 @in_every_mask_mode
 @with_and_without_recomputing
 def test_a_step_reads_nothing_back(mode: str, recompute: bool) -> None:
-    """With plain PyTorch, on packed tokens that attend to one another as they may on a GPU."""
+    """The engine is plain PyTorch, with an attention that may run on a GPU, too."""
     masks_config = MaskConfig(mode=mode, min_keep=2)  # type: ignore[arg-type]
     kernels = KernelsConfig(block_attention="padded")
     engine = engine_on(torch.device("cpu"), None, recompute=recompute, masks=masks_config, kernels=kernels)
     assert isinstance(engine, TorchEngine)
-    engine._passes = engine._forward_and_backward  # whole, as on a GPU
-    images, masks = batch(engine)
-    pixels = images.mul(64).add(128).clamp(0, 255).byte()
+    engine._passes = engine._forward_and_backward  # the micro batch is computed whole, as on a GPU
+    micro_batch = batch(engine)
+    micro_batch = replace(micro_batch, images=micro_batch.images.mul(64).add(128).clamp(0, 255).byte())
     for _ in range(2):
-        engine.micro_step(pixels, masks)
+        engine.micro_step(micro_batch)
     with ReadBacks() as read_backs:
         for _ in range(2):
-            engine.micro_step(pixels, masks)
-    # Constants, which the Triton kernels of these take from the host as arguments or find on the device.
-    assert read_backs.by_file.keys() == {"optim.py", "adamw_ema.py"}
+            engine.micro_step(micro_batch)
+    # These send constants to the device, which their Triton kernels take as arguments or find on the device.
+    assert read_backs.by_file.keys() == {"optim/adamw_ema.py", "fastjepa_kernels/adamw_ema.py"}
 
 
 @pytest.mark.parametrize("device", [CPU])
 @by_every_engine
 @in_both_precisions
-def test_engines_read_nothing_back(device: torch.device, stage: int | None, precision: str) -> None:
-    """Model and kernels aside, which on a CPU take other paths."""
+def test_an_engine_itself_reads_nothing_back(device: torch.device, stage: int | None, precision: str) -> None:
+    """The files of model and kernels are left out, because they take other paths on a CPU."""
     engine = engine_on(device, stage, precision)
     for _ in range(2):
-        engine.micro_step(*batch(engine))
+        engine.micro_step(batch(engine))
     with ReadBacks() as read_backs:
         for _ in range(2):
-            engine.micro_step(*batch(engine))
-    assert read_backs.by_file["optim.py"] == 4  # the schedule of each group, made on the host: sent without waiting
-    ours = {"engine.py", "stage_1_and_2.py", "stage3.py", "utils.py", "zero_gather.py"} & read_backs.by_file.keys()
-    assert ours == ({"stage3.py", "utils.py"} if stage == 3 else set())
+            engine.micro_step(batch(engine))
+    assert (
+        read_backs.by_file["optim/adamw_ema.py"] == 4
+    )  # the schedule of each group, made on the host: sent without waiting
+    ours = {file for file in read_backs.by_file if file.startswith("engine/")}
+    deepspeeds = {"zero/stage_1_and_2.py", "zero/stage3.py", "runtime/utils.py"} & read_backs.by_file.keys()
+    assert ours == set()
+    assert deepspeeds == ({"zero/stage3.py", "runtime/utils.py"} if stage == 3 else set())
 
 
 @pytest.mark.parametrize("device", [CPU])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_does_not(
+def test_after_a_backward_pass_the_stream_and_not_the_host_waits_for_the_reductions(
     device: torch.device, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With streams that do nothing, on a CPU that says that it has them."""
+    """The CPU pretends to have streams, which do nothing."""
     events: list[str] = []
 
     class Stream:
@@ -361,7 +369,7 @@ def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_
 
     monkeypatch.setattr(zero, "_release_ipg_buffers", gradients_were_read)
     for _ in range(2):
-        engine.micro_step(*batch(engine))
+        engine.micro_step(batch(engine))
     assert "the host waits" not in events
     reads = [index for index, event in enumerate(events) if event == "gradients are read"]
     assert len(reads) == stage  # stage 1 reduces in the last micro batch only
@@ -369,10 +377,10 @@ def test_after_a_backward_pass_the_stream_waits_for_the_reductions_and_the_host_
         assert events[index - 1] == "current waits for reduction"
         # Not only the wait that comes before a reduction is launched, for the one before it.
         assert events[index - 2] == "current waits for reduction"
-    assert isinstance(accelerator.synchronize, type(release))  # the host may wait again, where it asks to
+    assert isinstance(accelerator.synchronize, type(release))  # the patch is gone: others may make the host wait
 
 
-def test_an_implementation_that_cannot_run_is_a_mistake_in_the_settings() -> None:
+def test_every_operation_that_cannot_run_as_requested_is_a_configuration_error() -> None:
     try:
         for kernels in (KernelsConfig(target_loss="triton"), KernelsConfig(linear="onednn")):  # the latter not in bf16
             with pytest.raises(

@@ -1,13 +1,13 @@
-"""A micro batch in slices: the same loss and gradients as whole."""
+"""A micro batch in slices gives the loss and the gradients of the whole one."""
 
 import pytest
 import torch
 
-from fastjepa.config import MaskConfig
 from fastjepa.engine import slices
-from fastjepa.objectives.ijepa.masks import MaskBatch
-from fastjepa.objectives.ijepa.objective import build_model
-from tests.support.small import small_batch, small_config
+from fastjepa.objectives.base import Output, Prepared
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.registry import method_of
+from tests.support.small import build_ijepa, small_batch, small_config
 
 IMAGES = 5
 
@@ -18,28 +18,28 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(
     mode: str, per_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(masks=MaskConfig(mode=mode, min_keep=2))  # type: ignore[arg-type]
-    model = build_model(config).double()
-    images, masks = small_batch(config, IMAGES, dtype=torch.float64)
-    model(images, masks).backward()
+    model = build_ijepa(config).double()
+    batch = small_batch(config, IMAGES, dtype=torch.float64)
+    model(batch).loss.backward()
     expected = [p.grad.clone() for p in model.trained_parameters() if p.grad is not None]
-    whole = model(images, masks).detach()
+    whole = model(batch).loss.detach()
     model.zero_grad()
 
     taken = []
 
-    def forward_and_backward(part: torch.Tensor, part_masks: MaskBatch, share: float) -> torch.Tensor:
-        assert len(part) == part_masks.num_images
-        taken.append(len(part))
-        loss: torch.Tensor = model(part, part_masks)
+    def forward_and_backward(part: Prepared, share: float) -> Output:
+        assert len(part.tensors()[0]) == part.num_images
+        taken.append(part.num_images)
+        loss: torch.Tensor = model(part).loss
         (loss * share).backward()
-        return loss.detach()
+        return Output(loss.detach(), {"loss again": loss.detach()})
 
-    monkeypatch.setattr(
-        "fastjepa.objectives.ijepa.costs.activation_bytes", lambda *a, **k: slices._ACTIVATIONS / per_slice
-    )
-    loss = slices.SlicedPasses(forward_and_backward, config, bf16=False)(images, masks)
-    assert sum(taken) == len(images)
-    assert len(taken) == round(len(images) / per_slice)
+    method = method_of(config)
+    monkeypatch.setattr(method, "activation_bytes", lambda *a, **k: slices._ACTIVATIONS / per_slice)
+    loss, signals = slices.SlicedPasses(forward_and_backward, method, bf16=False)(batch)
+    assert sum(taken) == IMAGES
+    assert len(taken) == round(IMAGES / per_slice)
     torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)  # the sum of losses is kept in fp32
+    torch.testing.assert_close(signals["loss again"], whole)
     for p, grad in zip([p for p in model.trained_parameters() if p.grad is not None], expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-12)

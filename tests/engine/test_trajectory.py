@@ -1,4 +1,4 @@
-"""The whole step against plain torch: weights and EMA, by every engine (all of it: benchmarks.proofs.equality)."""
+"""Weights and EMA of every engine against plain PyTorch: the reduced matrix of benchmarks.proofs.equality."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from benchmarks.proofs.equality import (
     wrong_weights,
 )
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.objective import build_model
+from tests.support.small import engine_of
 
 
-def test_the_matrix_is_whole_and_the_tests_meet_each_of_its_values_with_each_engine() -> None:
+def test_the_reduced_matrix_has_each_value_of_the_whole_one_with_each_engine() -> None:
     assert len(set(all_cells())) == 5 * 2 * 3 * 2 * 2 * 2
     for engine in ("torch", "zero0", "zero1", "zero2", "zero3"):
         mine = [cell for cell in reduced_cells() if cell.engine == engine]
@@ -41,26 +40,27 @@ def test_the_matrix_is_whole_and_the_tests_meet_each_of_its_values_with_each_eng
         assert {cell.clip for cell in mine} == {cell.checkpointing for cell in mine} == {False, True}
 
 
+@pytest.mark.processes
 def test_every_engine_follows_the_reference(tmp_path: Path) -> None:
     rows = run(reduced_cells(), REDUCED_STEPS, tmp_path)
     assert [row.cell for row in rows if not row.holds] == []
     assert {row.cell for row in rows} == set(reduced_cells())
 
 
-def test_plain_torch_follows_it_for_the_whole_trajectory(tmp_path: Path) -> None:
+def test_plain_torch_follows_the_reference_for_the_whole_trajectory(tmp_path: Path) -> None:
     cell = Cell("torch", "fp32", world=1, accum=1, clip=True, checkpointing=True)
     reference = plain_trajectory(replace(cell, checkpointing=False).config())
     assert run_cell(cell, reference, STEPS, tmp_path).holds
 
 
 @pytest.mark.parametrize("fault", get_args(Fault))
-def test_a_mistake_leads_far_from_the_reference(fault: Fault) -> None:
+def test_each_injected_mistake_leads_far_from_the_reference(fault: Fault) -> None:
     assert fault_error(fault, REDUCED_STEPS)[0] > 50 * FP32_BOUND
 
 
-def test_wrong_weights_and_a_wrong_average_are_seen() -> None:
+def test_wrong_weights_and_a_wrong_ema_are_detected() -> None:
     config = Cell("torch", "fp32", 1, 1, False, False).config()
-    engine = build_engine(build_model(config), config, BatchSizes.share(config, 1), torch.device("cpu"), None)
+    engine = engine_of(config, BatchSizes.share(config, 1), torch.device("cpu"))
     state = full_state(engine)
     assert wrong_weights(engine, state) == 0
     name = "target_encoder.norm.weight"

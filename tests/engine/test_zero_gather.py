@@ -1,4 +1,4 @@
-"""Weights that travel under the next step are those that DeepSpeed's own gather brings."""
+"""Weights gathered under the next step are equal to those of DeepSpeed's own gather, and every part waits for its own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from fastjepa.engine.zero_gather import WeightGather
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=[pytest.mark.gpu, two_gpus])])
-def test_gathers_under_the_next_step_change_no_bit_however_late_they_come(tmp_path: Path, cuda: bool) -> None:
-    """Stages 1 and 2, fp32 and bf16, with accumulation and clipping, on two ranks."""
+def test_gathers_under_the_next_step_change_no_bit_however_late_they_end(tmp_path: Path, cuda: bool) -> None:
+    """Two ranks train at stages 1 and 2, in fp32 and bf16, with accumulation and clipping."""
     launch("tests.workers.gather", 2, str(tmp_path), cuda=cuda)
     ranks = json.loads((tmp_path / "results.json").read_text())
     assert len(ranks) == 2
@@ -33,7 +34,7 @@ def test_gathers_under_the_next_step_change_no_bit_however_late_they_come(tmp_pa
 
 
 class Zero:
-    """Stands for DeepSpeed's optimizer: three groups of 4 elements on 2 ranks."""
+    """Stands in for DeepSpeed's optimizer: three groups of 4 elements on 2 ranks."""
 
     overflow = False
 
@@ -51,7 +52,7 @@ class Zero:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is launched and waited for, in order, as "launch 0", "wait 0"."""
+    """A list to which launches and waits are added in their order, as "launch 0", "wait 0"."""
     events: list[str] = []
 
     class Work:
@@ -75,7 +76,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def test_each_part_waits_for_its_own_groups_when_it_computes(events: list[str]) -> None:
+def test_each_part_waits_for_its_own_groups_before_it_computes(events: list[str]) -> None:
     context, target = nn.Sequential(nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1))
     gather, zero = WeightGather(Zero(), [context, context, target]), Zero()
     with gather.launched_by_step():
@@ -83,25 +84,25 @@ def test_each_part_waits_for_its_own_groups_when_it_computes(events: list[str]) 
     assert events == ["launch 0", "launch 1", "launch 2"]
     context(torch.ones(1))
     assert events[3:] == ["wait 0", "wait 1"]
-    target[0](torch.ones(1))  # a part of it alone
+    target[0](torch.ones(1))  # a module within the part, called by itself
     assert events[5:] == ["wait 2"]
     context(torch.ones(1))
     gather.wait()
     assert len(events) == 6
     with gather.launched_by_step():
         zero.step()
-    with gather.launched_by_step():  # nothing is launched over what is under way
+    with gather.launched_by_step():  # it waits for gathers under way before it launches others
         assert sorted(events[9:]) == ["wait 3", "wait 4", "wait 5"]
     zero.step()
     assert events[12:] == ["DeepSpeed's own"]
 
 
-def test_a_deepspeed_that_gathers_in_another_way_is_named_once(
+def test_a_deepspeed_that_gathers_in_another_way_is_logged_once(
     events: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     zero = Zero()
     gather = WeightGather(zero, [nn.Linear(1, 1)])
-    zero.overflow = True  # a step that is skipped gathers nothing
+    zero.overflow = True  # a skipped step gathers nothing
     with gather.launched_by_step():
         pass
     assert not caplog.records

@@ -26,7 +26,7 @@ def test_a_healthy_run_reads_as_expected() -> None:
         "raw pixels                   83.0 %   78.6 %",
         "learned features: std 0.453, mean cosine 0.378, effective rank 24.9 of 64",
         "no sign of collapse",
-        "raw pixels reach more (83.0 % k-NN): at the scale of small images expected, see README",
+        "raw pixels reach more (83.0 % k-NN), which is expected for small images: see README",
     ]
 
 

@@ -57,9 +57,8 @@ def test_the_gradient_of_a_weight_is_added_to_its_buffer(implementation: str, ro
     request({"linear": implementation})
     try:
         x, weight, bias = torch.randn(rows, 256), torch.randn(320, 256, requires_grad=True), torch.randn(320)
-        weight.grad = torch.ones_like(weight)
-        weight.grad_buffer = buffer = weight.grad  # type: ignore[attr-defined]
-        linear(x, weight, bias).sum().backward()
+        weight.grad = buffer = torch.ones_like(weight)
+        linear(x, weight, bias, buffer).sum().backward()
         assert weight.grad is buffer
         torch.testing.assert_close(buffer, 1 + x.sum(0).expand(320, 256), rtol=1e-4, atol=1e-3)
     finally:
@@ -70,8 +69,8 @@ def test_a_buffer_that_is_no_longer_the_gradient_is_left_alone(implementation: s
     request({"linear": implementation})
     try:
         weight = torch.randn(320, 256, requires_grad=True)
-        weight.grad_buffer = buffer = torch.zeros(320, 256)  # type: ignore[attr-defined]
-        linear(torch.ones(600, 256), weight, torch.zeros(320)).sum().backward()
+        buffer = torch.zeros(320, 256)
+        linear(torch.ones(600, 256), weight, torch.zeros(320), buffer).sum().backward()
         assert not buffer.any()
         assert weight.grad is not None
         assert bool((weight.grad == 600).all())

@@ -78,7 +78,7 @@ def test_a_host_with_other_sources_and_settings_is_refused_in_one_line_on_every_
     assert all(re.fullmatch(line, each) for each in told), told
     assert not (tmp_path / "run").exists()
     record(
-        "a host of two with other sources and another seed",
+        "one of two hosts has other sources and another seed",
         "both ranks end before they train with status 2 and one line, which names the ranks, their hosts and what differs",
         "nothing",
     )

@@ -1,4 +1,4 @@
-"""fastjepa/train.py --profile."""
+"""fastjepa/train.py --profile: a profiled run learns the same, and leaves its report behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = {"report.html", "report.json", "report.csv", "operators.csv", "trace.jso
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run one step longer than what is measured."""
+    """A configuration whose run is one step longer than the profile."""
     return write_recipe(tmp_path_factory.mktemp("recipe"), f"epochs: {(DEFAULT_STEPS.total + 1) / 8}")
 
 
@@ -42,7 +42,7 @@ def test_a_profiled_run_learns_the_same_to_the_bit(recipe: str, plain: Path, tmp
 
 
 @pytest.mark.parametrize("ds_config", [[], ["--ds_config", "configs/zero2.json"]])
-def test_two_ranks_are_profiled_together(ds_config: list[str], recipe: str, tmp_path: Path) -> None:
+def test_a_profile_covers_both_ranks_and_each_writes_a_trace(ds_config: list[str], recipe: str, tmp_path: Path) -> None:
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN, *ds_config]
     output_of(sys.executable, "-m", *command, "--profile", "--config", recipe, f"output_dir={tmp_path}")
     assert {path.name for path in (tmp_path / "profile").iterdir()} == {*FILES, "trace_rank1.json"}

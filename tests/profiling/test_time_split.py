@@ -1,4 +1,4 @@
-"""Traces made by hand, whose split can be worked out on paper. Times in microseconds."""
+"""The split of traces that are written by hand, so that it can be worked out on paper. Times are in microseconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 from fastjepa.profiling.time_split import TimeSplit, split_time
 
-MAIN, AUTOGRAD, LOADER, GPU, NCCL = 1, 2, 3, 7, 8
+MAIN, AUTOGRAD, LOADER, GPU, NCCL = 1, 2, 3, 7, 8  # threads and streams
+STAGES = ("context encoder", "target encoder", "predictor", "loss")
 
 
 def span(cat: str, name: str, tid: int, start: float, end: float, **args: Any) -> dict[str, Any]:
@@ -34,7 +35,7 @@ CPU = [
     annotation("traced step", MAIN, 3000, 5000),
     annotation("data wait", MAIN, 1000, 1200),
     annotation("target encoder", MAIN, 1200, 2200),
-    annotation("waiting for weights", MAIN, 1300, 1500),  # within another: counts as itself alone
+    annotation("waiting for weights", MAIN, 1300, 1500),  # within another annotation: its time counts as its own alone
     annotation("backward", MAIN, 2200, 3000),
     annotation("backward", MAIN, 3000, 4600),
     span("cpu_op", "aten::linear", MAIN, 1500, 2200),
@@ -43,26 +44,26 @@ CPU = [
     span("cpu_op", "aten::mm", MAIN, 3000, 4000),
     span("cpu_op", "aten::_scaled_dot_product_flash_attention_for_cpu", MAIN, 4000, 4400),
     span("cpu_op", "aten::mm", LOADER, 3000, 4000),  # not the step's
-    annotation("loader", LOADER, 500, 2000),  # half of it within
-    annotation("mask sampling", LOADER, 1500, 1700),
+    annotation("loader", LOADER, 500, 2000),  # half of it lies within the steps
+    annotation("preparing", LOADER, 1500, 1700),
     span("cpu_op", "gloo:all_reduce", 4, 2500, 3500),
     span("cpu_op", "gloo:all_reduce", 5, 3000, 3800),
 ]
 
 
 def test_on_a_cpu_a_part_takes_the_time_within_its_annotation() -> None:
-    split = split_time(CPU)
+    split = split_time(CPU, STAGES)
     assert_adds_up(split)
     assert split.step_ms == 2
     assert milliseconds(split) == pytest.approx(
         {"data wait": 0.1, "target encoder": 0.4, "waiting for weights": 0.1, "backward": 1.2, "other": 0.2}
     )
     beside = {part.name: part.ms for part in split.beside}
-    assert beside == pytest.approx({"loader": 0.4, "mask sampling": 0.1, "communication": 0.65})
+    assert beside == pytest.approx({"loader": 0.4, "preparing": 0.1, "communication": 0.65})
 
 
 def test_on_a_cpu_operators_have_their_own_time() -> None:
-    split = split_time(CPU)
+    split = split_time(CPU, STAGES)
     assert {row.name: row.ms for row in split.operators} == pytest.approx(
         {
             "aten::mm": 0.5,
@@ -86,7 +87,7 @@ def kernel(name: str, correlation: int, start: float, end: float, stream: int = 
     return span("kernel", name, stream, start, end, correlation=correlation, **{"External id": op})
 
 
-# The host is ahead: the kernels of a part run while it is elsewhere already.
+# The host is ahead: while the kernels of a part run, it is in another part already.
 ON_GPU = [
     annotation("traced step", MAIN, 0, 1000),
     annotation("context encoder", MAIN, 0, 100),
@@ -107,12 +108,12 @@ ON_GPU = [
     kernel("ncclDevKernel_AllReduce_Sum_bf16", 5, 500, 640, stream=NCCL),
     launch(6, MAIN, 960),  # outside of all annotations
     span("gpu_memcpy", "Memcpy DtoH", GPU, 970, 980, correlation=6),
-    span("gpu_user_annotation", "context encoder", GPU, 50, 250),  # the profiler repeats them there
+    span("gpu_user_annotation", "context encoder", GPU, 50, 250),  # the profiler repeats annotations on the stream
 ]
 
 
 def test_on_a_gpu_kernels_belong_to_what_launched_them() -> None:
-    split = split_time(ON_GPU)
+    split = split_time(ON_GPU, STAGES)
     assert_adds_up(split)
     assert milliseconds(split) == pytest.approx(
         {
@@ -135,4 +136,18 @@ def test_on_a_gpu_kernels_belong_to_what_launched_them() -> None:
 
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="no annotation 'traced step'"):
-        split_time(CPU[:1])
+        split_time(CPU[:1], STAGES)
+
+
+def test_annotations_that_are_no_stage_of_the_method_are_not_parts() -> None:
+    """Without its stage the time of the target encoder is `other`, but for what has an annotation of its own."""
+    named, unnamed = (milliseconds(split_time(CPU, stages)) for stages in (STAGES, ("predictor",)))
+    assert "target encoder" not in unnamed
+    assert unnamed["other"] == pytest.approx(named["other"] + named["target encoder"])
+    assert unnamed["waiting for weights"] == pytest.approx(named["waiting for weights"])
+
+
+def test_stages_come_first_in_the_order_of_the_method() -> None:
+    events = [*CPU, annotation("predictor", MAIN, 1250, 1290)]
+    assert [part.name for part in split_time(events, STAGES).parts[:2]] == ["target encoder", "predictor"]
+    assert [part.name for part in split_time(events, STAGES[::-1]).parts[:2]] == ["predictor", "target encoder"]

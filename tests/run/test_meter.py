@@ -38,8 +38,8 @@ def test_a_line_has_means_and_rates_since_the_one_before(clock: Clock) -> None:
     meter.summary()
     meter.update(torch.tensor(0.5), {}, images=4, counts={"context_tokens": 30, "target_tokens": 50})
     meter.update(torch.tensor(0.25), {}, images=4, counts={"context_tokens": 50, "target_tokens": 30})
-    meter.update_data(0.25, {"read": 0.1, "decode": 0.2, "to_device": 0.0, "masks": 0.01})
-    meter.update_data(0.75, {"read": 0.3, "decode": 0.4, "to_device": 0.02, "masks": 0.03})
+    meter.update_data(0.25, {"read": 0.1, "decode": 0.2, "to_device": 0.0, "prepare": 0.01})
+    meter.update_data(0.75, {"read": 0.3, "decode": 0.4, "to_device": 0.02, "prepare": 0.03})
     clock.seconds = 104.0
     summary = {key: round(value, 9) for key, value in meter.summary().items() if value is not None}
     assert 0 < summary.pop("memory_gib") < 1024
@@ -51,7 +51,7 @@ def test_a_line_has_means_and_rates_since_the_one_before(clock: Clock) -> None:
         "read_ms": 200.0,
         "decode_ms": 300.0,
         "to_device_ms": 10.0,
-        "masks_ms": 20.0,
+        "prepare_ms": 20.0,
         "context_tokens": 10.0,
         "target_tokens": 10.0,
     }

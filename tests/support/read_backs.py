@@ -35,6 +35,7 @@ class ReadBacks(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_file: Counter[str] = Counter()
+        """Counts by the last folder and the name of a file: engine/base.py."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.name(), kwargs or {}
@@ -47,5 +48,5 @@ class ReadBacks(TorchDispatchMode):
             frame = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename and frame.f_back:
                 frame = frame.f_back
-            self.by_file[Path(frame.f_code.co_filename).name] += 1
+            self.by_file["/".join(Path(frame.f_code.co_filename).parts[-2:])] += 1
         return func(*args, **kwargs)

@@ -20,13 +20,14 @@ log_interval: 1
 checkpoint_interval: 4
 evaluate: false
 data: {source: DATA, image_size: 16, in_channels: 1, mean: [0.5], std: [0.25], loader: turbo, num_threads: 1}
-model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, predictor_embed_dim: 16, predictor_depth: 1, init: fan_in}
-masks: {min_keep: 3}
+model: {patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, init: fan_in}
+objective: {predictor_embed_dim: 16, predictor_depth: 1, masks: {min_keep: 3}}
 optim: {warmup_epochs: 0.25}
 """
 # Runs train.main after FAULT, which is code that injects a fault.
 FAULTY = """
 import os, signal, sys, time
+from dataclasses import replace
 import torch
 from fastjepa import distributed, train
 from fastjepa.engine import deepspeed_engine, torch_engine
@@ -53,12 +54,12 @@ def at_step(step: int, action: str, rank: int = 0) -> str:
     """Return code that runs `action` on one rank, before the micro batch of a step (counted from 0) of a TorchEngine."""
     return f"""
 plain, steps = torch_engine.TorchEngine.micro_step, 0
-def micro_step(self, images, masks):
+def micro_step(self, batch):
     global steps
     steps += 1
     if steps == {step} + 1 and distributed.rank() == {rank}:
         {action}
-    return plain(self, images, masks)
+    return plain(self, batch)
 torch_engine.TorchEngine.micro_step = micro_step
 """
 

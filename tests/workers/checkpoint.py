@@ -1,6 +1,7 @@
-"""One rank of test_checkpoint: what two ranks write and read by DeepSpeed. The first writes what all have seen.
+"""One of two ranks of the fixture `two_ranks` of tests/checkpoint: what they write and read with DeepSpeed.
 
-usage: worker_checkpoint FOLDER
+usage: python -m tests.workers.checkpoint FOLDER
+Rank 0 writes results.pt there, for all ranks.
 """
 
 from __future__ import annotations
@@ -19,41 +20,42 @@ from fastjepa import distributed
 from fastjepa.checkpoint import restore, writer
 from fastjepa.checkpoint.format import RunState
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_engine import DeepSpeedEngine
 from fastjepa.errors import CheckpointError, DamagedCheckpointError
-from fastjepa.objectives.ijepa.objective import build_model
+from tests.support.small import config_of, engine_of
 
 STEPS = 3
 State = dict[str, dict[str, Tensor]]
 
 
 def zero_engine(folder: Path, stage: int, precision: str = "fp32", seed: int = 0) -> DeepSpeedEngine:
+    """Build an engine of this ZeRO stage, whose JSON is written into `folder`."""
     config = trajectory_config(precision=precision, seed=seed)
     path = folder / f"zero{stage}.json"
     if distributed.rank() == 0:
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     distributed.raise_together(None)
     sizes = BatchSizes.share(config, distributed.world_size())
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), path)
+    engine = engine_of(config, sizes, torch.device("cpu"), path)
     assert isinstance(engine, DeepSpeedEngine)
     return engine
 
 
 def train(engine: DeepSpeedEngine, first: int, last: int) -> None:
-    config = engine.model.config
+    """Train steps `first` to `last` - 1."""
+    config = config_of(engine)
     world = distributed.world_size()
     engine_steps(engine, config, BatchSizes.share(config, world), distributed.rank(), world, first, last)
 
 
 def gathered(engine: DeepSpeedEngine) -> State:
-    """weight, exp_avg and exp_avg_sq of every parameter, from the pieces of all ranks; no checkpoint involved."""
+    """Put weight, exp_avg and exp_avg_sq of every parameter together from the pieces of all ranks, without a checkpoint."""
     mine = []
     for piece in engine.pieces():
         for kind, tensor in {"weight": piece.tensor, **engine.optimizer.moments(piece.tensor)}.items():
             mine.append((kind, piece.name, piece.start, piece.view(tensor).clone()))
     state: State = {"weight": {}, "exp_avg": {}, "exp_avg_sq": {}}
-    shapes = engine.parameter_shapes()
+    shapes = engine.shapes()
     for pieces in distributed.gather_objects(mine):
         for kind, name, start, values in pieces:
             flat = state[kind].setdefault(name, torch.full(shapes[name], torch.nan)).view(-1)
@@ -62,21 +64,21 @@ def gathered(engine: DeepSpeedEngine) -> State:
 
 
 def model_is_published(engine: DeepSpeedEngine, state: State) -> list[bool]:
-    """Per rank, whether the model's own weights are those of the state, in the model's precision."""
+    """Compare the model's own weights with the state, rounded to the model's precision: equal or not, for each rank."""
     weights = dict(engine.model.named_parameters())
     return distributed.gather_objects(
         all(torch.equal(p, state["weight"][name].to(p.dtype)) for name, p in weights.items())
     )
 
 
-def average_beside_float64(engine: DeepSpeedEngine) -> list[float]:
-    """Per rank, the largest difference of the EMA from a float64 average of the same masters, over a few steps."""
+def error_of_ema(engine: DeepSpeedEngine) -> list[float]:
+    """Train some steps, and compare the EMA with a float64 EMA of the fp32 weights: the largest error of each rank."""
     sources = {p.name: p for p in engine.pieces() if p.name.startswith("context_encoder.")}
     targets = {p.name.replace("target_", "context_"): p for p in engine.pieces() if p.name.startswith("target_")}
     exact = {name: piece.view(piece.tensor).double() for name, piece in targets.items()}
     for step in range(STEPS):
         train(engine, step, step + 1)
-        momentum = schedule(engine.model.config).at(step)["ema_momentum"]
+        momentum = schedule(config_of(engine)).at(step)["ema_momentum"]
         for name, piece in sources.items():
             exact[name] = momentum * exact[name] + (1 - momentum) * piece.view(piece.tensor).double()
     errors = [(exact[name] - piece.view(piece.tensor)).abs().max().item() for name, piece in targets.items()]
@@ -84,18 +86,18 @@ def average_beside_float64(engine: DeepSpeedEngine) -> list[float]:
 
 
 def resumed_beside_uninterrupted(
-    checkpoint_: Path, stage: int, precision: str, uninterrupted: DeepSpeedEngine
+    checkpoint: Path, stage: int, precision: str, uninterrupted: DeepSpeedEngine
 ) -> tuple[State, State]:
-    """What another engine that loads the checkpoint comes to in some steps, and what the one that wrote it comes to."""
-    resumed = zero_engine(checkpoint_.parents[1], stage, precision, seed=1)
-    restore.load(checkpoint_, resumed)
+    """Load the checkpoint into another engine, and train this one and the one that wrote it: the states they end with."""
+    resumed = zero_engine(checkpoint.parents[1], stage, precision, seed=1)
+    restore.load(checkpoint, resumed)
     for engine in (resumed, uninterrupted):
         train(engine, STEPS, 2 * STEPS)
     return gathered(resumed), gathered(uninterrupted)
 
 
 def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
-    """Per rank, the error of a save during which the second rank cannot write."""
+    """Save while rank 1 cannot write, and return the message of the error for each rank."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if distributed.rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
@@ -109,7 +111,7 @@ def save_with_a_full_disk(folder: Path, engine: DeepSpeedEngine) -> list[str]:
 
 
 def errors_of_two_types() -> list[str]:
-    """Per rank, what is raised where both have an error, of another type each."""
+    """Raise errors of two types together, and return what each rank caught."""
     try:
         distributed.raise_together((CheckpointError, DamagedCheckpointError)[distributed.rank()]("lost"))
         raised = "nothing"
@@ -134,7 +136,7 @@ def main(folder: Path) -> None:
             results["full disk"] = save_with_a_full_disk(folder / "zero2", trained)
         results[f"zero{stage} fp32 goes on"] = resumed_beside_uninterrupted(path, stage, "fp32", trained)
     half = zero_engine(folder, 2, "bf16")
-    results["average"] = average_beside_float64(half)
+    results["errors of the EMA"] = error_of_ema(half)
     results["bf16 dtypes"] = sorted({str(p.dtype) for p in half.model.parameters()})
     results["bf16 published"] = model_is_published(half, gathered(half))
     path = writer.save(folder / "bf16", half, RunState(STEPS, {}, {}))

@@ -1,6 +1,9 @@
-"""One rank of test_zero_gather: trains with gathers under the next step and with DeepSpeed's own.
+"""One of two ranks of a test of tests/engine/test_zero_gather.py.
 
-usage: worker_gather FOLDER
+They train with DeepSpeed's own gather of the weights and with the one that travels under the next step, and compare.
+
+usage: python -m tests.workers.gather FOLDER
+Rank 0 writes results.json there: for each rank, which weights are equal to those of DeepSpeed's gather.
 """
 
 from __future__ import annotations
@@ -17,17 +20,15 @@ from benchmarks.launch import ROOT
 from benchmarks.proofs.equality import engine_steps, trajectory_config
 from fastjepa import distributed
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine import zero_gather
-from fastjepa.engine.build import build_engine
+from fastjepa.engine import deepspeed_patches
 from fastjepa.engine.zero_gather import WeightGather
-from fastjepa.objectives.ijepa.objective import build_model
-from tests.support.small import finish_with
+from tests.support.small import engine_of, finish_with
 
 all_gather = dist.all_gather_single
 
 
 class Late:
-    """A gather whose result arrives when it is waited for, not earlier."""
+    """A gather whose result arrives only when it is waited for."""
 
     def __init__(self, output: Tensor, mine: Tensor, group: Any) -> None:
         self._output, self._mine, self._group = output, mine.clone(), group
@@ -52,12 +53,12 @@ def main(folder: Path) -> None:
             ds_config = ROOT / "configs" / f"zero{stage}.json"
             weights = {}
             for kind in ("deepspeed", "overlapped", "late", "never waited for"):
-                zero_gather._DEEPSPEEDS = "absent" if kind == "deepspeed" else "all_gather_dp_groups"
+                deepspeed_patches.GATHER = "absent" if kind == "deepspeed" else "all_gather_dp_groups"
                 gather: Any = late if kind in ("late", "never waited for") else all_gather
                 dist.all_gather_single = gather
                 wait: Any = (lambda *_: None) if kind == "never waited for" else wait_for
                 WeightGather._wait_for = wait  # type: ignore[method-assign]
-                engine = build_engine(build_model(config), config, sizes, device, ds_config)
+                engine = engine_of(config, sizes, device, ds_config)
                 engine_steps(engine, config, sizes, rank, world, 0, 5)
                 weights[kind] = [p.detach().clone() for p in engine.model.parameters()]
             results[f"{stage} {precision}"] = {

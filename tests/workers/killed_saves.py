@@ -24,7 +24,7 @@ import torch
 from fastjepa.checkpoint import restore, writer
 from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, latest
-from tests.checkpoint.test_restore import assert_identical, state_of, torch_engine, train
+from tests.support.checkpoints import assert_identical, state_of, torch_engine, train
 
 STEPS = {"the next step": 2, "the same step again": 1}
 FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")

@@ -1,6 +1,6 @@
-"""One rank of test_resume: iterates over a Loader and writes what each image of each step was.
+"""One rank of tests/data/test_resume.py: iterates over a Loader and writes what each image of each step was.
 
-usage: worker_loader.py SOURCE OUTPUT RANK WORLD_SIZE START_STEP
+usage: python -m tests.workers.loader SOURCE OUTPUT RANK WORLD_SIZE START_STEP
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from pathlib import Path
 
 import torch
 
-from fastjepa.config import Config, DataConfig, MaskConfig, ModelConfig
+from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.data import Batch, Loader, open_dataset
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 
 GLOBAL_BATCH, STEPS = 12, 40
 
@@ -30,20 +34,23 @@ def run_config(source: str) -> Config:
         num_threads=1,
         max_bad_share=0.5,
     )
-    return Config(seed=11, data=data, model=ModelConfig(name="vit_tiny", patch_size=8), masks=MaskConfig(min_keep=5))
+    objective = IJEPAConfig(masks=MaskConfig(min_keep=5))
+    return Config(seed=11, data=data, model=ModelConfig(name="vit_tiny", patch_size=8), objective=objective)
 
 
 def describe(batch: Batch) -> list[list[object]]:
-    """Of each image: identity, crop, flip, and a hash of its pixels and masks."""
-    masks = batch.masks
-    blocks = masks.target.num_seqs // masks.num_images
-    context, target = masks.context.cu_seqlens.tolist(), masks.target.cu_seqlens[::blocks].tolist()
+    """The index, crop and flip of each image, and a hash of its pixels and masks."""
+    assert isinstance(batch.prepared, MaskedImages)
+    pixels, masks = batch.prepared.images, batch.prepared.masks
+    (boxes,), (mirrored,) = batch.boxes, batch.flips  # one view
+    blocks = masks.target_lengths.num_seqs // masks.num_images
+    context, target = masks.context_lengths.cu_seqlens.tolist(), masks.target_lengths.cu_seqlens[::blocks].tolist()
     images = []
     for i, index in enumerate(batch.sample_ids.tolist()):
-        digest = hashlib.sha256(batch.images[i].numpy().tobytes())
+        digest = hashlib.sha256(pixels[i].numpy().tobytes())
         for indices, ends in ((masks.context_indices, context), (masks.target_indices, target)):
             digest.update((indices[ends[i] : ends[i + 1]] - i * masks.num_patches).numpy().tobytes())
-        images.append([index, batch.boxes[i].tolist(), bool(batch.flips[i]), digest.hexdigest()[:16]])
+        images.append([index, boxes[i].tolist(), bool(mirrored[i]), digest.hexdigest()[:16]])
     return images
 
 
@@ -55,6 +62,7 @@ def main(source: str, output: Path, rank: int, world_size: int, start_step: int)
     loader = Loader(
         dataset,
         config,
+        method_of(config),
         rank=rank,
         world_size=world_size,
         micro_batch_size=GLOBAL_BATCH // world_size,
@@ -69,7 +77,7 @@ def main(source: str, output: Path, rank: int, world_size: int, start_step: int)
         for step, batch in enumerate(loader, start_step):
             file.write(json.dumps([step, describe(batch)]) + "\n")
             file.flush()
-            time.sleep(0.02)  # a step, in which the process may be killed
+            time.sleep(0.02)  # stands for a step, during which the process may be killed
 
 
 if __name__ == "__main__":

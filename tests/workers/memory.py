@@ -19,17 +19,15 @@ from fastjepa import distributed, train
 
 
 def main(recipe: str, folder: Path) -> None:
-    distributed.finish = (
-        distributed.wait_for_gloo
-    )  # DeepSpeed remembers groups of ranks: they end with the process only
+    # DeepSpeed remembers groups of ranks, so that they must live as long as the process.
+    distributed.finish = distributed.wait_for_gloo
     held: dict[str, list[int]] = {}
     for engine in ("torch", "zero1", "zero2", "zero3"):
         before = storages()
 
         def look(*_: object, engine: str = engine, before: dict[int, UntypedStorage] = before) -> None:
-            import_module(
-                "fastjepa_kernels.masked_gather"
-            )._by_channel.cache_clear()  # mean and std, which are kept for all runs
+            # Mean and std of the pixels are kept for all runs.
+            import_module("fastjepa_kernels.masked_gather")._by_channel.cache_clear()
             held[engine] = [storage.nbytes() for address, storage in storages().items() if address not in before]
 
         arguments = ["--config", recipe, f"output_dir={folder / engine}", "evaluate=true", "epochs=0.25"]

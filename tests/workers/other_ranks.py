@@ -19,11 +19,10 @@ import torch
 from benchmarks.launch import ROOT
 from fastjepa import distributed
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.config.file import load_config
 from fastjepa.data import Batch, open_dataset
 from fastjepa.engine.build import build_engine
 from fastjepa.errors import Preempted
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.run.folder import RunFolder
 from fastjepa.run.meter import Meter
 from fastjepa.run.stop_request import StopRequest
@@ -57,11 +56,12 @@ def go_on(recipe: str, run: Path, stage: int | None, signal_in_step: int | None)
     config = load_config(recipe, [f"output_dir={run}", "keep_last=100", "optim.eps=1e-4"])
     sizes = BatchSizes.share(config, distributed.world_size())
     ds_config = None if stage is None else CONFIGS / f"zero{stage}.json"
-    engine = build_engine(build_model(config), config, sizes, torch.device("cpu"), ds_config)
+    method = method_of(config)
+    engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
     folder, dataset = RunFolder(run), open_dataset(config.data, "train")
     assert dataset is not None
     folder.create()
-    trainer = Seeing(config, dataset, engine, sizes, folder)
+    trainer = Seeing(method, dataset, engine, sizes, folder)
     trainer.signal_in_step = signal_in_step
     with contextlib.suppress(Preempted), StopRequest() as stop_request:
         trainer.run(stop_request)

@@ -18,9 +18,7 @@ from benchmarks.proofs.equality import engine_steps, trajectory_config
 from fastjepa import distributed
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.base import Engine
-from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.objective import build_model
-from tests.support.small import finish_with
+from tests.support.small import engine_of, finish_with
 from tests.test_faults import bad_loss
 
 
@@ -45,7 +43,7 @@ def main(folder: Path) -> None:
             sizes = BatchSizes.share(config, world)
             assert sizes.accum == 2
             ds_config = None if name == "torch" else ROOT / "configs" / f"{name}.json"
-            engine = build_engine(build_model(config), config, sizes, device, ds_config)
+            engine = engine_of(config, sizes, device, ds_config)
             engine_steps(engine, config, sizes, rank, world, 0, 1)
             before, counts = state(engine), [(engine.optimizer.updates, int(engine.skipped_in_a_row()))]
             changed = []

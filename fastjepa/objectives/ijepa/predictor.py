@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastjepa.config import ModelConfig
 from fastjepa.models.layers import (
     LAYER_NORM_EPS,
+    OFFICIAL_STD,
     Block,
     Linear,
     TokenSubset,
@@ -39,7 +40,7 @@ class Predictor(nn.Module):
         self.predictor_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.predictor_proj = Linear(dim, size.embed_dim)
         init_weights(self, self.predictor_blocks, model.init)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.04, b=0.04)
+        nn.init.normal_(self.mask_token, std=OFFICIAL_STD)  # whatever `init` is for the layers
 
     def forward(self, context: Tensor, masks: MaskBatch) -> Tensor:
         """Features of the context tokens [T_context, D] -> predictions for the target tokens [T_target, D]."""

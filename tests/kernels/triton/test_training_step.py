@@ -1,22 +1,24 @@
 """A whole training step on the Triton kernels against the same step on PyTorch."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastjepa_kernels
-from fastjepa.config import Config, MaskConfig, ModelConfig
+from fastjepa.config import Config, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.compilation import compile_blocks
 from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
-from fastjepa.objectives.ijepa.objective import build_model
+from fastjepa.objectives.ijepa.objective import MaskedImages
+from fastjepa.objectives.ijepa.settings import IJEPAConfig
+from fastjepa.objectives.registry import method_of
 from fastjepa.optim.schedule import Schedule, set_schedule
 from tests.kernels.triton.conftest import Engine
-from tests.support.small import small_batch, small_config
+from tests.support.small import build_ijepa, small_batch, small_config
 
 ON_TORCH = {
     "masked_gather": "torch",
@@ -35,21 +37,27 @@ def no_requests() -> Iterator[None]:
 
 def _config() -> Config:
     """The smallest model that has both kinds of block: full ones, and a last one with fewer queries than keys."""
-    config = small_config(image_size=16, masks=MaskConfig(min_keep=2, num_target_blocks=2))
-    model = ModelConfig(
-        patch_size=4, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2, init="fan_in"
+    return small_config(
+        image_size=16,
+        masks=MaskConfig(min_keep=2, num_target_blocks=2),
+        model=ModelConfig(patch_size=4, embed_dim=16, depth=2, num_heads=2, init="fan_in"),
+        predictor_embed_dim=16,
+        predictor_depth=2,
+        global_batch_size=2,
+        precision="fp32",
     )
-    return replace(config, model=model, global_batch_size=2, precision="fp32")
 
 
 def _step(config: Config, device: torch.device) -> tuple[MaskBatch, Tensor, dict[str, Tensor]]:
     """Masks and loss of one optimizer step, and the weights after it (the target encoder's too)."""
-    images, _ = small_batch(config, config.global_batch_size)
+    images = small_batch(config, config.global_batch_size).images
     indices = torch.arange(config.global_batch_size, device=device)
-    masks = sample_masks(config.masks, config.grid_h, config.grid_w, seed=1, step=0, sample_indices=indices)
-    engine = TorchEngine(build_model(config), config, BatchSizes.share(config, 1), device)
+    masks = sample_masks(
+        IJEPAConfig.of(config).masks, config.grid_h, config.grid_w, seed=1, step=0, sample_indices=indices
+    )
+    engine = TorchEngine(build_ijepa(config), method_of(config), config, BatchSizes.share(config, 1), device)
     set_schedule(engine.param_groups, Schedule(config.optim, steps_per_epoch=2, total_steps=2).at(0))
-    loss = engine.micro_step(images.to(device), masks)
+    loss = engine.micro_step(MaskedImages(images.to(device), masks)).loss
     return masks, loss, {name: p.detach() for name, p in engine.model.named_parameters()}
 
 
@@ -75,13 +83,13 @@ def test_a_compiled_step_on_triton_gives_the_same_bits(engine: Engine) -> None:
     """The kernels are opaque in the graphs, so they do not break them, and batches of other lengths need no new graph."""
     config = _config()
     fastjepa_kernels.request(dict.fromkeys(ON_TORCH, "triton"))
-    plain, compiled = (build_model(config).to(engine.device) for _ in range(2))
+    plain, compiled = (build_ijepa(config).to(engine.device) for _ in range(2))
     compile_blocks(compiled, "aot_eager")
     for step in range(2):
-        images, masks = small_batch(config, 2, step=step)
+        batch = small_batch(config, 2, step=step).to(engine.device)
         results = []
         for model in (plain, compiled):
             with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-                loss = model(images.to(engine.device), masks.to(engine.device))
+                loss = model(batch).loss
             results.append([loss.detach(), *torch.autograd.grad(loss, model.trained_parameters())])
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

@@ -41,12 +41,11 @@ def test_each_named_model_has_the_published_predictor(name: Any, depth: int) -> 
     assert IJEPAConfig(predictor_depth=3).depth_of_predictor(name) == 3
 
 
-def test_the_mask_token_is_drawn_with_std_0_02_and_cut_at_two_deviations() -> None:
-    """A normal distribution cut at two standard deviations keeps 0.8796 of its spread."""
+def test_the_mask_token_is_drawn_with_std_0_02_and_is_not_cut() -> None:
     torch.manual_seed(0)
     token = predictor_of(small_config(predictor_embed_dim=1200)).mask_token
-    assert token.std().item() == pytest.approx(0.8796 * 0.02, rel=0.06)
-    assert token.abs().max() <= 0.04 + 1e-6
+    assert token.std().item() == pytest.approx(0.02, rel=0.06)
+    assert token.abs().max() > 0.05
 
 
 def test_its_heads_are_those_of_the_encoder() -> None:
