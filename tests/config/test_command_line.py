@@ -1,14 +1,13 @@
-"""The arguments that describe a run."""
+"""The arguments that describe a run, and the files that they name."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-import pytest
-
 from fastjepa.config import command_line
-from fastjepa.errors import ConfigError
+from fastjepa.config.shipped import SHIPPED
+from fastjepa.objectives.registry import load_config
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -21,15 +20,17 @@ def test_settings_of_the_command_line_replace_those_of_the_file(tmp_path: Path) 
     file = tmp_path / "run.yaml"
     file.write_text("seed: 3\nglobal_batch_size: 32\n")
     args = parse("seed=4", "--config", str(file), "--ds_config", "zero2.json", "data.num_threads=2")
-    config = command_line.resolve(args)
+    assert command_line.config_file(args) == file
+    config = load_config(command_line.config_file(args), args.overrides)
     assert (config.seed, config.global_batch_size, config.data.num_threads) == (4, 32, 2)
-    assert args.ds_config == "zero2.json"
-    assert command_line.config_file(args) == str(file)
 
 
-def test_without_a_file_the_run_is_the_default_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert command_line.config_file(parse()).endswith("configs/default.yaml")
-    assert command_line.resolve(parse()).data.source == "fashion_mnist"
-    monkeypatch.setattr(command_line, "DEFAULT_CONFIG", tmp_path / "default.yaml")
-    with pytest.raises(ConfigError, match=r"no --config given, and configs/default\.yaml is not there"):
-        command_line.resolve(parse())
+def test_shipped_files_are_found_by_name() -> None:
+    args = parse("--config", "debug", "--ds_config", "zero2")
+    assert command_line.config_file(args) == SHIPPED / "debug.yaml"
+    assert command_line.ds_config_file(args) == SHIPPED / "zero2.json"
+
+
+def test_without_arguments_the_run_is_the_default_run_with_plain_pytorch() -> None:
+    assert command_line.config_file(parse()) == SHIPPED / "default.yaml"
+    assert command_line.ds_config_file(parse()) is None

@@ -22,7 +22,7 @@ from fastjepa.data.dataset import ImageDataset, Strings
 from fastjepa.data.decode.images import EncodedImage
 from fastjepa.data.image_errors import BadImage, BadImages
 from fastjepa.data.order import crop_boxes, flips, replacement
-from fastjepa.data.reader import Images, Reader, fetch, read_image, sizes_of
+from fastjepa.data.reader import Images, Reader, ViewDecoder, fetch, read_image, sizes_of
 from fastjepa.errors import DataError
 
 SEED, EPOCH, NUM_IMAGES = (
@@ -76,7 +76,8 @@ def make_reader(
     def make(decoder: Decoder, max_share: float = 1.0) -> tuple[Reader, BadSamples]:
         dataset = dataset_of(folder)
         bad = BadSamples(dataset, max_share, None)
-        return Reader(dataset, make_config(flip=0.5).data, SEED, decoder, pool, bad), bad
+        view = ViewDecoder(make_config(flip=0.5).data, decoder)
+        return Reader(dataset, [view], SEED, pool, bad), bad
 
     return make
 
@@ -95,11 +96,11 @@ def check(images: Images, config: DataConfig, expected: list[int]) -> None:
     indices = np.array(expected)
     sizes = np.array([(i + 20, 30) for i in expected], np.int32)
     assert images.sample_ids.tolist() == expected
-    assert images.pixels[:, 0, 0, 0].tolist() == expected
+    assert images.pixels[0][:, 0, 0, 0].tolist() == expected
     np.testing.assert_array_equal(
-        images.boxes, crop_boxes(config, seed=SEED, epoch=EPOCH, indices=indices, sizes=sizes)
+        images.boxes[0], crop_boxes(config, seed=SEED, epoch=EPOCH, indices=indices, sizes=sizes)
     )
-    np.testing.assert_array_equal(images.flips, flips(config, seed=SEED, epoch=EPOCH, indices=indices))
+    np.testing.assert_array_equal(images.flips[0], flips(config, seed=SEED, epoch=EPOCH, indices=indices))
 
 
 WANTED = np.array([7, 31, 0, 7, 22, 15])

@@ -113,7 +113,7 @@ def test_the_extension_for_cpus_is_turned_off(caplog: pytest.LogCaptureFixture) 
     ops = ModuleType("ops")
     ops.__compatible_ops__ = {SHM_COMM: True, "another": True}  # type: ignore[attr-defined]
     deepspeed_patches._without_shm_comm(ops)
-    assert ops.__compatible_ops__ == {SHM_COMM: False, "another": True}  # type: ignore[attr-defined]
+    assert ops.__compatible_ops__ == {SHM_COMM: False, "another": True}
     assert not caplog.records
     for _ in range(2):
         deepspeed_patches._without_shm_comm(ModuleType("ops without that list"))

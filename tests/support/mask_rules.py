@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastjepa_kernels.mask_sampling import MaskRules, PackedMasks
+from fastjepa_kernels import MaskRules, PackedMasks
 
 STRATEGIES = ("multiblock", "block", "random", "rasterized")
 MODES = ("ragged", "official", "budget")

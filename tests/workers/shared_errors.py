@@ -20,11 +20,9 @@ from fastjepa.checkpoint.checkpointer import Checkpointer
 from fastjepa.checkpoint.format import RunState, newest_first
 from fastjepa.checkpoint.writer import Snapshot
 from fastjepa.config.batch_sizes import BatchSizes
-from fastjepa.engine.build import build_engine
-from fastjepa.objectives.ijepa.objective import build_model
 from fastjepa.run.watchdog import Watchdog
 from fastjepa.trainer import Trainer
-from tests.support.small import finish_with, small_config
+from tests.support.small import engine_of, finish_with, small_config
 
 
 def fails(rank: int, error: Exception) -> Callable[..., None]:
@@ -52,7 +50,7 @@ def main(folder: Path) -> None:
     distributed.init()
     rank = distributed.rank()
     config = small_config(output_dir=str(folder))
-    engine = build_engine(build_model(config), config, BatchSizes.share(config, 2), torch.device("cpu"), None)
+    engine = engine_of(config, BatchSizes.share(config, 2), torch.device("cpu"))
     checkpoints = folder / "checkpoints"
     saved = writer.save(checkpoints, engine, RunState(1, {}, {}))
     results = {}

@@ -19,7 +19,7 @@ from fastjepa.data.bad_samples import BadSamples
 from fastjepa.data.check.__main__ import main
 from fastjepa.data.decode.cpu import CPUDecoder
 from fastjepa.data.decode.images import EncodedImage
-from fastjepa.data.reader import Reader
+from fastjepa.data.reader import Reader, ViewDecoder
 from tests.support.check_images import PHOTO, encoded, garbled, pattern, random_damage, turned, with_alpha, write
 from tests.support.image_files import png
 
@@ -155,7 +155,8 @@ def test_bad_is_exactly_what_training_replaces(tmp_path: Path, run: Callable[...
     assert dataset is not None
     file = tmp_path / "bad_samples.jsonl"
     with ThreadPoolExecutor(2) as pool:
-        reader = Reader(dataset, config, 0, CPUDecoder(config, pool), pool, BadSamples(dataset, 1.0, file))
+        view = ViewDecoder(config, CPUDecoder(config, pool))
+        reader = Reader(dataset, [view], 0, pool, BadSamples(dataset, 1.0, file))
         for start in range(0, len(dataset), 20):
             reader.read(np.arange(start, min(start + 20, len(dataset))), epoch=0)
     replaced = [json.loads(line) for line in file.read_text().splitlines()]

@@ -22,9 +22,9 @@ def samples(name: str, labels: list[int], values: list[str], in_order: bool = Fa
 
 
 def test_samples_follow_file_by_file_and_point_to_their_own_file() -> None:
-    listing = join("/root", [samples("b", [0, 0], ["x"]), samples("a", [0], ["x"])], [b"watched"], ["a warning"])
+    listing = join("/images", [samples("b", [0, 0], ["x"]), samples("a", [0], ["x"])], [b"watched"], ["a warning"])
     dataset = listing.dataset
-    assert dataset.root == "/root"
+    assert dataset.root == "/images"
     assert list(dataset.names) == [b"b/0", b"b/1", b"a/0"]
     assert dataset.spans is not None
     assert [dataset.spans.files[int(file)] for file in dataset.spans.file] == [b"b", b"b", b"a"]
@@ -49,11 +49,11 @@ def test_class_names_in_their_final_order_are_not_sorted() -> None:
 
 
 def test_labels_are_used_only_if_all_samples_have_one() -> None:
-    partly = join("/root", [samples("a", [0, -1], ["x"]), samples("b", [0], ["x"])], [], [])
+    partly = join("/images", [samples("a", [0, -1], ["x"]), samples("b", [0], ["x"])], [], [])
     assert partly.dataset.labels is None
     assert partly.dataset.class_names == ()
-    assert partly.warnings == ["/root: 1 of 3 samples have no label: no labels are used"]
-    none = join("/root", [samples("a", [-1, -1], [])], [], [])
+    assert partly.warnings == ["/images: 1 of 3 samples have no label: no labels are used"]
+    none = join("/images", [samples("a", [-1, -1], [])], [], [])
     assert none.dataset.labels is None
     assert none.warnings == []
 
