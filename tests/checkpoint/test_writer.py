@@ -73,7 +73,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_earlier_checkpoint(
     assert restore.load(saved, torch_engine()).step == 6
     assert {path.name for path in folder.iterdir()} == {"latest", "step_00000006"}
     record(
-        "a disk that takes no more, within a save (here a limit of 16 KiB a file)",
+        "a disk that fills up during a save (here: a limit of 16 KiB a file)",
         error_text(found, folder),
         "the save",
     )
