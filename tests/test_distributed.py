@@ -188,11 +188,13 @@ def raised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.processes
 def test_the_first_error_is_raised_on_all_ranks_unchanged_on_its_own(raised: dict[str, list[str]]) -> None:
     assert raised["another type"] == ["FastjepaError: rank 1: KeyError: 'x'", "KeyError: 'x'"]
     assert raised["two"] == ["OSError: disk", "FastjepaError: rank 0: disk"]
 
 
+@pytest.mark.processes
 def test_heartbeats_that_cannot_be_written_are_an_error_on_all_ranks(raised: dict[str, list[str]]) -> None:
     first, second = raised["heartbeats"]
     assert first.startswith("RunFolderError: ")
@@ -200,10 +202,12 @@ def test_heartbeats_that_cannot_be_written_are_an_error_on_all_ranks(raised: dic
     assert second == first.replace("RunFolderError: ", "RunFolderError: rank 0: ")
 
 
+@pytest.mark.processes
 def test_a_checkpoint_that_one_rank_cannot_read_is_an_error_on_all_ranks(raised: dict[str, list[str]]) -> None:
     assert raised["load"] == ["FastjepaError: rank 1: MemoryError: none left", "MemoryError: none left"]
 
 
+@pytest.mark.processes
 def test_a_checkpoint_that_one_rank_cannot_write_is_an_error_on_all_ranks(raised: dict[str, list[str]]) -> None:
     first, second = raised["write"]
     assert first == second
@@ -212,9 +216,11 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_an_error_on_all_ranks(raised
     assert raised["left"] == ["step_00000001"]
 
 
+@pytest.mark.processes
 def test_a_state_that_one_rank_cannot_copy_for_a_save_is_an_error_on_all_ranks(raised: dict[str, list[str]]) -> None:
     assert raised["copy"] == ["FastjepaError: rank 1: MemoryError: no copy", "MemoryError: no copy"]
 
 
+@pytest.mark.processes
 def test_a_loader_that_one_rank_cannot_start_is_an_error_on_all_ranks(raised: dict[str, list[str]]) -> None:
     assert raised["loader"] == ["FastjepaError: rank 1: RuntimeError: DALI", "RuntimeError: DALI"]

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.launch import launch
 
+pytestmark = pytest.mark.processes
+
 
 def test_the_error_has_the_output_of_failed_ranks() -> None:
     with pytest.raises(RuntimeError, match="a rank failed") as error:

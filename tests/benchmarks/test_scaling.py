@@ -20,6 +20,7 @@ def test_the_exponent_of_a_power_law_is_found() -> None:
     assert scaling.exponent(xs, [3 * x**1.7 for x in xs]) == pytest.approx(1.7)
 
 
+@pytest.mark.processes
 def test_two_ranks_share_the_memory_of_a_step_and_formulas_agree_with_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from tests.support.checkpoints import assert_identical, error_text, state_of, to
 from tests.support.reliability import Record
 
 
+@pytest.mark.processes
 def test_sha256sum_accepts_the_checksums(saved: Path) -> None:
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=saved, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["index.json: OK", "model.safetensors: OK", "rank_00000.safetensors: OK"]

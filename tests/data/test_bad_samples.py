@@ -40,6 +40,7 @@ def _add_all(path: Path, start: int) -> None:
         bad.add(index, "why")
 
 
+@pytest.mark.processes
 def test_processes_that_write_at_the_same_time_lose_and_repeat_nothing(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     spawn = multiprocessing.get_context("spawn")

@@ -21,6 +21,8 @@ from PIL import Image
 from tests.workers import loader
 from tests.workers.loader import GLOBAL_BATCH, STEPS
 
+pytestmark = pytest.mark.processes
+
 NUM_IMAGES = 50  # four steps an epoch; two images are left out of each
 BAD = (7, 31)
 

@@ -87,6 +87,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.processes
 def test_a_real_run_is_examined_and_its_folder_left_alone(tmp_path: Path) -> None:
     """No probe is replaced. The run is tiny, and its folder holds something already."""
     config, run = write_recipe(tmp_path), tmp_path / "run"
@@ -114,6 +115,7 @@ def test_a_real_run_is_examined_and_its_folder_left_alone(tmp_path: Path) -> Non
     assert facts["host"]["cores"] > 0
 
 
+@pytest.mark.processes
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_is_examined_there(tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"

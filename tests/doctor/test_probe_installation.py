@@ -12,6 +12,8 @@ from fastjepa.doctor import judge_installation
 from fastjepa.doctor.probe_process import run_probe
 from tests.doctor.example_run import only
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def shadow_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -12,6 +12,7 @@ import pytest
 from fastjepa.doctor.probe_process import PROBES, ProbeProcess, run_probe
 
 
+@pytest.mark.processes
 def test_a_probe_that_hangs_is_killed_with_all_processes_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,6 +27,7 @@ def test_a_probe_that_hangs_is_killed_with_all_processes_that_it_started(
         os.killpg(probe.pid, 0)
 
 
+@pytest.mark.processes
 def test_a_probe_that_is_killed_or_crashes_is_reported_with_its_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     with ProbeProcess("pytorch") as probe:
         os.kill(probe.pid, signal.SIGKILL)
@@ -35,6 +37,7 @@ def test_a_probe_that_is_killed_or_crashes_is_reported_with_its_signal(monkeypat
         assert "by signal SIGSEGV" in str(probe.outcome().failure)
 
 
+@pytest.mark.processes
 def test_an_error_of_a_probe_is_reported_as_its_last_line() -> None:
     outcome = run_probe("kernels", {"settings": (None, ["optim.lrr=1"])})
     assert outcome.failure == "ended with status 1: command line: unknown key optim.lrr; did you mean optim.lr?"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fastjepa.doctor import probe_run
 from fastjepa.doctor.probe_installation import Settings
 from fastjepa.doctor.probe_process import run_probe
 from tests.support.tiny_run import write_recipe
 
 
+@pytest.mark.processes
 def test_the_loader_is_measured_with_each_number_of_threads_and_names_bad_images(tmp_path: Path) -> None:
     config = write_recipe(tmp_path)
     damaged = tmp_path / "images" / "003.png"
@@ -24,12 +27,14 @@ def test_the_loader_is_measured_with_each_number_of_threads_and_names_bad_images
     assert bad.startswith("003.png: ")
 
 
+@pytest.mark.processes
 def test_a_missing_source_is_reported_as_training_reports_it() -> None:
     arguments = {"settings": (None, ["data.source=/nowhere"]), "threads": [1], "micro": 8, "seconds": 0.1}
     result = run_probe("loader", arguments).result
     assert result["problem"].startswith("data.source = /nowhere: No such file or folder; expected")
 
 
+@pytest.mark.processes
 def test_the_link_between_two_ranks_is_measured() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     result = run_probe("link", {}, launcher).result

@@ -1,4 +1,4 @@
-"""The report: the right figures in the right rows, and plain words where a run has not worked."""
+"""The report has each figure in its row, and says in plain words when a run has not worked."""
 
 import json
 
@@ -11,7 +11,7 @@ HEALTHY = Health(feature_std=0.4534, mean_cosine=0.3782, effective_rank=24.91, w
 COLLAPSED = Health(feature_std=0.0218, mean_cosine=0.9995, effective_rank=14.49, width=32)
 
 
-def test_a_healthy_run_reads_as_expected() -> None:
+def test_the_text_of_a_healthy_run() -> None:
     report = Report(
         learned=Accuracy(knn=0.784, linear=0.7925),
         random=Accuracy(knn=0.672, linear=0.715),
@@ -30,7 +30,7 @@ def test_a_healthy_run_reads_as_expected() -> None:
     ]
 
 
-def test_a_collapsed_run_says_so_in_plain_words() -> None:
+def test_the_text_of_a_collapsed_run_says_collapsed_and_nothing_learned() -> None:
     report = Report(Accuracy(0.508, 0.7), Accuracy(0.536, 0.77), Accuracy(0.5, 0.6), COLLAPSED)
     text = format_report(report)
     assert "COLLAPSED: the features are nearly the same for every image (mean cosine 0.9995)" in text
@@ -58,7 +58,7 @@ def test_every_row_is_probed_on_its_own_features() -> None:
     assert report.random.knn < report.pixels.knn < report.learned.knn
 
 
-def test_to_dict_survives_json() -> None:
+def test_a_report_can_be_written_as_json() -> None:
     report = Report(Accuracy(0.5, 0.7), Accuracy(0.5, 0.7), Accuracy(0.5, 0.6), COLLAPSED)
     values = json.loads(json.dumps(report.to_dict()))
     assert values["learned"] == {"knn": 0.5, "linear": 0.7}

@@ -1,4 +1,4 @@
-"""The probes: scikit-learn's and NumPy's answers on real features, known answers on made ones, refusals of the rest."""
+"""The probes agree with scikit-learn and NumPy on real features and with known answers on made ones; others are refused."""
 
 import logging
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def separable(n: int = 400) -> Data:
 
 
 def knn_labels_by_numpy(data: Data, k: int, temperature: float) -> Tensor:
-    """The weighted vote written as loops over single samples, in float64."""
+    """The labels by the weighted vote, written as loops over single samples in float64."""
     train_x, train_y, test_x, _ = (t.numpy().astype(np.float64) for t in data)
     labels = []
     for sample in test_x:
@@ -130,7 +130,7 @@ def test_standardize_uses_the_statistics_of_the_training_set() -> None:
     torch.testing.assert_close(got_test.double(), (test - mean) / std, atol=1e-5, rtol=1e-5)
 
 
-def test_standardize_leaves_constant_features_harmless() -> None:
+def test_standardize_only_centres_constant_features() -> None:
     train = gaussian(500, 3)
     train[:, 1] = 0.1
     train[::2, 1] = torch.nextafter(torch.tensor(0.1), torch.tensor(1.0))  # the same but for rounding
@@ -149,7 +149,7 @@ def test_health_of_isotropic_features_is_full_rank_and_no_collapse() -> None:
     assert health.verdict() is None
 
 
-def test_health_measures_what_its_definition_says() -> None:
+def test_health_equals_its_definition_in_numpy() -> None:
     x = gaussian(100, 6) * torch.arange(1.0, 7.0) + 1
     health = representation_health(x)
     d = x.numpy().astype(np.float64)
@@ -182,7 +182,7 @@ def test_features_of_rank_one_are_called_collapsed() -> None:
 
 
 def test_a_common_offset_as_large_as_that_of_a_random_encoder_is_no_collapse() -> None:
-    """A randomly initialised encoder's features share a large part (mean cosine 0.94 measured), and are no collapse."""
+    """Features of a randomly initialised encoder share a large offset (mean cosine 0.94 measured), which is no collapse."""
     health = representation_health(4 + gaussian(1000, 64))
     assert 0.93 < health.mean_cosine < 0.95
     assert health.verdict() is None

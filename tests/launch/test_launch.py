@@ -21,6 +21,8 @@ from fastjepa.train import main
 from tests.support.reliability import Record
 from tests.support.tiny_run import at_step, ended, start, write_recipe
 
+pytestmark = pytest.mark.processes
+
 DEBUG = ["--config", str(ROOT / "configs" / "debug.yaml")]
 
 

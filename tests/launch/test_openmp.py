@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.launch import ROOT
 from fastjepa.launch.openmp import set_wait_policy
 
@@ -16,6 +18,7 @@ def test_waiting_threads_sleep_unless_the_user_asked_for_something_else() -> Non
     assert environment == {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "10000"}
 
 
+@pytest.mark.processes
 def test_train_sets_the_policy_before_torch_is_imported() -> None:
     code = """
 import os, sys

@@ -75,6 +75,7 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_resumed_run_ends_with_the_same_bits(runs: Path, engine: str) -> None:
     whole, resumed = (runs / engine / run / "checkpoints" / "step_00000008" for run in ("whole", "resumed"))
@@ -86,6 +87,7 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: Path, engine: str) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), file
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ENGINES)
 def test_signals_scalars_and_counts_are_in_the_metrics(runs: Path, engine: str) -> None:
     whole = lines(runs / engine / "whole")
@@ -97,6 +99,7 @@ def test_signals_scalars_and_counts_are_in_the_metrics(runs: Path, engine: str) 
     assert [line["loss"] for line in resumed] == [line["loss"] for line in whole[4:]]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_trained_buffer_and_the_average_are_checkpointed(runs: Path, engine: str) -> None:
     first, last = (
@@ -126,6 +129,7 @@ def test_it_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert list(parameters_of(load_config(path)).parts) == ["encoder", "head", "slow"]
 
 
+@pytest.mark.processes
 def test_it_is_evaluated(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = runs / "torch" / "whole"
     assert load_encoder(run)(torch.zeros(2, 1, 16, 16)).shape == (2, 16, 16)

@@ -70,6 +70,7 @@ def test_masks_of_the_configuration_decide_about_the_tokens(capsys: pytest.Captu
     assert "context 49, " in printed[1]  # a quarter of 196 patches
 
 
+@pytest.mark.processes
 def test_a_reader_that_closes_the_pipe_early_sees_no_error() -> None:
     """As `| head` does."""
     command = [sys.executable, "-m", "fastjepa.plan", "--model", "vit_small"]

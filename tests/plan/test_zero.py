@@ -56,6 +56,7 @@ def assert_agree(row: dict[str, Any], formula: int | None) -> None:
         assert int(row["measured"]) == pytest.approx(formula, rel=tolerance, abs=0.0), row
 
 
+@pytest.mark.processes
 def test_bytes_are_those_that_are_sent_and_held(measured: list[dict[str, Any]]) -> None:
     assert {row["stage"] for row in measured} == set(zero.STAGES)
     for row in measured:
@@ -75,6 +76,7 @@ def test_the_recorded_measurements_agree_with_the_formulas_of_today() -> None:
         assert_agree(row, formulas(stage, config, world).get(row["quantity"]))
 
 
+@pytest.mark.processes
 def test_the_target_encoder_sends_no_gradients(measured: list[dict[str, Any]]) -> None:
     """At every stage only gradients of trained parameters are sent, though the average is a parameter group like others.
 

@@ -41,6 +41,7 @@ def test_a_profiled_run_learns_the_same_to_the_bit(recipe: str, plain: Path, tmp
     assert not (plain / "profile").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ds_config", [[], ["--ds_config", "configs/zero2.json"]])
 def test_a_profile_covers_both_ranks_and_each_writes_a_trace(ds_config: list[str], recipe: str, tmp_path: Path) -> None:
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN, *ds_config]

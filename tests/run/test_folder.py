@@ -71,6 +71,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.processes
 def test_a_folder_that_another_process_holds_is_refused_until_that_process_ends(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")],

@@ -37,6 +37,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_a_revision_is_read_and_leaves_nothing_behind(repository: Path) -> None:
     before = git(repository, "status"), git(repository, "worktree", "list")
     found: list[Path] = []
@@ -54,6 +55,7 @@ def test_a_revision_is_read_and_leaves_nothing_behind(repository: Path) -> None:
     assert (repository / "kernels" / "file.py").read_text(encoding="utf-8") == "new"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("revision", "problem"),
     [
@@ -68,12 +70,14 @@ def test_a_revision_without_kernels_or_none_at_all_is_refused(repository: Path, 
         pass
 
 
+@pytest.mark.processes
 def test_without_a_checkout_there_are_no_revisions(repository: Path, tmp_path: Path) -> None:
     for folder in (tmp_path, repository / "kernels"):
         with pytest.raises(ConfigError, match=f"{folder} is not a git checkout"), kernels_of("HEAD", folder):
             pass
 
 
+@pytest.mark.processes
 def test_an_unknown_revision_is_an_error_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--batch_size", "2", "--repeats", "2", "--compare", "no-such-branch"])
@@ -126,6 +130,7 @@ def earlier(tmp_path: Path) -> Callable[[str, str, str], Path]:
     return make
 
 
+@pytest.mark.processes
 def test_a_revision_that_sleeps_is_found_to_be_slower(
     earlier: Callable[[str, str, str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +152,7 @@ def test_a_revision_that_sleeps_is_found_to_be_slower(
     assert "the working tree against HEAD: " in printed
 
 
+@pytest.mark.processes
 def test_a_revision_with_wrong_answers_is_not_compared(
     earlier: Callable[[str, str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +165,7 @@ def test_a_revision_with_wrong_answers_is_not_compared(
     )
 
 
+@pytest.mark.processes
 def test_the_error_of_a_revision_that_does_not_start_has_its_output(earlier: Callable[[str, str, str], Path]) -> None:
     repository = earlier("__init__.py", "__all__ = [", "raise ImportError('from an earlier time')\n__all__ = [")
     with pytest.raises(
@@ -167,6 +174,7 @@ def test_the_error_of_a_revision_that_does_not_start_has_its_output(earlier: Cal
         compare.compare("HEAD", Choice(["mask_sampling"], ["S/16"], 2, "fp32"), 2, repository)
 
 
+@pytest.mark.processes
 def test_an_installed_package_does_not_fill_the_gaps_of_a_revision(earlier: Callable[[str, str, str], Path]) -> None:
     """The finder of an editable installation fills them in the same way."""
     installed = ROOT / "kernels" / "fastjepa_kernels"

@@ -12,6 +12,8 @@ import pytest
 from benchmarks.loader.__main__ import cpu_seconds, main
 from benchmarks.loader.contestants import OURS, RIVALS, Ours, problem_with
 
+pytestmark = pytest.mark.processes
+
 TINY = ["--sizes", "320x240", "--images", "4", "--threads", "1", "--batch_size", "2", "--rounds", "2"]
 
 

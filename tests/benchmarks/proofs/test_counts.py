@@ -28,6 +28,7 @@ def counted_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]
     return counts
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(problem_with(RECORDED) is not None, reason=str(problem_with(RECORDED)))
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
 def test_a_step_has_the_recorded_figures(case: Case, counted_alone: dict[str, Counts]) -> None:
@@ -47,6 +48,7 @@ def test_two_runs_give_the_same_figures(case: Case) -> None:
     assert count(case) == count(case)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", [case for case in cases() if not case.checkpointing], ids=lambda case: case.name)
 def test_all_arithmetic_of_the_forward_pass_is_counted(case: Case, counted_alone: dict[str, Counts]) -> None:
     """The formulas of the model agree with the counted operators, so no operator lacks a formula."""

@@ -55,6 +55,7 @@ def test_help_names_every_exit_status(capsys: pytest.CaptureFixture[str]) -> Non
     assert "Exit status: 0: no image is bad; 1: some are; 2: an error; 130: stopped with Ctrl-C" in text
 
 
+@pytest.mark.processes
 def test_the_module_and_the_command_run_the_check(tmp_path: Path) -> None:
     folder = write(tmp_path / "images", {"1.jpg": PHOTO, "2.jpg": b""})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -33,10 +33,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_a_race_leaves_one_folder_and_nothing_else(cache: Path) -> None:
     assert [path.name for path in cache.iterdir()] == ["fashion_mnist_10k"]
 
 
+@pytest.mark.processes
 def test_all_images_are_there_with_their_labels(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTJEPA_CACHE", str(cache))
     for split, per_class in (("train", 800), ("val", 200)):
@@ -47,6 +49,7 @@ def test_all_images_are_there_with_their_labels(cache: Path, monkeypatch: pytest
         assert np.bincount(dataset.labels).tolist() == [per_class] * 10
 
 
+@pytest.mark.processes
 def test_pixels_are_those_of_the_packed_file(cache: Path) -> None:
     packed = Path(embedded.__file__).parents[1] / "embedded" / "fashion_mnist_10k.bin.xz"
     data = lzma.decompress(packed.read_bytes())
@@ -59,12 +62,14 @@ def test_pixels_are_those_of_the_packed_file(cache: Path) -> None:
             assert image.tobytes() == images[index * 784 : (index + 1) * 784]
 
 
+@pytest.mark.processes
 def test_the_set_is_not_unpacked_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTJEPA_CACHE", str(cache))
     monkeypatch.setattr(embedded, "_unpack", lambda folder: pytest.fail("unpacked again"))
     assert embedded.fashion_mnist() == cache / "fashion_mnist_10k"
 
 
+@pytest.mark.processes
 def test_missing_images_are_noticed(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTJEPA_CACHE", str(cache))
     lost = cache / "fashion_mnist_10k" / "val" / "Bag" / "00007.png"

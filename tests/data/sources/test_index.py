@@ -251,6 +251,7 @@ def test_an_interrupted_write_leaves_nothing(images: Path, own_cache: Path, monk
     assert list((own_cache / "index").iterdir()) == []
 
 
+@pytest.mark.processes
 def test_processes_that_list_at_the_same_time_leave_one_index(images: Path, own_cache: Path) -> None:
     code = (
         "import sys; from fastjepa.config import DataConfig; from fastjepa.data.sources import open_dataset; "

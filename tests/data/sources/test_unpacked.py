@@ -62,6 +62,7 @@ def test_a_changed_parquet_file_is_unpacked_anew(tmp_path: Path, own_cache: Path
     assert len(unpacked(own_cache)) == 2
 
 
+@pytest.mark.processes
 def test_processes_that_unpack_at_the_same_time_leave_one_result(tmp_path: Path, own_cache: Path) -> None:
     file = write_parquet(tmp_path / "a.parquet", table({"image": images()}))
     code = (

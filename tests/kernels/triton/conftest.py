@@ -3,10 +3,13 @@
 `TRITON_INTERPRET=1 python -m pytest tests/kernels/triton` uses Triton's interpreter. That needs a process of its own, since
 Triton reads the variable when it is imported. Without the variable, the kernels are compiled for sm_80 and sm_90, and their
 PTX runs in the simulator, benchmarks.proofs.ptxsim; with `-m gpu` they run on the GPU.
+
+Cases that an engine does not run (`only_cases` and the marks made with it) are deselected when they are collected.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,13 +34,64 @@ class Engine:
     @property
     def thorough(self) -> bool:
         """False for the simulator, which is slow: a test then runs a case or two of each kind."""
-        return not self.name.startswith("sm_")
+        return not _simulates(self.name)
+
+
+def _simulates(engine: str) -> bool:
+    return engine.startswith("sm_")
+
+
+def only_cases(wanted: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Run only those cases of a test for which `wanted` is true.
+
+    Args:
+        wanted: a function of any of the test's parameters, under their names; `engine` is the name of the engine.
+    """
+    return pytest.mark.only_cases(wanted=wanted)  # by name: a mark that is called with a function alone decorates it
+
+
+def simulator_runs(wanted: Callable[..., bool]) -> pytest.MarkDecorator:
+    """In the simulator, which is slow, run only those cases for which `wanted` is true; the other engines run all.
+
+    Args:
+        wanted: a function of any of the test's parameters, under their names.
+    """
+    return pytest.mark.simulator_runs(wanted=wanted)
+
+
+compiled_only = only_cases(lambda: not INTERPRETED)
+interpreted_only = only_cases(lambda: INTERPRETED)
+not_in_the_simulator = simulator_runs(lambda: False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, meaning in (("only_cases", "on every engine"), ("simulator_runs", "in the simulator")):
+        config.addinivalue_line("markers", f"{mark}(wanted): run only those cases for which wanted is true, {meaning}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
-        names = ["interpreter"] if INTERPRETED else ["sm_80", "sm_90", pytest.param("cuda", marks=pytest.mark.gpu)]
-        metafunc.parametrize("engine", names, indirect=True)
+        names = ["interpreter"] if INTERPRETED else ["sm_80", "sm_90"]
+        engines: list[Any] = [*names]
+        if not INTERPRETED and metafunc.config.option.markexpr.startswith("gpu"):  # otherwise no GPU is seen
+            engines.append(pytest.param("cuda", marks=pytest.mark.gpu))
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the cases that the marks above leave out."""
+    kept = [item for item in items if _is_wanted(item)]
+    if left_out := set(items).difference(kept):
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = kept
+
+
+def _is_wanted(item: pytest.Item) -> bool:
+    case = item.callspec.params if hasattr(item, "callspec") else {}
+    wanted = [mark.kwargs["wanted"] for mark in item.iter_markers("only_cases")]
+    if _simulates(case.get("engine", "")):
+        wanted += [mark.kwargs["wanted"] for mark in item.iter_markers("simulator_runs")]
+    return all(function(**{name: case[name] for name in inspect.signature(function).parameters}) for function in wanted)
 
 
 @pytest.fixture

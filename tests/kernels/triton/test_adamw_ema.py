@@ -13,7 +13,7 @@ from torch import Tensor
 from fastjepa_kernels.adamw_ema import adamw_ema_
 from fastjepa_kernels.reference import adamw_ema_reference
 from tests.kernels.accuracy import assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine
+from tests.kernels.triton.conftest import Engine, compiled_only, interpreted_only, simulator_runs
 
 HYPER: dict[str, Any] = {
     "step": 7,
@@ -74,26 +74,21 @@ def assert_updated(state: dict[str, Any], before: dict[str, Any], **hyper: Any) 
         assert_guard_stands(tensor)
 
 
+@simulator_runs(lambda n: n in (17, BLOCK, BLOCK + 1))
 @pytest.mark.parametrize("n", [1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, 1000])
 def test_weights_moments_and_average_follow_adamw(engine: Engine, n: int) -> None:
-    if not engine.thorough and n not in (17, BLOCK, BLOCK + 1):
-        pytest.skip("slow in the simulator")
     state = state_of(n, engine)
     before = {name: x.clone() for name, x in state.items()}
     adamw_ema_(**state, **HYPER)
     assert_updated(state, before, **HYPER)
 
 
+@simulator_runs(lambda grad_dtype, copy_dtype: grad_dtype == copy_dtype)
 @pytest.mark.parametrize("copy_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_half_precision_gradients_are_scaled_in_fp32_and_the_copies_are_the_rounded_results(
     engine: Engine, grad_dtype: torch.dtype, copy_dtype: torch.dtype
 ) -> None:
-    if not engine.thorough and (grad_dtype, copy_dtype) not in (
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
-    ):
-        pytest.skip("slow in the simulator")
     n = BLOCK + 17
     state = state_of(n, engine, grad_dtype)
     before = {name: x.clone() for name, x in state.items()}
@@ -180,9 +175,8 @@ def test_a_momentum_next_to_one_keeps_its_digits(engine: Engine) -> None:
     assert ema.item() == pytest.approx(1e-7, rel=1e-6)
 
 
+@compiled_only
 def test_new_hyper_parameters_and_sizes_need_no_new_compilation(engine: Engine) -> None:
-    if INTERPRETED:
-        pytest.skip("the interpreter compiles nothing")
     from fastjepa_kernels.triton_kernels import adamw_ema as module
 
     def variants() -> int:
@@ -206,7 +200,7 @@ def test_empty_tensors_are_left_alone(engine: Engine) -> None:
     adamw_ema_(empty, empty, empty.clone(), empty.clone(), empty.clone(), **HYPER)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
+@interpreted_only  # the contract does not depend on the engine
 def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
     from fastjepa_kernels.triton_kernels.adamw_ema import adamw_ema_op
 
@@ -217,10 +211,7 @@ def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
     torch.library.opcheck(adamw_ema_op, (*state[:4], None, None, None, *numbers, *numbers[:2], 0.9, 0.999, 1e-8))
 
 
-compiled = pytest.mark.skipif(INTERPRETED, reason="looks at compiled code")
-
-
-@compiled
+@compiled_only
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
     """An element takes 38 bytes with both copies, and an instruction moves 4 elements per thread."""
@@ -245,7 +236,7 @@ def test_each_byte_is_moved_once_in_the_widest_accesses(target: str) -> None:
     assert update["global_requests"] == {"load": (5 + 6) * warps, "store": 6 * warps}
 
 
-@compiled
+@compiled_only
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp_path: Path) -> None:
     """Run the last two programs of such a launch, on sparse files of which only the touched pages exist."""
@@ -274,7 +265,7 @@ def test_elements_beyond_two_to_the_31_are_addressed_in_64_bits(target: str, tmp
 
 
 @pytest.mark.gpu
-@compiled
+@compiled_only
 def test_a_replayed_graph_sees_new_hyper_parameters() -> None:
     engine = Engine("cuda", torch.device("cuda"))
     state = state_of(BLOCK + 3, engine)

@@ -15,10 +15,14 @@ from fastjepa_kernels import Ragged
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.reference import block_attention_reference
 from tests.kernels.accuracy import RAGGED_LENGTHS, assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
-
-compiled_only = pytest.mark.skipif(INTERPRETED, reason="looks at compiled code")
-interpreted_only = pytest.mark.skipif(not INTERPRETED, reason="does not depend on how the kernels are carried out")
+from tests.kernels.triton.conftest import (
+    Engine,
+    IdleKernel,
+    compiled_only,
+    interpreted_only,
+    only_cases,
+    simulator_runs,
+)
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 
@@ -79,10 +83,9 @@ LENGTHS = {name: lengths for name, lengths in RAGGED_LENGTHS.items() if sum(leng
 LENGTHS["longer than a program takes whole"] = [5, 131, 0, 1]
 
 
+@simulator_runs(lambda case: case not in ("one sequence", "equal", "around a block"))
 @pytest.mark.parametrize("case", LENGTHS)
 def test_ragged_sequences(engine: Engine, case: str) -> None:
-    if not engine.thorough and case in ("one sequence", "equal", "around a block"):
-        pytest.skip("for the interpreter")
     lengths = ragged(LENGTHS[case])
     check(engine, lengths, lengths, random_inputs(lengths, lengths, 32))
 
@@ -92,25 +95,23 @@ HALF = [(head_dim, torch.bfloat16) for head_dim in (8, 24, 32, 40, 64, 80, 88, 1
 SINGLE = [(24, torch.float32), (80, torch.float32)]
 
 
+# The tiles of a head are the same in all kernels, so few head dims get a sequence too long to be taken whole.
+@only_cases(lambda longest, head_dim, dtype: longest == 19 or (head_dim, dtype) in [(80, torch.bfloat16), *SINGLE[1:]])
+@simulator_runs(lambda head_dim, dtype: (head_dim, dtype) in [*HALF[5:7], HALF[-1], SINGLE[0]])
 @pytest.mark.parametrize(("head_dim", "dtype"), HALF + SINGLE)
 @pytest.mark.parametrize("longest", [19, 129])
 def test_head_dims_and_dtypes(engine: Engine, longest: int, head_dim: int, dtype: torch.dtype) -> None:
-    if longest > 19 and (head_dim, dtype) not in [(80, torch.bfloat16), *SINGLE[1:]]:
-        pytest.skip("the tiles of a head are the same in all kernels")
-    if not engine.thorough and (head_dim, dtype) not in [*HALF[5:7], HALF[-1], SINGLE[0]]:
-        pytest.skip("for the interpreter")
     lengths = ragged([3, longest])
     check(engine, lengths, lengths, random_inputs(lengths, lengths, head_dim, dtype, heads=1))
 
 
+@simulator_runs(lambda queries: len(queries) != 2)
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [([2, 3, 0, 2, 4], [9, 33, 4, 0, 4]), ([40, 1], [3, 20]), ([3, 0, 35, 2], [140, 3, 36, 0])],
     ids=["fewer", "more", "tiled"],
 )
 def test_queries_that_are_not_the_keys(engine: Engine, queries: list[int], keys: list[int]) -> None:
-    if not engine.thorough and len(queries) == 2:
-        pytest.skip("for the interpreter")
     few, many = ragged(queries), ragged(keys)
     check(engine, few, many, random_inputs(few, many, 24, heads=1))
 
@@ -150,10 +151,9 @@ def _rows_of_odd_stride(x: Tensor) -> Tensor:
     return wide[:, 1:-2].unflatten(1, x.shape[1:])
 
 
+@simulator_runs(lambda lay_out: lay_out is _rows_of_odd_stride)  # the others are copied before the kernels see them
 @pytest.mark.parametrize("lay_out", [_every_second_column, _heads_first, _rows_of_odd_stride])
 def test_any_strides(engine: Engine, lay_out: Callable[[Tensor], Tensor]) -> None:
-    if not engine.thorough and lay_out is not _rows_of_odd_stride:
-        pytest.skip("copied before the kernels see it")
     lengths = ragged([5, 18])
     inputs = [lay_out(x) for x in random_inputs(lengths, lengths, 24)]
     assert not any(x.is_contiguous() for x in inputs)
@@ -243,10 +243,8 @@ def test_no_sequence_at_all_gives_zeros(engine: Engine) -> None:
     assert not torch.autograd.grad(out.sum(), qkv)[0].any()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter copies whole tensors")
+@only_cases(lambda engine: engine.startswith("sm_"))  # the interpreter copies whole tensors, a GPU takes gigabytes
 def test_rows_past_two_to_the_31_elements_are_found(engine: Engine) -> None:
-    if engine.thorough:
-        pytest.skip("takes gigabytes of a real device")
     first, length, heads, head_dim, stride = 136, 3, 2, 16, 2**24 - 8  # the largest stride that is not copied
     assert first * stride > 2**31
     rows = first + length

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa_kernels import MaskRules, PackedMasks, mask_sampling
 from fastjepa_kernels.reference import mask_sampling_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
+from tests.kernels.triton.conftest import Engine, IdleKernel, compiled_only, not_in_the_simulator, simulator_runs
 from tests.support.mask_rules import MODES, STRATEGIES, TIED_SAMPLE, assert_same_masks, hard_rules, mask_rules
 
 SEED, STEP = 2**63 + 12345, 2**32 - 2
@@ -39,19 +39,17 @@ def check(engine: Engine, rules: MaskRules, samples: list[int], seed: int = SEED
     return masks
 
 
+@simulator_runs(lambda strategy, mode: (strategy, mode) in zip(STRATEGIES, [*MODES, "official"], strict=True))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_masks_equal_those_of_the_plain_loop(engine: Engine, strategy: str, mode: str) -> None:
-    if not engine.thorough and (strategy, mode) not in zip(STRATEGIES, [*MODES, "official"], strict=True):
-        pytest.skip("slow in the simulator")
     check(engine, mask_rules(strategy, mode, 5, 7), SAMPLES[:3])
 
 
+@simulator_runs(lambda grid, strategy: (grid, strategy) == ((14, 14), "multiblock"))
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("grid", [(2, 2), (2, 9), (14, 14), (16, 16), (11, 33)])
 def test_masks_on_any_grid(engine: Engine, grid: tuple[int, int], strategy: str) -> None:
-    if not engine.thorough and (grid, strategy) != ((14, 14), "multiblock"):
-        pytest.skip("slow in the simulator")
     check(engine, mask_rules(strategy, "budget", *grid, min_context=max(grid[0] * grid[1] // 8, 1)), SAMPLES[:2])
 
 
@@ -60,10 +58,9 @@ def test_masks_on_large_grids(engine: Engine, grid: tuple[int, int]) -> None:
     check(engine, mask_rules("multiblock", "budget", *grid), SAMPLES[:1])
 
 
+@simulator_runs(lambda num_target_blocks: num_target_blocks == 7)
 @pytest.mark.parametrize("num_target_blocks", [1, 2, 7, 30])
 def test_any_number_of_target_blocks(engine: Engine, num_target_blocks: int) -> None:
-    if not engine.thorough and num_target_blocks != 7:
-        pytest.skip("slow in the simulator")
     check(engine, mask_rules("multiblock", "official", 5, 5, num_target_blocks=num_target_blocks), SAMPLES[:2])
 
 
@@ -96,9 +93,8 @@ def test_the_earlier_patch_wins_where_two_words_are_equal(engine: Engine) -> Non
     check(engine, mask_rules("random", "ragged", 14, 14, target_count=49), [TIED_SAMPLE], seed=0, step=0)
 
 
+@not_in_the_simulator
 def test_masks_of_130_images(engine: Engine) -> None:
-    if not engine.thorough:
-        pytest.skip("slow in the simulator")
     check(engine, mask_rules("block", "official", 4, 5), [*range(130)])
 
 
@@ -158,7 +154,7 @@ def test_nothing_is_read_back_to_the_host(engine: Engine, mode: str, monkeypatch
         int(masks.sizes[0, 0])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@compiled_only
 def test_steps_share_the_compiled_kernels() -> None:
     """No number that differs between the steps of a run leads to a compilation of its own."""
     from benchmarks.proofs.aot.launches import recorded
@@ -173,9 +169,8 @@ def test_steps_share_the_compiled_kernels() -> None:
     assert len({id(launch.kernel) for launch in launches}) == 3
 
 
+@not_in_the_simulator
 def test_the_operator_keeps_pytorchs_contract(engine: Engine) -> None:
-    if not engine.thorough:
-        pytest.skip("the interpreter has seen it")
     from fastjepa_kernels.triton_kernels.mask_sampling import _mask_sampling
 
     strategy, mode, *numbers = astuple(mask_rules("multiblock", "official", 3, 4, num_target_blocks=2))

@@ -15,7 +15,14 @@ from torch import Tensor
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather
 from fastjepa_kernels.reference import gather_add_reference, gather_patches_reference, masked_gather_reference
 from tests.kernels.accuracy import assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
+from tests.kernels.triton.conftest import (
+    Engine,
+    IdleKernel,
+    compiled_only,
+    interpreted_only,
+    not_in_the_simulator,
+    simulator_runs,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,6 +98,9 @@ def test_single_channel_images_without_normalisation_are_copied(engine: Engine) 
 # (D, row stride): a power of two; blocks of columns; a last block that is not full; unaligned rows; parts of wider rows.
 WIDTHS = [(64, 64), (384, 384), (40, 40), (5, 7), (96, 288)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+simulator_runs_one_width_per_dtype = simulator_runs(
+    lambda width, dtype: (width, dtype) in [(384, torch.bfloat16), (5, torch.float32), (96, torch.float16)]
+)
 
 
 def rows_of(num_rows: int, width: int, stride: int, dtype: torch.dtype) -> Tensor:
@@ -110,18 +120,18 @@ def assert_gather_and_gradient(engine: Engine, rows: Tensor, indices: Tensor, *,
     assert_close_to_reference(grad.cpu(), *truths)
 
 
+@simulator_runs_one_width_per_dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "stride"), WIDTHS)
 @pytest.mark.parametrize("unique", [True, False])
 def test_rows_are_gathered_and_their_gradients_added(
     engine: Engine, width: int, stride: int, dtype: torch.dtype, unique: bool
 ) -> None:
-    if not engine.thorough and (width, dtype) not in [(384, torch.bfloat16), (5, torch.float32), (96, torch.float16)]:
-        pytest.skip("slow in the simulator")
     indices = torch.tensor([6, 0, 3, 2] if unique else [6, 0, 3, 3, 0, 3, 6, 3])  # rows 1, 4, 5 are not used
     assert_gather_and_gradient(engine, rows_of(7, width, stride, dtype), indices, unique=unique)
 
 
+@simulator_runs(lambda runs: runs == [65, 127, 1, 128])
 @pytest.mark.parametrize(
     "runs",
     [[64], [63, 1], [1, 64, 63], [65, 127, 1, 128], [0, 300, 0, 2], [40, 200]],
@@ -129,8 +139,6 @@ def test_rows_are_gathered_and_their_gradients_added(
 )
 def test_long_runs_are_added_by_chunks(engine: Engine, runs: list[int]) -> None:
     """Row r is used runs[r] times; a chunk has 64 entries."""
-    if not engine.thorough and runs != [65, 127, 1, 128]:
-        pytest.skip("slow in the simulator")
     indices = torch.arange(len(runs)).repeat_interleave(torch.tensor(runs))
     shuffled = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
     assert_gather_and_gradient(engine, rows_of(len(runs), 32, 32, torch.float32), shuffled)
@@ -152,13 +160,12 @@ def test_an_expanded_upstream_gradient_is_accepted(engine: Engine, unique: bool)
     assert torch.equal(grad.cpu(), torch.tensor([1.0, 0.0, 1.0])[:, None].expand(3, 8))
 
 
+@simulator_runs_one_width_per_dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "stride"), WIDTHS)
 def test_positions_are_added_and_the_gradient_passes_through(
     engine: Engine, width: int, stride: int, dtype: torch.dtype
 ) -> None:
-    if not engine.thorough and (width, dtype) not in [(384, torch.bfloat16), (5, torch.float32), (96, torch.float16)]:
-        pytest.skip("slow in the simulator")
     tokens, table = rows_of(5, width, stride, dtype), rows_of(3, width, stride, dtype)
     positions = torch.tensor([0, 2, 2, 1, 0])
     leaf = tokens.to(engine.device).requires_grad_()
@@ -186,11 +193,10 @@ def test_no_tokens_have_no_positions(engine: Engine) -> None:
     assert out.shape == (0, 8)
 
 
+@not_in_the_simulator
 @given(st.data())
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_indices_and_strides_do(engine: Engine, data: st.DataObject) -> None:
-    if not engine.thorough:
-        pytest.skip("slow in the simulator")
     num_rows, width, gap = (data.draw(st.integers(low, high)) for low, high in ((1, 9), (1, 40), (0, 9)))
     indices = torch.tensor(data.draw(st.lists(st.integers(0, num_rows - 1), max_size=20)), dtype=torch.int64)
     unique = len(indices.unique()) == len(indices)
@@ -203,7 +209,7 @@ def test_float64_images_are_refused(engine: Engine) -> None:
         gather_patches(images, None, 2, dtype=torch.float32)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
+@interpreted_only  # the contracts do not depend on the engine
 def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
     ops = import_module("fastjepa_kernels.triton_kernels.masked_gather")
     rows, indices = torch.randn(4, 8, dtype=torch.float64), torch.tensor([3, 0, 3])
@@ -226,8 +232,6 @@ def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
 
 @pytest.fixture(params=["sm_80", "sm_90"])
 def counts(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
-    if INTERPRETED:
-        pytest.skip("for the simulator")
     from benchmarks.proofs.aot.launches import simulated
 
     with simulated(request.param) as launches:
@@ -238,6 +242,7 @@ def sectors(launch: Any) -> tuple[int, int]:
     return launch["global_sectors"]["load"], launch["global_sectors"]["store"]
 
 
+@compiled_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_is_read_once_and_written_once(counts: list[Any], dtype: torch.dtype) -> None:
     tokens, width, blocks = 21, 768, 3
@@ -254,6 +259,7 @@ def test_a_row_is_read_once_and_written_once(counts: list[Any], dtype: torch.dty
     assert gather["global_requests"]["store"] == tokens * row_sectors // 16
 
 
+@compiled_only
 @pytest.mark.parametrize(
     ("source", "target", "sectors_per_line"),
     [

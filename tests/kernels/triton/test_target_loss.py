@@ -13,7 +13,7 @@ from torch import Tensor
 from fastjepa_kernels.reference import target_loss_reference
 from fastjepa_kernels.target_loss import target_loss
 from tests.kernels.accuracy import assert_close_to_reference
-from tests.kernels.triton.conftest import INTERPRETED, Engine, IdleKernel
+from tests.kernels.triton.conftest import Engine, IdleKernel, compiled_only, interpreted_only, simulator_runs
 
 KINDS: list[dict[str, Any]] = [
     {},
@@ -61,10 +61,9 @@ def assert_loss_and_gradient(
     assert_close_to_reference(grad.cpu(), grads[0].to(predictions.dtype), grads[1], floor=floors[1])
 
 
+@simulator_runs(lambda kind: kind in (KINDS[1], KINDS[4]))
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_kind_of_loss_follows_its_plain_twin(engine: Engine, kind: dict[str, Any]) -> None:
-    if not engine.thorough and kind not in (KINDS[1], KINDS[4]):
-        pytest.skip("slow in the simulator")
     features, rows = 3 * torch.randn(4, 40) + 1, torch.tensor([0, 3, 3, 1, 0, 2])
     assert_loss_and_gradient(engine, 2 * torch.randn(6, 40), features, rows, **kind)
 
@@ -78,16 +77,18 @@ DTYPES = [
 ]
 
 
+SIMULATED = [
+    (7, torch.float32, torch.float32),
+    (384, torch.bfloat16, torch.bfloat16),
+    (384, torch.float32, torch.bfloat16),
+]
+
+
 # Widths: one column, unaligned, one block, a last block that is not full, several blocks; 192 to 1408 are ViT-Ti to ViT-g.
+@simulator_runs(lambda width, predictions, features: (width, predictions, features) in SIMULATED)
 @pytest.mark.parametrize("width", [1, 7, 64, 100, 192, 384, 768, 1280, 1408])
 @pytest.mark.parametrize(("predictions", "features"), DTYPES)
 def test_dtypes_and_widths(engine: Engine, predictions: torch.dtype, features: torch.dtype, width: int) -> None:
-    if not engine.thorough and (width, predictions, features) not in [
-        (7, torch.float32, torch.float32),
-        (384, torch.bfloat16, torch.bfloat16),
-        (384, torch.float32, torch.bfloat16),
-    ]:
-        pytest.skip("slow in the simulator")
     far_from_0 = (5 + torch.randn(9, width)).to(features)  # the mean square less the squared mean would cancel
     assert_loss_and_gradient(engine, torch.randn(12, width).to(predictions), far_from_0, torch.arange(12) % 5 * 2)
 
@@ -126,7 +127,7 @@ def test_float64_features_are_refused(engine: Engine) -> None:
         target_loss(features.float(), features, None)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the operators' contracts do not depend on the engine")
+@interpreted_only  # the contracts do not depend on the engine
 def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
     ops = import_module("fastjepa_kernels.triton_kernels.target_loss")
     predictions, features, rows = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8), torch.tensor([3, 0, 3])
@@ -139,7 +140,7 @@ def test_the_operators_keep_pytorchs_contracts(engine: Engine) -> None:
         torch.library.opcheck(ops._target_loss_backward, (*saved, "smooth_l1", normalize, 1.0))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="counts are the simulator's")
+@compiled_only
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_row_is_read_once_and_only_the_gradient_is_written(target: str, dtype: torch.dtype) -> None:

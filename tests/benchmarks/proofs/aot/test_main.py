@@ -11,6 +11,8 @@ from benchmarks.proofs.aot import limits
 from benchmarks.proofs.aot.__main__ import main
 from benchmarks.proofs.aot.limits import Limits
 
+pytestmark = pytest.mark.processes
+
 
 def test_the_report_of_one_operation_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ops", "adamw_ema", "--targets", "sm_80", "--jobs", "1", "--output", str(tmp_path)]
