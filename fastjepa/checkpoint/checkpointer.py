@@ -1,4 +1,4 @@
-"""When and how checkpoints are saved: in the background where that is safe, and which older ones are kept."""
+"""Decides when and how checkpoints are saved (in the background where that is safe) and which older ones are kept."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastjepa import distributed
 from fastjepa.checkpoint import writer
-from fastjepa.checkpoint.format import GIB, RunState, latest_for_message, newest_first, step_of
+from fastjepa.checkpoint.format import RunState, latest_for_message, newest_first, step_of
 from fastjepa.checkpoint.writer import Snapshot
 from fastjepa.errors import CheckpointError
-from fastjepa.host import free_memory
+from fastjepa.host import GIB, free_memory
 from fastjepa.optim.sharded_state import ShardedState
 
 logger = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ class Checkpointer:
     """Saves checkpoints below `folder`, one at a time. All ranks hold one and make the same calls.
 
     Args:
-        keep_last: this many newest ones are kept,
-        keep_every: and all whose step is a multiple of this; None: no others.
-        asynchronous: copy the state to host memory and write it in a thread while training goes on. Without enough free
-            memory for the copy, training waits instead, which is logged once.
+        keep_last: how many of the newest ones are kept.
+        keep_every: those whose step is a multiple of this are kept as well; None: no others.
+        asynchronous: copy the state to host memory and write it in a thread while training goes on. If there is too little
+            free memory for the copy, training waits instead, which is logged once.
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int | None, asynchronous: bool) -> None:
@@ -38,17 +38,17 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._pinned: dict[str, Tensor] = {}
-        # The thread's messages must not come between those of training: they have a group of their own.
+        # The thread has a process group of its own, so that its messages do not come between those of training.
         self._group = distributed.control_group("checkpoints")
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits for a save that goes on, whatever ends the run."""
+        """Wait for a save that is going on, whatever ends the run."""
         try:
             self.wait()
-        except RuntimeError as error:  # messages failed: a rank is gone. What ended the run counts
+        except RuntimeError as error:  # messages failed because a rank is gone; the error that ended the run counts
             if kind is None:
                 raise
             logger.error("the save that was going on failed: %s", distributed.reason_of(error))
@@ -79,7 +79,7 @@ class Checkpointer:
             raise error
 
     def wait(self) -> None:
-        """Until no save is going on. One that failed is logged, here and not in its thread, so that it is seen in order."""
+        """Wait until no save is going on. A failed save is logged here, not in its thread, so that it is seen in order."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -100,7 +100,7 @@ class Checkpointer:
             if distributed.rank() == 0:
                 logger.info("checkpoint %s", path)
                 self._delete_old(path)
-        except Exception as error:  # noqa: BLE001  # of a thread: the next wait() raises it
+        except Exception as error:  # noqa: BLE001  # this is a thread: the next wait() raises it
             self._error = error
 
     def _delete_old(self, newest: Path) -> None:
@@ -115,11 +115,11 @@ class Checkpointer:
             if self._keep_every is None or step % self._keep_every:
                 try:
                     writer.delete(path)
-                except OSError as error:  # of no harm to what is kept, and tried again at the next save
+                except OSError as error:  # harms nothing that is kept, and is tried again at the next save
                     logger.warning("could not delete checkpoint %s: %s", path, error)
 
     def _fits(self, size: int) -> bool:
-        """Whether copies of all ranks' states fit into the memory of their machines; the same answer on all ranks."""
+        """True if copies of all ranks' states fit into the memory of their machines: the same answer on all ranks."""
         machines: dict[str, tuple[int, int]] = {}
         for host, needed, free in distributed.gather_objects((socket.gethostname(), size, free_memory())):
             before = machines.get(host, (0, free))

@@ -1,14 +1,14 @@
-"""Checkpoints: what one is, which is the newest, and how it is read: verified by checksum, without unpickling.
+"""The format of checkpoints, and how one is found and read: verified by checksum, without unpickling.
 
     checkpoints/step_00001000/index.json               step, configuration, data set, where every element lies
     checkpoints/step_00001000/rank_00000.safetensors   that rank's share of weights, moments and EMA, fp32
-    checkpoints/step_00001000/model.safetensors        the weights of all three networks, fp32, for users
-    checkpoints/step_00001000/SHA256SUMS               of all of these, as `sha256sum -c SHA256SUMS` checks them
+    checkpoints/step_00001000/model.safetensors        weights and position tables of all networks, fp32, for users
+    checkpoints/step_00001000/SHA256SUMS               checksums of these files, for `sha256sum -c SHA256SUMS`
     checkpoints/latest                                 the name of the newest complete checkpoint
 
-A checkpoint is read at any world size and ZeRO stage, whatever wrote it. Only JSON and safetensors are read, so one from a
-stranger cannot run code. DeepSpeed's own checkpoints are pickles, and are neither written nor read.
-`fastjepa.checkpoint.writer` writes them, `fastjepa.checkpoint.checkpointer` says when.
+A checkpoint is read at any world size and ZeRO stage, whatever wrote it. Only JSON and safetensors are read, so that a
+checkpoint from a stranger cannot run code. DeepSpeed's own checkpoints are pickles and are neither written nor read.
+`writer` writes checkpoints, `checkpointer` decides when, `restore` loads one into an engine, `resume` chooses which.
 """
 
 from __future__ import annotations
@@ -28,22 +28,16 @@ from torch import Tensor
 
 from fastjepa import __version__
 from fastjepa.errors import CheckpointError, DamagedCheckpointError
+from fastjepa.host import GIB
 
 FORMAT = 2
-
-
 INDEX, MODEL, SUMS, LATEST = "index.json", "model.safetensors", "SHA256SUMS", "latest"
-
-
-GIB = 2**30
-
-
-MAX_TEXT_BYTES = GIB  # an index of 1,000 ranks has 0.1 GiB; a stranger's must not fill the memory
+MAX_TEXT_BYTES = GIB  # the index of 1,000 ranks has 0.1 GiB; one from a stranger must not fill the memory
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run needs besides weights and optimizer state to continue exactly."""
+    """The facts that a run needs, besides weights and optimizer state, to continue exactly."""
 
     step: int
     """Optimizer steps done."""
@@ -52,7 +46,7 @@ class RunState:
     dataset: dict[str, Any]
     """Size and fingerprint of the training images."""
     parts: dict[str, str] = field(default_factory=dict)
-    """What each part of the model is: "trained", or "EMA of" another part; and which one is evaluated."""
+    """The role of each part of the model: "trained", or "EMA of" another part; and which one is evaluated."""
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -104,7 +98,10 @@ def latest_for_message(folder: Path) -> str:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Where a checkpoint waits while another of the same step takes its place: a kill between the two renames loses none."""
+    """The name under which a checkpoint waits while another of the same step takes its place.
+
+    A kill between the two renames loses neither.
+    """
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
 
 
@@ -210,7 +207,7 @@ def _are_shards(value: Any) -> bool:
 def _is_shard(value: Any) -> bool:
     match value:
         case {"file": str(file), "bytes": size, "pieces": list(pieces)}:
-            # A bare name: a checkpoint must not have files elsewhere read.
+            # Only a bare name is valid, so that a checkpoint cannot have files elsewhere read.
             return Path(file).name == file and _is_count(size) and all(_is_piece(piece, size) for piece in pieces)
     return False
 
@@ -229,11 +226,12 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "dataset": lambda value: isinstance(value, dict),
     "parameters": _are_shapes,
     "shards": _are_shards,
+    "parts": lambda value: value is None or isinstance(value, dict),  # 0.1.0 wrote none
 }
 
 
 class Reader:
-    """Any range of any parameter's state, from whichever shards hold it.
+    """Reads any range of any parameter's state from the shards that hold it.
 
     Raises:
         CheckpointError: the shards do not hold every element of every parameter exactly once.
@@ -256,10 +254,12 @@ class Reader:
         self._files: dict[str, Any] = {}
 
     def find(self, name: str, kind: str, start: int, out: Tensor) -> list[tuple[Tensor, Callable[[], Tensor]]]:
-        """Where elements start... of the parameter's `kind` (weight, exp_avg or exp_avg_sq) come from: checked, not read.
+        """Find the elements from `start` on of a parameter's `kind` (weight, exp_avg or exp_avg_sq), as many as `out` has.
+
+        They are checked, but not read yet.
 
         Returns:
-            Parts of the 1-D `out`, and for each what reads its values.
+            Parts of the 1-D `out`, and for each a function that reads its values.
         """
         parts = []
         for piece_start, numel, file, number, offset in self._where.get(name, []):
@@ -285,12 +285,15 @@ class Reader:
 
 
 def load_weights(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """One part of the model as a state dict, fp32: prefix context_encoder, target_encoder (the EMA) or predictor.
+    """Load one part of the model as a state dict, fp32.
+
+    Args:
+        prefix: the name of the part; of I-JEPA context_encoder, target_encoder (the EMA) or predictor.
 
     Raises:
         CheckpointError: the checkpoint is damaged or has no such part.
     """
-    read_index(checkpoint)  # of a format that is known
+    read_index(checkpoint)  # refuses a format that is not known
     check_sums(checkpoint, [MODEL])
     path = checkpoint / MODEL
     try:

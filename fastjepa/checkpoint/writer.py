@@ -1,6 +1,6 @@
-"""Writes checkpoints (`fastjepa.checkpoint` says what they are): atomically, each rank its own share.
+"""Writes checkpoints (`fastjepa.checkpoint.format`) atomically, each rank its own share.
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed: it is there as a whole or not at all.
+A checkpoint is written into a hidden folder, flushed to disk and renamed, so that it is there as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastjepa import __version__, distributed
-from fastjepa.checkpoint.format import FORMAT, GIB, INDEX, LATEST, MODEL, SUMS, Reader, RunState, set_aside, sha256
+from fastjepa.checkpoint.format import FORMAT, INDEX, LATEST, MODEL, SUMS, Reader, RunState, set_aside, sha256
 from fastjepa.errors import CheckpointError, describe_error
+from fastjepa.host import GIB
 from fastjepa.optim.sharded_state import ShardedState
 
 SPACE_MARGIN = 1.05
@@ -30,24 +31,26 @@ SPACE_MARGIN = 1.05
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that this rank has to write of one checkpoint."""
+    """Everything that this rank has to write of one checkpoint."""
 
     state: RunState
     updates: int
     """Optimizer steps that were applied."""
     parameters: dict[str, list[int]]
+    """The shapes of parameters and state buffers, by name."""
     tensors: dict[str, Tensor]
-    """Flat fp32 tensors, by their names in the shard; none where another rank writes the same."""
+    """Flat fp32 tensors by their names in the shard. It is empty where another rank writes the same."""
     pieces: list[tuple[int, str, int, int, int]]
-    """Number of the tensor, parameter, its first element there, elements, first element in the tensor."""
+    """A tuple per run of elements: number of the tensor, name of the parameter, first element in the parameter, number of
+    elements, first element in the tensor."""
     constants: Mapping[str, Tensor] = field(default_factory=dict)
-    """Buffers that are never trained, fp32 on the CPU: for model.safetensors alone."""
+    """Buffers that are never trained, fp32 on the CPU. Only model.safetensors holds them."""
     arrived: torch.cuda.Event | None = None
-    """Of a copy that is still on its way from the GPU: then the tensors can be read."""
+    """Set for a copy that is still on its way from the GPU: after this event the tensors can be read."""
 
     @classmethod
     def of(cls, sharded: ShardedState, state: RunState) -> Snapshot:
-        """The state of training now, in the memory of training."""
+        """The state of training now. The tensors are those of training, not copies."""
         written = [piece for piece in sharded.pieces() if piece.written]
         distinct = {id(piece.tensor): piece.tensor for piece in written}
         numbers = {identity: number for number, identity in enumerate(distinct)}
@@ -59,13 +62,14 @@ class Snapshot:
         return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces, sharded.constants)
 
     def copied(self, pinned: dict[str, Tensor]) -> Snapshot:
-        """The same in host memory of its own, so that training may go on.
+        """A copy in host memory, so that training may go on.
 
-        The host does not wait for a GPU's tensors: they arrive in the order of the current stream, before what is queued
-        there next, such as the step after, can change them.
+        The host does not wait for a GPU's tensors. They are copied in the order of the current stream, before the next step,
+        which is queued behind, can change them.
 
         Args:
-            pinned: page-locked memory for them, by name, which is added to: it is slow to get, so keep it for the next copy.
+            pinned: page-locked memory for the copies, by name. Missing entries are added: the memory is slow to get, so keep
+                it for the next copy.
         """
         tensors, arrived = {}, None
         for name, tensor in self.tensors.items():
@@ -81,7 +85,7 @@ class Snapshot:
         return replace(self, tensors=tensors, arrived=arrived)
 
     def bytes_to_copy(self, pinned: dict[str, Tensor]) -> int:
-        """Host memory that `copied` takes besides `pinned`. Page-locked, PyTorch takes powers of two."""
+        """Bytes of host memory that `copied` takes besides `pinned`. PyTorch rounds page-locked memory to powers of two."""
         new = {name: tensor for name, tensor in self.tensors.items() if name not in pinned}
         return sum(1 << (x.nbytes - 1).bit_length() if x.is_cuda else x.nbytes for x in new.values())
 
@@ -115,11 +119,11 @@ def write(folder: Path, snapshot: Snapshot, group: ProcessGroup | None = None) -
     rank = distributed.rank()
 
     def on_every_rank(action: Callable[[], Any]) -> Any:
-        """`action` on every rank that has one; its failure anywhere is raised everywhere."""
+        """Run `action` on every rank; if it fails on one, raise on all of them."""
         result = error = cause = None
         try:
             result = action()
-        except Exception as problem:  # noqa: BLE001  # of any kind: the other ranks wait
+        except Exception as problem:  # noqa: BLE001  # whatever it is: the other ranks wait
             error, cause = describe_error(problem), problem
         errors = {rank: e for rank, e in enumerate(distributed.gather_objects(error, group)) if e is not None}
         if errors:
@@ -206,7 +210,7 @@ def _write_model(checkpoint: Path, index: dict[str, Any], constants: Mapping[str
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader needs to build the encoder and to feed it, in metadata of its own: the file is enough then."""
+    """Sizes and image format in metadata of their own, so that the file is enough to build an encoder and to feed it."""
     keys = {
         "model": ("name", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size"),
         "data": ("image_size", "in_channels", "mean", "std"),
@@ -220,8 +224,8 @@ def _write_tensors(
 ) -> str:
     """Write a safetensors file of fp32 tensors, and return its SHA-256.
 
-    safetensors' own writer needs all tensors at once, has to be read again for the checksum, and lets nobody but the
-    owner read the file.
+    safetensors' own writer is not used: it needs all tensors at once, its file has to be read again for the checksum, and
+    nobody but the owner may read that file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -242,7 +246,7 @@ def _write_tensors(
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What killed saves and deletions left behind; a checkpoint that was set aside and not replaced is put back."""
+    """Delete what killed saves and deletions left behind. A checkpoint that was set aside and not replaced is put back."""
     for path in folder.glob(".step_*"):
         final = folder / path.stem.removeprefix(".")
         if path.suffix == ".replaced" and not final.exists():
@@ -252,7 +256,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def delete(checkpoint: Path) -> None:
-    """At once, for readers: it is renamed first."""
+    """Delete a checkpoint. It is renamed first, so that a reader never sees a half-deleted one."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
@@ -267,7 +271,7 @@ def _fsync(path: Path) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Atomically: a reader sees the old text or the new."""
+    """Write a file atomically: a reader sees the old text or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,4 +1,4 @@
-"""How the global batch of an optimizer step is shared out over ranks and micro batches."""
+"""Shares the global batch of an optimizer step out over ranks and micro batches."""
 
 from __future__ import annotations
 

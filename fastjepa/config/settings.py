@@ -54,7 +54,7 @@ def require_range(key: str, value: Pair, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from and how they are cropped (no other augmentation: paper, section 4)."""
+    """The source of the images and their crops. There is no other augmentation (paper, section 4)."""
 
     source: str = "fashion_mnist"
     """A folder of images, tar shards (WebDataset), Arrow or Parquet files (Hugging Face), a text file that lists images, or
@@ -153,7 +153,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learnt. Each method has a dataclass of its own, derived from this one, in its room of fastjepa.objectives."""
+    """The method that is learnt. Each has a dataclass derived from this one, in its room of fastjepa.objectives."""
 
     name: str
     """The method: ijepa."""
@@ -263,7 +263,7 @@ class Config:
     checkpoint_interval: int = 1000
     """Steps between two checkpoints; one is always written at the end."""
     keep_last: int = 3
-    """How many of the newest checkpoints are kept."""
+    """Number of the newest checkpoints that are kept."""
     keep_every: int | None = None
     """Checkpoints whose step is a multiple of this are kept as well; null: no others."""
     async_checkpoint: bool = True

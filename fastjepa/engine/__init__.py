@@ -1,1 +1,1 @@
-"""How a step is carried out: plain PyTorch, or DeepSpeed ZeRO, which no other room knows, behind the same interface."""
+"""Carries out the steps of a run: plain PyTorch, or DeepSpeed ZeRO, which no other room knows, behind one interface."""

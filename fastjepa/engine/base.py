@@ -49,11 +49,11 @@ class Engine(ShardedState):
         return self._grad_norm.item()
 
     def skipped_in_a_row(self) -> Tensor:
-        """How many of the last optimizer steps, up to now, changed nothing: int64 [], not read back."""
+        """The number of optimizer steps in a row, up to now, that changed nothing: int64 [], not read back."""
         return self._skipped_in_a_row.clone()
 
     def _count_skipped(self) -> None:
-        """After an optimizer step, whose gradient norm is known."""
+        """Count on after an optimizer step, when its gradient norm is known."""
         self._skipped_in_a_row.add_(1).mul_(~self._grad_norm.isfinite())
 
     def _state_pieces(self, *, written: bool) -> list[Piece]:

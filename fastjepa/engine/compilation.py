@@ -24,13 +24,14 @@ from fastjepa_kernels.selection import triton_problem
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 16
-"""More than there are shape classes, in training and evaluation. What would need more is at fault: it is told, not slow."""
+"""Graphs of a block at most: more than there are shape classes in training and evaluation. More would mean a fault, which is
+then an error and not a slow run."""
 
 
 def compiles_blocks(
     config: Config, operations: Sequence[Operation], device: torch.device, zero_stage: int | None
 ) -> bool:
-    """Whether the blocks are to be compiled, which is logged, with the reason if they are not.
+    """Decide whether the blocks are compiled. The answer is logged, with the reason if they are not.
 
     Args:
         config: `compile` is what is asked for.

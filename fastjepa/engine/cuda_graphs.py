@@ -23,10 +23,10 @@ _Capture = Callable[[Callable[[], Output]], tuple[Callable[[], None], Output]]
 
 class _Captured(NamedTuple):
     inputs: list[Tensor]
-    """What a replay reads: the next batch is written there."""
+    """The tensors that a replay reads: the next batch is written there."""
     replay: Callable[[], None]
     output: Output
-    """What a replay writes."""
+    """The tensors that a replay writes."""
 
 
 class GraphedPasses:
@@ -45,7 +45,7 @@ class GraphedPasses:
         self._passes = passes
         self._capture = capture or _CUDACapture()
         self._captured: dict[object, _Captured | None] = {}
-        """By shape; None: seen once."""
+        """The graph of each shape; None: the shape was seen once."""
 
     def __call__(self, batch: Prepared) -> Output:
         inputs = batch.tensors()

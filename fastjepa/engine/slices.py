@@ -1,4 +1,4 @@
-"""A micro batch on a CPU, a few images at a time: less memory, and more of what passes between two layers in the caches.
+"""Computes a micro batch on a CPU a few images at a time: less memory, and activations stay in the caches.
 
 The gradients are those of the whole micro batch: the loss of each slice counts by its share. A GPU takes the micro batch
 whole, because it needs the parallelism.
@@ -19,7 +19,7 @@ are slower, because their products are small."""
 
 
 def slice_size(images: int, per_image: float) -> int:
-    """How many of a micro batch's images are computed at a time, if each takes so many bytes of activations."""
+    """Number of images that are computed at a time, if each takes so many bytes of activations."""
     return -(-images // max(1, round(images * per_image / _ACTIVATIONS)))
 
 

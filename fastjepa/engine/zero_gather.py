@@ -1,4 +1,4 @@
-"""After a step of ZeRO 1 or 2 the updated weights travel between the ranks while the next step computes.
+"""Gathers the weights that a step of ZeRO 1 or 2 updated while the next step computes.
 
 DeepSpeed gathers all weights at the end of its step and waits for them. Here each parameter group is gathered by an
 asynchronous collective, in the optimizer's order, and each part of the model waits for its own groups when it computes:
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class WeightGather:
     """Takes the place of DeepSpeed's gather within `launched_by_step`.
 
-    Should another version of DeepSpeed not call what is replaced, it has gathered the weights itself: the result is the
-    same, later. That is logged.
+    If a version of DeepSpeed does not call the function that is replaced, it has gathered the weights itself: the result is
+    the same, later, which is logged.
 
     Args:
         zero: DeepSpeed's optimizer of stage 1 or 2.
@@ -44,7 +44,7 @@ class WeightGather:
 
     @contextmanager
     def launched_by_step(self) -> Iterator[None]:
-        """Around DeepSpeed's step: it returns when the gathers are under way."""
+        """Enter this around DeepSpeed's step, which then returns when the gathers are under way."""
         self.wait()
         with gather_replaced_by(self._launch, self._zero):
             yield
@@ -53,7 +53,7 @@ class WeightGather:
             logger.warning("DeepSpeed's step does not call %s: it waits for the weights of the other ranks", GATHER)
 
     def wait(self) -> None:
-        """For all weights: before they are read other than by the modules' forward."""
+        """Wait for all weights. Call it before they are read other than by the modules' forward."""
         for part in self._pending:
             self._wait_for(part)
 

@@ -17,7 +17,7 @@ from fastjepa.errors import ConfigError
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher told this process."""
+    """The facts that the launcher told this process."""
 
     rank: int
     world_size: int

@@ -1,4 +1,4 @@
-"""How long the threads of OpenMP, which torch computes with on a CPU, spin while they wait for work."""
+"""Sets how long the threads of OpenMP, with which torch computes on a CPU, spin while they wait for work."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Card:
-    """What a rank tells rank 0 of itself."""
+    """The facts that a rank tells rank 0 of itself."""
 
     rank: int
     world_size: int
@@ -52,7 +52,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Answer:
-    """What rank 0 tells all ranks."""
+    """The answer of rank 0 to all ranks."""
 
     problem: str | None
     cards: int

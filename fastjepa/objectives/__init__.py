@@ -1,1 +1,1 @@
-"""What is learnt: one room per method, behind the contract of `fastjepa.objectives.base`."""
+"""The methods of pretraining, one room each, behind the contract of `fastjepa.objectives.base`."""

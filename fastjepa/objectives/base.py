@@ -111,7 +111,7 @@ class Prepared(ABC):
 
     @abstractmethod
     def lengths(self) -> Lengths:
-        """What the cost of this micro batch depends on, without its data."""
+        """The lengths of its sequences, on which its cost depends, without its data."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,13 @@ class Part(NamedTuple):
 
 
 def describe_parts(parts: Sequence[Part], evaluated: str) -> dict[str, str]:
-    """What each part is, in words, for those who read its weights."""
+    """Name the role of each part, for those who read its weights."""
     roles = {part.name: f"EMA of {part.averages}" if part.averages else "trained" for part in parts}
     return {name: f"{role}, evaluated" if name == evaluated else role for name, role in roles.items()}
 
 
 class Output(NamedTuple):
-    """What a forward pass returns."""
+    """The result of a forward pass."""
 
     loss: Tensor
     """A scalar in fp32: the mean over the micro batch."""
@@ -184,7 +184,7 @@ class Objective(nn.Module, ABC):
     @property
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:
-        """In the order in which the forward pass needs their weights; a part that averages another comes after it."""
+        """The networks, in the order in which the forward pass needs their weights; an average comes after its source."""
 
     @abstractmethod
     def compute(self, batch: Any) -> Output:

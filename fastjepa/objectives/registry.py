@@ -1,4 +1,4 @@
-"""The methods that there are, by `objective.name`. A new one is a room of this folder and a line of `_METHODS`.
+"""Finds methods by `objective.name`. A new one is a room of this folder and a line of `_METHODS`.
 
 Modules of a method are imported when it is asked for: a run pays for its own only.
 """
@@ -18,7 +18,7 @@ from fastjepa.objectives.base import Method, Objective
 
 
 class _Entry(NamedTuple):
-    """Where the classes of a method are: `module:name`, or the classes themselves."""
+    """The classes of a method, or `module:name` of where they are."""
 
     settings: str | type[ObjectiveConfig]
     method: str | type[Method]

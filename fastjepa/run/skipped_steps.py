@@ -16,7 +16,7 @@ from fastjepa.run.folder import RunFolder
 
 
 class _Step(NamedTuple):
-    """What may have to be said of a step. Losses and count are on the device."""
+    """The facts of a step that a report may need. Losses and count are on the device."""
 
     number: int
     samples: Sequence[npt.NDArray[np.int64]]
@@ -45,7 +45,7 @@ class SkippedSteps:
         self._recent.append(_Step(step, samples, losses, skipped_in_a_row))
 
     def look(self, done: int) -> tuple[int, str | None]:
-        """How many of the last steps were skipped, read back from the device; the same on all ranks, which all call it.
+        """Count the last steps that were skipped. All ranks call it, and get the same; the count is read back from the device.
 
         Args:
             done: steps so far.

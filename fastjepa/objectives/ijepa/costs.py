@@ -1,4 +1,4 @@
-"""What a training step of I-JEPA costs, by formula: parameters, arithmetic, activation bytes.
+"""The cost of a training step of I-JEPA, by formula: arithmetic and bytes of activations.
 
 All of it is arithmetic on a `Config`: no model is built and no GPU is looked at. Tests hold it to the real model.
 """
@@ -30,9 +30,9 @@ class Tokens(NamedTuple):
     predictor: float
     predictor_squares: float
     predictor_target_pairs: float
-    """Pairs of a target token and a token of its sequence."""
+    """Pairs of a target token and a token of its predictor sequence."""
     predictor_distinct: float
-    """Context tokens, and the mask tokens of all positions, which the images of a micro batch share."""
+    """Context tokens, plus the mask tokens of all positions, which the images of a micro batch share."""
 
 
 class MaskLengths(NamedTuple):
@@ -68,8 +68,10 @@ class MaskLengths(NamedTuple):
 
 @functools.lru_cache
 def sample_tokens(masks: MaskConfig, grid_h: int, grid_w: int) -> tuple[Tokens, Tokens]:
-    """Mean over 64 steps, and the step with the largest predictor, from the sampler itself: block sizes are drawn per
-    step, so some steps are heavier than others."""
+    """The mean over 64 steps, and the step with the largest predictor, from the sampler itself.
+
+    Block sizes are drawn per step, so some steps are heavier than others.
+    """
     steps, indices = 64, torch.arange(128)
     batches = (sample_masks(masks, grid_h, grid_w, seed=0, step=step, sample_indices=indices) for step in range(steps))
     sampled = [MaskLengths.of(batch).tokens() for batch in batches]
@@ -78,15 +80,15 @@ def sample_tokens(masks: MaskConfig, grid_h: int, grid_w: int) -> tuple[Tokens, 
 
 
 class Flops(NamedTuple):
-    """Of the forward pass, per image: matrix products only; a multiplication and an addition count as two."""
+    """FLOPs of the forward pass per image: matrix products only; a multiplication and an addition count as two."""
 
     target: float
     context: float
     predictor: float
     ends: float
-    """Embedding and projection of the predictor: never recomputed."""
+    """Embedding and projection of the predictor, which are never recomputed."""
     embedding: float
-    """Of the context encoder: nor that, and pixels need no gradient."""
+    """Patch embedding of the context encoder, which is not recomputed either; pixels need no gradient."""
 
 
 def forward_flops(config: Config, tokens: Tokens) -> Flops:
@@ -123,7 +125,7 @@ def forward_flops(config: Config, tokens: Tokens) -> Flops:
 
 
 def step_flops(config: Config, tokens: Tokens, *, recomputed: bool = True) -> float:
-    """Of one training step: target forward, three times context and predictor (four with activation checkpointing).
+    """FLOPs of one training step per image: target forward, three times context and predictor (four if recomputed).
 
     Args:
         recomputed: count what activation checkpointing computes again. Utilisation (MFU) is reckoned without it.
@@ -134,7 +136,7 @@ def step_flops(config: Config, tokens: Tokens, *, recomputed: bool = True) -> fl
 
 
 def kept_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) -> float:
-    """Activations that are kept for the backward pass, per image.
+    """Bytes of activations per image that are kept for the backward pass.
 
     A block keeps, per token and in units of the width: its input, norm1, q, k, v, the attention's output, the sum, norm2,
     and the MLP's hidden layer before and after GELU, 8 + 2 ratio in all; statistics of LayerNorm and softmax in fp32.
@@ -179,8 +181,11 @@ def kept_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) ->
 
 
 def activation_bytes(config: Config, tokens: Tokens, *, bf16: bool, autocast: bool) -> float:
-    """Per image of a micro batch at the worst moment: what is kept, and the gradients within one block's MLP (with
-    activation checkpointing, all of one block); or the forward pass of the target encoder."""
+    """Bytes of activations per image at the worst moment of a step.
+
+    That is either what is kept plus the gradients within one block's MLP (with activation checkpointing, within one whole
+    block), or the forward pass of the target encoder.
+    """
     size, width = config.model.size, IJEPAConfig.of(config).predictor_embed_dim
     low, dim, ratio = _BF16 if bf16 else _FP32, size.embed_dim, size.mlp_ratio
     kept = kept_bytes(config, tokens, bf16=bf16, autocast=autocast)

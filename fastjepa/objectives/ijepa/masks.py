@@ -65,7 +65,8 @@ class MaskBatch:
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
     def tensors(self) -> list[Tensor]:
-        """What the forward pass reads, but for the union of target blocks, whose size varies: CUDA graphs go without it."""
+        """The tensors that the forward pass reads, except the union of target blocks: it varies in size, and CUDA graphs
+        run without it."""
         return [
             self.context_indices,
             self.context_lengths.cu_seqlens,
