@@ -45,7 +45,7 @@ class SkippedSteps:
         self._recent.append(_Step(step, samples, losses, skipped_in_a_row))
 
     def look(self, done: int) -> tuple[int, str | None]:
-        """Count the last steps that were skipped. All ranks call it, and get the same; the count is read back from the device.
+        """Count the last steps that were skipped, read back from the device. All ranks call it, and get the same.
 
         Args:
             done: steps so far.
