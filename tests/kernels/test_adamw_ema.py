@@ -13,7 +13,7 @@ from fastjepa_kernels import request
 from fastjepa_kernels.adamw_ema import adamw_ema_
 from fastjepa_kernels.reference import adamw_ema_reference
 from fastjepa_kernels.selection import apex_problem
-from tests.kernels.accuracy import assert_close_to_reference
+from tests.support.accuracy import assert_close_to_reference
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "ema_momentum": 0.99}
 

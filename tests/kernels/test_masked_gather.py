@@ -19,7 +19,7 @@ from fastjepa_kernels.reference import (
     masked_gather_reference,
     patchify_reference,
 )
-from tests.kernels.accuracy import assert_close_to_reference
+from tests.support.accuracy import assert_close_to_reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

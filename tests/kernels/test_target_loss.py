@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastjepa_kernels.reference import target_loss_reference
 from fastjepa_kernels.target_loss import target_loss
-from tests.kernels.accuracy import assert_close_to_reference
+from tests.support.accuracy import assert_close_to_reference
 
 KINDS: list[dict[str, Any]] = [
     {},

@@ -1,4 +1,4 @@
-"""Rules of masks for tests: of every kind, on any grid."""
+"""Mask rules for tests, of every strategy and mode on any grid, and the comparison of masks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ STRATEGIES = ("multiblock", "block", "random", "rasterized")
 MODES = ("ragged", "official", "budget")
 
 TIED_SAMPLE = 126_224
-"""With seed 0 and step 0 its 49th and 50th smallest position words of 196 are equal."""
+"""A sample index whose 49th and 50th smallest of 196 position words are equal, with seed 0 and step 0."""
 
 
 def mask_rules(
     strategy: str, mode: str, grid_h: int, grid_w: int, *, num_target_blocks: int = 4, **other: Any
 ) -> MaskRules:
-    """Blocks of about a third of the grid's height and width, and a context block that leaves a row and a column free."""
+    """Rules with blocks of about a third of the grid's height and width, and a context block that leaves a row and a column.
+
+    `other` replaces fields of the rules.
+    """
     kind: Any = strategy
     any_mode: Any = mode
     reach_h, reach_w = (grid_h - 1, grid_w - 1) if mode == "official" else (grid_h, grid_w)
@@ -42,12 +45,12 @@ def mask_rules(
 
 
 def hard_rules(mode: str) -> MaskRules:
-    """On a 7x8 grid: most contexts are too small, so that target blocks are given up."""
+    """Rules on a 7x8 grid that leave most contexts too small, so that target blocks are given up."""
     return mask_rules("multiblock", mode, 7, 8, target_h=3, target_w=3, context_h=6, context_w=7, min_context=19)
 
 
 def assert_same_masks(masks: PackedMasks, expected: PackedMasks) -> None:
-    """In every entry; those beyond the true sizes are 0."""
+    """Assert that `masks` equal `expected` in every entry, and are 0 beyond the true sizes."""
     wrong = []
     for name, got, want in zip(PackedMasks._fields, masks, expected, strict=True):
         beyond = len(want) if name.endswith(("indices", "rows")) else len(got)

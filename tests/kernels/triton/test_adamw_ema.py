@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastjepa_kernels.adamw_ema import adamw_ema_
 from fastjepa_kernels.reference import adamw_ema_reference
-from tests.kernels.accuracy import assert_close_to_reference
 from tests.kernels.triton.conftest import Engine, compiled_only, interpreted_only, simulator_runs
+from tests.support.accuracy import assert_close_to_reference
 
 HYPER: dict[str, Any] = {
     "step": 7,

@@ -14,7 +14,6 @@ import fastjepa_kernels.triton_kernels.block_attention as triton_attention
 from fastjepa_kernels import Ragged
 from fastjepa_kernels.block_attention import block_attention, block_attention_packed
 from fastjepa_kernels.reference import block_attention_reference
-from tests.kernels.accuracy import RAGGED_LENGTHS, assert_close_to_reference
 from tests.kernels.triton.conftest import (
     Engine,
     IdleKernel,
@@ -23,6 +22,7 @@ from tests.kernels.triton.conftest import (
     only_cases,
     simulator_runs,
 )
+from tests.support.accuracy import RAGGED_LENGTHS, assert_close_to_reference
 
 pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 

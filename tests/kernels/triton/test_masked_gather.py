@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fastjepa_kernels.masked_gather import gather_add, gather_patches, masked_gather
 from fastjepa_kernels.reference import gather_add_reference, gather_patches_reference, masked_gather_reference
-from tests.kernels.accuracy import assert_close_to_reference
 from tests.kernels.triton.conftest import (
     Engine,
     IdleKernel,
@@ -23,6 +22,7 @@ from tests.kernels.triton.conftest import (
     not_in_the_simulator,
     simulator_runs,
 )
+from tests.support.accuracy import assert_close_to_reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

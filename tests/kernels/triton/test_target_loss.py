@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastjepa_kernels.reference import target_loss_reference
 from fastjepa_kernels.target_loss import target_loss
-from tests.kernels.accuracy import assert_close_to_reference
 from tests.kernels.triton.conftest import Engine, IdleKernel, compiled_only, interpreted_only, simulator_runs
+from tests.support.accuracy import assert_close_to_reference
 
 KINDS: list[dict[str, Any]] = [
     {},
