@@ -102,7 +102,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         return
     emulation: AbstractContextManager[object]
     if name == "interpreter":
-        from tests.kernels.triton import bf16_interpreter
+        from tests.support import bf16_interpreter
 
         bf16_interpreter.install()
         emulation = emulated_triton()
