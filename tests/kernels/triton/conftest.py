@@ -64,11 +64,6 @@ interpreted_only = only_cases(lambda: INTERPRETED)
 not_in_the_simulator = simulator_runs(lambda: False)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    for mark, meaning in (("only_cases", "on every engine"), ("simulator_runs", "in the simulator")):
-        config.addinivalue_line("markers", f"{mark}(wanted): run only those cases for which wanted is true, {meaning}")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "engine" in metafunc.fixturenames:
         names = ["interpreter"] if INTERPRETED else ["sm_80", "sm_90"]
