@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from benchmarks.launch import launch
-from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
@@ -35,6 +34,7 @@ from fastjepa.engine.base import resolve_precision
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.slices import slice_size
 from fastjepa.errors import FastjepaError
+from fastjepa.host import MIB
 from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.plan import zero
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches

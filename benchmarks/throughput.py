@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.units import MIB
 from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
@@ -33,7 +32,7 @@ from fastjepa.data import ImageDataset, Loader, open_dataset, steps_per_epoch
 from fastjepa.engine.base import resolve_precision
 from fastjepa.engine.build import build_engine
 from fastjepa.errors import ConfigError, FastjepaError
-from fastjepa.host import GIB, free_memory
+from fastjepa.host import GIB, MIB, free_memory
 from fastjepa.objectives.registry import build_objective, load_config, method_of
 from fastjepa.profiling import (
     Ceilings,
@@ -46,9 +45,10 @@ from fastjepa.profiling import (
 )
 from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, figures, format_profile
+from fastjepa.profiling.timing import NOISE
 from fastjepa.run.folder import explain_write_errors
 
-GAIN = 1.05
+GAIN = 1 + NOISE
 """A larger micro batch counts as a gain if its images/s exceed all before it by this factor."""
 LARGEST = 4096
 """Images of the largest micro batch that is tried."""

@@ -65,6 +65,8 @@ class Trainer:
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self._data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
         self.start_step = resume(config, folder, engine, self._data, self.total_steps)
+        taken = self.schedule.at(0).keys() & method.scalars(Moment(0, self.steps_per_epoch, self.total_steps)).keys()
+        assert not taken, f"the method's scalars have names of the schedule: {taken}"
         self._parts = describe_parts(engine.model.parts, self.method.evaluated)
         self._profile = profile
         self._checkpointer = Checkpointer(

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.loader.contestants import DALI_ON_GPU, OURS, open_loader, problem_with
 from benchmarks.loader.photographs import make_photographs
-from benchmarks.units import MIB
 from fastjepa.config import Config, DataConfig
+from fastjepa.host import MIB
 from fastjepa.objectives.ijepa.settings import IJEPAConfig
 
 

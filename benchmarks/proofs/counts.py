@@ -44,11 +44,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 import fastjepa_kernels
 from benchmarks.launch import ROOT, launch
-from benchmarks.units import MIB
 from fastjepa.config import Config, DataConfig, ModelConfig
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.torch_engine import TorchEngine
+from fastjepa.host import MIB
 from fastjepa.objectives.ijepa.block_sizes import MaskConfig
 from fastjepa.objectives.ijepa.masks import MaskBatch, sample_masks
 from fastjepa.objectives.ijepa.objective import MaskedImages

@@ -8,7 +8,7 @@ from typing import Any
 from fastjepa.doctor.diagnosis import Finding, Level
 from fastjepa.doctor.host_facts import HostFacts
 from fastjepa.doctor.probe_process import Outcome
-from fastjepa.host import GIB
+from fastjepa.host import GIB, MIB
 
 INSTALL = "pip install -c constraints.txt -e '.[dali]'"
 # Some runs do without these requirements; without any other, no run starts.
@@ -17,7 +17,7 @@ _OPTIONAL = ("deepspeed", "triton")
 _MAX_DALI_DIFFERENCE = {"cpu": 0.3, "cuda": 1.5}
 # Relative difference between the fp32 losses of two steps. TF32 matrix products stay below it, a wrong kernel does not.
 _MAX_LOSS_DIFFERENCE = 1e-2
-_DOCKER_SHM = 64 * 2**20  # bytes of /dev/shm in a Docker container, unless it is started with another size
+_DOCKER_SHM = 64 * MIB  # bytes of /dev/shm in a Docker container, unless it is started with another size
 _PLAIN_KERNELS = "kernels.OPERATION=torch (block_attention: padded)"
 
 

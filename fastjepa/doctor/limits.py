@@ -9,7 +9,7 @@ from typing import Literal
 from fastjepa.config import Config
 from fastjepa.config.batch_sizes import BatchSizes
 from fastjepa.engine.slices import slice_size
-from fastjepa.host import GIB
+from fastjepa.host import GIB, MIB
 from fastjepa.plan.planner import Plan, communication, memory_formula
 from fastjepa.plan.zero import Stage, largest_micro_batch, parameters_of
 
@@ -197,4 +197,4 @@ def format_rate(rate: float) -> str:
 
 def format_bytes(number: float) -> str:
     """Write bytes in GiB, or in MiB below a tenth of a GiB."""
-    return f"{number / GIB:.1f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"
+    return f"{number / GIB:.1f} GiB" if number >= GIB / 10 else f"{number / MIB:.1f} MiB"

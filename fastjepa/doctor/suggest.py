@@ -16,8 +16,9 @@ from fastjepa.errors import ConfigError
 from fastjepa.objectives.registry import method_of
 from fastjepa.plan.planner import memory_formula, recommend
 from fastjepa.plan.zero import STAGES, Stage, largest_micro_batch
+from fastjepa.profiling.timing import NOISE
 
-_MIN_GAIN = 1.05  # a smaller gain is within the error of measurements this short
+_MIN_GAIN = 1 + NOISE
 _DS_CONFIG = "--ds_config"
 
 _Section = TypeVar("_Section")

@@ -8,8 +8,9 @@ from typing import Any
 from fastjepa.config import Config
 from fastjepa.host import MIB
 from fastjepa.profiling.steps import StepProfile
+from fastjepa.profiling.timing import NOISE
 
-KNEE = 0.95
+KNEE = 1 - NOISE
 """Share of the best images/s at which a larger micro batch is no longer worth its memory."""
 
 

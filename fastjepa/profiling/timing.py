@@ -12,6 +12,8 @@ import torch
 from fastjepa.host import cpu_name
 from fastjepa.plan.datasheets import DEVICES
 
+NOISE = 0.05
+"""Share of a speed below which a difference is within the error of measurements of seconds."""
 _CACHE_BYTES = 256 << 20  # more than any GPU's last-level cache; written before each run, so that the run starts cold
 
 
