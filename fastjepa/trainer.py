@@ -25,7 +25,7 @@ from fastjepa.profiling import DEFAULT_STEPS, StepProfile, StepProfiler
 from fastjepa.profiling.output import write_report
 from fastjepa.profiling.report import Report, format_profile
 from fastjepa.run.folder import RunFolder, explain_write_errors
-from fastjepa.run.meter import Meter
+from fastjepa.run.meter import Meter, join
 from fastjepa.run.metrics_file import MetricsFile
 from fastjepa.run.progress import Progress
 from fastjepa.run.skipped_steps import SkippedSteps
@@ -65,8 +65,6 @@ class Trainer:
         self.schedule = Schedule(config.optim, self.steps_per_epoch, self.total_steps)
         self._data = {"images": len(dataset), "fingerprint": dataset.fingerprint}
         self.start_step = resume(config, folder, engine, self._data, self.total_steps)
-        taken = self.schedule.at(0).keys() & method.scalars(Moment(0, self.steps_per_epoch, self.total_steps)).keys()
-        assert not taken, f"the method's scalars have names of the schedule: {taken}"
         self._parts = describe_parts(engine.model.parts, self.method.evaluated)
         self._profile = profile
         self._checkpointer = Checkpointer(
@@ -107,16 +105,17 @@ class Trainer:
             for step in range(self.start_step, self.total_steps):
                 values = self.schedule.at(step)
                 set_schedule(engine.param_groups, values)
-                values |= self.method.scalars(Moment(step, self.steps_per_epoch, self.total_steps))
+                scalars = self.method.scalars(Moment(step, self.steps_per_epoch, self.total_steps))
                 samples, losses = [], []
                 for _ in range(self.sizes.accum):
                     watchdog.at(f"step {step}, waiting for data")
                     batch = self._next(batches, meter)
                     watchdog.at(f"step {step}, training")
-                    loss, signals = engine.micro_step(batch.prepared)
+                    output = engine.micro_step(batch.prepared)
                     samples.append(batch.sample_ids)
-                    losses.append(loss)
-                    meter.update(loss, signals, images=batch.prepared.num_images, counts=batch.prepared.counts)
+                    losses.append(output.loss)
+                    prepared = batch.prepared
+                    meter.update(output.loss, output.signals, images=prepared.num_images, counts=prepared.counts)
                 self._skipped.note(step, samples, losses, engine.skipped_in_a_row())
                 progress.advance()
 
@@ -131,7 +130,7 @@ class Trainer:
                     if problem:
                         raise self._not_finite(problem)
                 if line_due:
-                    line = self._line(done, values, meter)
+                    line = self._line(done, join(values, scalars), meter)
                     if metrics is not None:
                         line["bad_samples"] = len(loader.bad_samples)
                         metrics.write(line)
@@ -201,14 +200,13 @@ class Trainer:
     def _line(self, done: int, values: dict[str, float], meter: Meter) -> dict[str, Any]:
         """One line of metrics: the means since the last one. Reads the loss back, so only when a line is due."""
         grad_norm = self.engine.grad_norm()
-        return {
-            "step": done,
-            "epoch": done / self.steps_per_epoch,
-            **values,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no infinity
-            **meter.summary(),
-            "skipped_steps": done - self.engine.optimizer.updates,
-        }
+        return join(
+            {"step": done, "epoch": done / self.steps_per_epoch},
+            values,
+            {"grad_norm": grad_norm if math.isfinite(grad_norm) else None},  # JSON has no infinity
+            meter.summary(),
+            {"skipped_steps": done - self.engine.optimizer.updates},
+        )
 
     def _watchdog(self) -> Watchdog:
         return Watchdog(self.folder.heartbeats, self.config.hang_timeout)

@@ -13,7 +13,7 @@ from fastjepa.checkpoint import restore
 from fastjepa.checkpoint.format import RunState, latest, newest_first
 from fastjepa.config import Config
 from fastjepa.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from fastjepa.objectives.registry import config_from_record
+from fastjepa.objectives.registry import config_from_record, method_of
 from fastjepa.optim.sharded_state import ShardedState
 from fastjepa.run.folder import RunFolder
 
@@ -40,7 +40,7 @@ HARMLESS = frozenset(
         "kernels",
     }
 )
-"""Settings that cannot change what is learnt."""
+"""Settings that cannot change what is learnt, beside the method's `savings`."""
 
 
 def resume(config: Config, folder: RunFolder, sharded: ShardedState, dataset: Mapping[str, Any], total: int) -> int:
@@ -65,7 +65,7 @@ def resume(config: Config, folder: RunFolder, sharded: ShardedState, dataset: Ma
     if not sources:
         return 0
     source, state = _load_first_whole(sources, sharded)
-    changes = differences(state.config, config)
+    changes = distributed.gather_objects(differences(state.config, config) if first else [])[0]
     if changes and state.step >= total:
         raise CheckpointError(
             f"{folder.path} holds a complete run of other settings: {'; '.join(changes)}. Choose another output_dir"
@@ -131,18 +131,19 @@ def differences(before: Mapping[str, Any], now: Config) -> list[str]:
         old: Mapping[str, Any] = dataclasses.asdict(config_from_record(before).resolved())
     except ConfigError:  # written by a version with other settings: compare what can be compared
         old = before
-    return _differences(old, dataclasses.asdict(now.resolved()), "")
+    harmless = HARMLESS.union(method_of(now).savings)
+    return _differences(old, dataclasses.asdict(now.resolved()), "", harmless)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> list[str]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str, harmless: frozenset[str]) -> list[str]:
     plain: Callable[[Any], Any] = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731
     changes = []
     for key, value in new.items():
         name, before = prefix + key, old.get(key)
-        if name in HARMLESS:
+        if name in harmless:
             continue
         if isinstance(value, dict) and isinstance(before, dict):
-            changes += _differences(before, value, f"{name}.")
+            changes += _differences(before, value, f"{name}.", harmless)
         elif plain(before) != plain(value):
             changes.append(f"{name} was {plain(before)}, is {plain(value)}")
     return changes

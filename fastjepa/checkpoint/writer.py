@@ -59,7 +59,7 @@ class Snapshot:
             for kind, values in {"weight": tensor, **sharded.optimizer.moments(tensor)}.items():
                 tensors[f"{number}.{kind}"] = values.detach().view(-1)
         pieces = [(numbers[id(p.tensor)], p.name, p.start, p.numel, p.offset) for p in written]
-        return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces, sharded.constants)
+        return cls(state, sharded.optimizer.updates, sharded.shapes(), tensors, pieces, sharded.constants())
 
     def copied(self, pinned: dict[str, Tensor]) -> Snapshot:
         """A copy in host memory, so that training may go on.

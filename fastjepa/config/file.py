@@ -13,7 +13,7 @@ import logging
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, get_args, get_origin, get_type_hints
 
@@ -82,10 +82,14 @@ def _read(
     objective_class: Callable[[str], type[ObjectiveConfig]],
 ) -> Config:
     """The settings of YAML texts, each with the name of its source, the later in place of the earlier."""
-    name = _DEFAULT_OBJECTIVE
-    for text, _ in documents:
-        name = _objective_name(text) or name
-    objective = objective_class(name)
+    name, named_by = _DEFAULT_OBJECTIVE, "defaults"
+    for text, source in documents:
+        if (found := _objective_name(text)) is not None:
+            name, named_by = found, source
+    try:
+        objective = objective_class(name)
+    except ConfigError as error:
+        raise ConfigError(f"{named_by}: {error}") from error
     reader = _Reader({"objective": objective})
     reader.problems += problems
     for text, source in documents:
@@ -104,18 +108,14 @@ def _objective_name(text: str) -> str | None:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return None  # it is reported when the text is read
-    for path, node in _leaves(root):
-        if path == "objective.name" and isinstance(node, yaml.ScalarNode):
-            return str(node.value)
-    return None
+    name = _value_of(root, "objective.name") or _value_of(_value_of(root, "objective"), "name")
+    return str(name.value) if isinstance(name, yaml.ScalarNode) else None
 
 
-def _leaves(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Node]]:
-    """Dotted keys and their values."""
-    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
-        name = f"{prefix}{key.value}"
-        yield name, value
-        yield from _leaves(value, f"{name}.")
+def _value_of(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    """The last value of a key of a mapping; None if there is none."""
+    values = [value for own, value in node.value if own.value == key] if isinstance(node, yaml.MappingNode) else []
+    return values[-1] if values else None
 
 
 def dump_config(config: Config) -> str:

@@ -282,6 +282,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "a number in [0, 2^63)")
+        for key in ("output_dir", "resume"):
+            require(getattr(self, key) != "", key, "", "a path")
         for key in (
             "epochs",
             "global_batch_size",

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fastjepa import distributed
 from fastjepa.config import Config
 from fastjepa.objectives.base import Objective, Output, Prepared
 from fastjepa.optim.sharded_state import Piece, ShardedState
@@ -26,6 +28,7 @@ class Engine(ShardedState):
     def __init__(self, model: Objective, device: torch.device) -> None:
         self._model, self.device = model, device
         self._constants = _constants_of(model)  # now: an engine may cast the model's
+        self._statistics: dict[str, Tensor] = {}
         self._grad_norm = torch.zeros((), device=device)
         self._skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -52,17 +55,40 @@ class Engine(ShardedState):
         """The number of optimizer steps in a row, up to now, that changed nothing: int64 [], not read back."""
         return self._skipped_in_a_row.clone()
 
-    def _count_skipped(self) -> None:
-        """Count on after an optimizer step, when its gradient norm is known."""
-        self._skipped_in_a_row.add_(1).mul_(~self._grad_norm.isfinite())
+    def _add_statistics(self, statistics: Mapping[str, Tensor], share: float) -> None:
+        """Add those of a micro batch that is a `share` of the step."""
+        for name, value in statistics.items():
+            self._statistics[name] = self._statistics.get(name, 0) + share * value.float()
+
+    @torch.no_grad()
+    def _end_step(self) -> None:
+        """What follows an optimizer step, when its gradient norm is known."""
+        trained = self._grad_norm.isfinite()
+        self._skipped_in_a_row.add_(1).mul_(~trained)
+        if self._statistics:
+            values = list(self._statistics.values())
+            flat = torch.cat([value.reshape(-1) for value in values])
+            if (world := distributed.world_size()) > 1:
+                dist.all_reduce(flat)
+                flat /= world
+            means = [mean.view_as(v) for mean, v in zip(flat.split([v.numel() for v in values]), values, strict=True)]
+            state = self._model.state()
+            before = {name: buffer.clone() for name, buffer in state.items()}
+            self._model.update_state(dict(zip(self._statistics, means, strict=True)))
+            for name, buffer in state.items():
+                buffer.copy_(torch.where(trained, buffer, before[name]))
+            self._statistics = {}
 
     def _state_pieces(self, *, written: bool) -> list[Piece]:
         """The state buffers of the objective, which all ranks hold whole."""
         state = self._model.state()
         return [Piece(name, 0, buffer.numel(), buffer, 0, written) for name, buffer in state.items()]
 
-    @property
     def constants(self) -> Mapping[str, Tensor]:
+        buffers = dict(self._model.named_buffers())
+        for name, constant in self._constants.items():
+            if not torch.equal(buffers[name].cpu(), constant.to(buffers[name].dtype)):
+                raise TypeError(f"buffer {name} has changed in training: expected it in state(), or persistent=False")
         return self._constants
 
     @property
@@ -77,7 +103,7 @@ class Engine(ShardedState):
 
 def _constants_of(model: Objective) -> dict[str, Tensor]:
     """The persistent buffers of the model that are not trained, fp32 on the CPU."""
-    trained = {*dict(model.named_parameters()), *model.state()}
+    trained = {*dict(model.named_parameters(remove_duplicate=False)), *model.state()}
     return {
         name: tensor.detach().to("cpu", torch.float32, copy=True)
         for name, tensor in model.state_dict().items()
@@ -87,7 +113,7 @@ def _constants_of(model: Objective) -> dict[str, Tensor]:
 
 def detached(output: Output) -> Output:
     """The output of a forward pass, without its graph."""
-    return Output(output.loss.detach(), output.signals)
+    return output._replace(loss=output.loss.detach())
 
 
 def spoil_gradients_if_not_finite(loss: Tensor) -> Tensor:

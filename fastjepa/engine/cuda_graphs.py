@@ -49,7 +49,7 @@ class GraphedPasses:
 
     def __call__(self, batch: Prepared) -> Output:
         inputs = batch.tensors()
-        shape = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+        shape = (*batch.counts.items(), *((x.shape, x.stride(), x.dtype) for x in inputs))
         if shape not in self._captured:
             self._captured[shape] = None
             return self._passes(batch)
@@ -61,8 +61,8 @@ class GraphedPasses:
         with record_function("graph replay"):
             torch._foreach_copy_(captured.inputs, inputs)
             captured.replay()
-        loss, signals = captured.output
-        return Output(loss.clone(), {name: value.clone() for name, value in signals.items()})
+        loss, *others = captured.output
+        return Output(loss.clone(), *({name: value.clone() for name, value in each.items()} for each in others))
 
 
 class _CUDACapture:

@@ -41,6 +41,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(model, device)
         precision = resolve_precision(config, device)
         settings = read_ds_config(ds_config, config, sizes, distributed.world_size(), bf16=precision == torch.bfloat16)
+        self._accum = sizes.accum
         self._stage: int = settings["zero_optimization"]["stage"]
         if compiles_blocks(config, method.operations(precision), device, self._stage):
             compile_blocks(model, may_give_up=config.compile == "auto")
@@ -88,6 +89,7 @@ class DeepSpeedEngine(Engine):
 
     def micro_step(self, batch: Prepared) -> Output:
         output: Output = self._engine(batch, self._autocast)
+        self._add_statistics(output.statistics, 1 / self._accum)
         with record_function("backward"):
             self._engine.backward(spoil_gradients_if_not_finite(output.loss))
         is_last = self._engine.is_gradient_accumulation_boundary()
@@ -98,7 +100,7 @@ class DeepSpeedEngine(Engine):
             self._engine.step()
         if is_last:
             self._grad_norm = self._norm_of_this_step()
-            self._count_skipped()
+            self._end_step()
         return detached(output)
 
     @property

@@ -33,7 +33,7 @@ class SlicedPasses:
         self._method, self._bf16 = method, bf16
 
     def __call__(self, batch: Prepared) -> Output:
-        """Mean loss and signals of the micro batch; gradients are added to the parameters'."""
+        """Means over the micro batch; gradients are added to the parameters'."""
         tokens = batch.lengths().tokens()
         per_image = self._method.activation_bytes(tokens, bf16=self._bf16, autocast=self._bf16)
         size = slice_size(batch.num_images, per_image)
@@ -41,9 +41,11 @@ class SlicedPasses:
             return self._forward_and_backward(batch, 1.0)
         loss = torch.zeros(())
         signals: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         for part, share in batch.slices(size):
             output = self._forward_and_backward(part, share)
             loss += share * output.loss
-            for name, value in output.signals.items():
-                signals[name] = signals.get(name, 0) + share * value
-        return Output(loss, signals)
+            for sums, values in ((signals, output.signals), (statistics, output.statistics)):
+                for name, value in values.items():
+                    sums[name] = sums.get(name, 0) + share * value
+        return Output(loss, signals, statistics)

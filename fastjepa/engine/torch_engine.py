@@ -61,6 +61,7 @@ class TorchEngine(Engine):
 
     def micro_step(self, batch: Prepared) -> Output:
         output = self._passes(batch)
+        self._add_statistics(output.statistics, 1 / self._sizes.accum)
         self._micro_steps += 1
         if self._micro_steps % self._sizes.accum == 0:
             with record_function("optimizer"):
@@ -85,7 +86,7 @@ class TorchEngine(Engine):
         self._grad_norm = norm_of(self._grads)
         self.optimizer.step()
         torch._foreach_zero_(self._grads)
-        self._count_skipped()
+        self._end_step()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

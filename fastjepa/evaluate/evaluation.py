@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjepa_kernels
-from fastjepa.checkpoint.format import latest, load_weights
+from fastjepa.checkpoint.format import load_weights, newest_first
 from fastjepa.config import Config, DataConfig
 from fastjepa.data import ImageDataset, evaluation_batches, normalise, open_dataset
 from fastjepa.errors import CheckpointError, DataError
@@ -46,13 +46,18 @@ def load_encoder(run_folder: str | Path, part: str | None = None) -> nn.Module:
     """
     folder = RunFolder(run_folder)
     method = method_of(load_config(folder.config))
-    newest = latest(folder.checkpoints)
-    if newest is None:
+    checkpoints = newest_first(folder.checkpoints)
+    if not checkpoints:
         raise CheckpointError(f"{folder.path} holds no checkpoint: nothing to evaluate")
-    name = part or method.evaluated
-    weights = load_weights(newest, name)
-    encoder = build_objective(method).part(name)
-    missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    newest, name = checkpoints[0], part or method.evaluated
+    parts = {part.name: part.module for part in build_objective(method).parts}
+    if name not in parts:
+        raise CheckpointError(f"part {name}: expected one of {', '.join(parts)}")
+    encoder, weights = parts[name], load_weights(newest, name)
+    try:
+        missing, unexpected = encoder.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # it lists the tensors of other shapes
+        raise CheckpointError(f"{newest} is of another model than {folder.config}: {error}") from error
     buffers = {name for name, _ in encoder.named_buffers()}
     lacking = [name for name in missing if name not in buffers]  # older files hold no position tables: made anew
     if lacking or unexpected:

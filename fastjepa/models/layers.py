@@ -44,10 +44,11 @@ class Linear(nn.Linear):
         """Replace the computation of this layer, before the first step. Nothing else may change it.
 
         Args:
-            product: a function of input, weight and bias, called in place of `fastjepa_kernels.linear`.
-            weight_grad: the buffer of weight.grad, to which `fastjepa_kernels.linear` then adds.
+            product: a function of input, weight and bias, called in place of `fastjepa_kernels.linear`. None: as it is.
+            weight_grad: the buffer of weight.grad, to which `fastjepa_kernels.linear` then adds. None: as it is.
         """
-        self._product, self._weight_grad = product or self._product, weight_grad
+        self._product = product or self._product
+        self._weight_grad = self._weight_grad if weight_grad is None else weight_grad
 
     def forward(self, x: Tensor) -> Tensor:
         if self._weight_grad is not None:

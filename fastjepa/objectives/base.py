@@ -9,14 +9,26 @@ A method is a room of `fastjepa.objectives` with three things, which `registry` 
 Loader, engine, optimizer, checkpoint, trainer, profiling, plan and evaluation know these classes only. Nothing here is a
 plug-in system: a method is a folder and one line in the registry.
 
+Rules that no type states:
+
+- A forward pass uses weights by calling modules, never by reading a parameter of another module: ZeRO stage 3 gathers the
+  weights of a module when it is called.
+- A forward pass draws nothing at random and writes to nothing: random numbers belong into `prepare`, what is trained
+  without gradients into `update_state`. So a micro batch can be computed in slices, replayed and computed again.
+- Its launches depend on the shapes of `tensors()` and on `counts` only, or the settings refuse `compile: cuda_graphs`.
+- A trained part is trained whole: what stays fixed is a buffer, which is the same at every step.
+- Settings are frozen dataclasses of plain values. `build` also works under `torch.device("meta")`.
+
 Shapes: B images of a micro batch.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -107,7 +119,11 @@ class Prepared(ABC):
 
     @abstractmethod
     def slices(self, num_images: int) -> Iterator[tuple[Self, float]]:
-        """Parts of up to `num_images` images each, and the weight of each part's loss in the loss of the whole."""
+        """Parts of up to `num_images` images each, and the weight of each part's loss in the loss of the whole.
+
+        Weights sum to 1. A loss that is no such mean (it compares the images of a micro batch, say) has one slice:
+        `(self, 1.0)`.
+        """
 
     @abstractmethod
     def lengths(self) -> Lengths:
@@ -176,6 +192,8 @@ class Output(NamedTuple):
     """A scalar in fp32: the mean over the micro batch."""
     signals: Mapping[str, Tensor]
     """Scalars by name, detached, on the device: means over the micro batch. Nobody reads them before a line is due."""
+    statistics: Mapping[str, Tensor] = MappingProxyType({})
+    """Tensors by name, detached: means over the micro batch, of which `Objective.update_state` gets the mean of the step."""
 
 
 class Objective(nn.Module, ABC):
@@ -193,9 +211,19 @@ class Objective(nn.Module, ABC):
     def state(self) -> dict[str, Tensor]:
         """Buffers that are trained without gradients (a centre, say), by their names in `state_dict()`.
 
-        They are fp32, the same on all ranks, written to in place, and are checkpointed.
+        They are fp32, the same on all ranks, and are checkpointed.
         """
         return {}
+
+    def update_state(self, statistics: Mapping[str, Tensor]) -> None:
+        """Write to the buffers of `state()`, in place. Called after an optimizer step, if there are statistics.
+
+        What it writes is undone, without reading anything back, if the step was skipped.
+
+        Args:
+            statistics: those of `Output`: means over all micro batches and ranks of the step, fp32.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has statistics, and no update_state")
 
     def forward(self, batch: Prepared, autocast: torch.dtype | None = None) -> Output:
         """`compute`, under autocast to the given dtype.
@@ -214,6 +242,44 @@ class Objective(nn.Module, ABC):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Parameters that get gradients: those of the parts that are no averages."""
         return [p for part in self.parts if part.averages is None for p in part.module.parameters()]
+
+
+def check_objective(objective: Objective, evaluated: str) -> None:
+    """Hold networks to the contract of `Objective`.
+
+    Raises:
+        TypeError: they break it; one problem a line.
+    """
+    parts = {part.name: part for part in objective.parts}
+    problems = [] if evaluated in parts else [f"evaluated part {evaluated}: expected one of {', '.join(parts)}"]
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for name, part in parts.items():
+        if getattr(objective, name, None) is not part.module:
+            problems.append(f"part {name}: expected the module to be the attribute of that name")
+        shapes[name] = {n: p.shape for n, p in part.module.named_parameters()}
+        if part.averages is None:
+            fixed = [n for n, p in part.module.named_parameters() if not p.requires_grad]
+            problems += [f"{name}.{n} needs no gradient: make it a buffer, or its module no part" for n in fixed]
+        elif shapes.get(part.averages) != shapes[name]:
+            problems.append(
+                f"part {name}: expected {part.averages} before it, with parameters of the same names and shapes"
+            )
+    owners = Counter(id(p) for part in parts.values() for p in part.module.parameters())
+    for name, parameter in objective.named_parameters():
+        if owners[id(parameter)] != 1:
+            problems.append(f"{name} is in {owners[id(parameter)]} parts: expected one")
+    state = objective.state()
+    saved = objective.state_dict()
+    for name, buffer in objective.named_buffers():
+        if name in state and (buffer is not state[name] or buffer.dtype != torch.float32):
+            problems.append(f"state buffer {name}: expected the objective's own, in fp32")
+        elif name in saved and not buffer.is_floating_point():
+            problems.append(f"buffer {name} is {buffer.dtype}: expected floating point, or persistent=False")
+    problems += [
+        f"state buffer {name}: expected a persistent buffer of that name" for name in state if name not in saved
+    ]
+    if problems:
+        raise TypeError(f"{type(objective).__name__}: " + "\n".join(problems))
 
 
 class Method(ABC):

@@ -14,7 +14,7 @@ import torch
 
 from fastjepa.config import Config, ObjectiveConfig, file
 from fastjepa.errors import ConfigError
-from fastjepa.objectives.base import Method, Objective
+from fastjepa.objectives.base import Method, Objective, check_objective
 
 
 class _Entry(NamedTuple):
@@ -41,7 +41,7 @@ def settings_class(name: str) -> type[ObjectiveConfig]:
         ConfigError: there is no such method.
     """
     if name not in _METHODS:
-        raise ConfigError(f"objective.name = {name}: expected one of: {', '.join(_METHODS)}")
+        raise ConfigError(f"objective.name = {name or repr(name)}: expected one of: {', '.join(_METHODS)}")
     found: type[ObjectiveConfig] = _resolve(_METHODS[name].settings)
     return found
 
@@ -67,10 +67,16 @@ def method_of(config: Config) -> Method:
 
 
 def build_objective(method: Method) -> Objective:
-    """Freshly initialised networks: the same weights for the same seed, whatever was drawn before."""
+    """Freshly initialised networks: the same weights for the same seed, whatever was drawn before.
+
+    Raises:
+        TypeError: they break the contract of `Objective`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(method.config.seed)
-        return method.build()
+        objective = method.build()
+    check_objective(objective, method.evaluated)
+    return objective
 
 
 def _resolve(entry: Any) -> Any:

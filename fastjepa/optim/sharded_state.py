@@ -47,10 +47,13 @@ class ShardedState(ABC):
     def shapes(self) -> dict[str, list[int]]:
         """The full shape of every parameter and state buffer by name, even if ZeRO shards it."""
 
-    @property
     @abstractmethod
     def constants(self) -> Mapping[str, Tensor]:
-        """Buffers that are never trained (position tables), fp32 on the CPU, by name: readers of the weights need them."""
+        """Buffers that are never trained (position tables), fp32 on the CPU, by name: readers of the weights need them.
+
+        Raises:
+            TypeError: one has changed in training.
+        """
 
     @abstractmethod
     def publish_weights(self) -> None:

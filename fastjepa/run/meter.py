@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,18 +102,32 @@ class Meter:
         tokens = dict(zip(counts, take(len(counts)), strict=True))
         ranks, waited = take(2)
         seconds = dict(zip(data, take(len(data)), strict=True))
-        line: dict[str, float | None] = {
-            "loss": loss,
-            "images_per_second": images / elapsed,
-            "tokens_per_second": sum(tokens.values()) / elapsed,
-            "data_wait": waited / ranks / elapsed,
-            **{f"{name}_ms": 1e3 * total / micro_batches for name, total in seconds.items()},
-            **{name: total / images for name, total in tokens.items()},
-            "memory_gib": peak_memory(self._device) / GIB,
-        }
-        assert line.keys().isdisjoint(signals), f"signals {tuple(signals)} have names of other figures: {tuple(line)}"
+        line = join(
+            {
+                "loss": loss,
+                "images_per_second": images / elapsed,
+                "tokens_per_second": sum(tokens.values()) / elapsed,
+                "data_wait": waited / ranks / elapsed,
+            },
+            {f"{name}_ms": 1e3 * total / micro_batches for name, total in seconds.items()},
+            {name: total / images for name, total in tokens.items()},
+            {"memory_gib": peak_memory(self._device) / GIB},
+            signals,
+        )
         self._reset(now, self._signals)
-        return line | signals
+        return line
+
+
+def join(*figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a line, in the order given.
+
+    Raises:
+        ValueError: two of them have the same name, so that one would be lost.
+    """
+    names = Counter(name for part in figures for name in part)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ValueError(f"two figures of a line of metrics have the same name: {', '.join(twice)}")
+    return {name: value for part in figures for name, value in part.items()}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from fastjepa.config import Config, ModelConfig
 from fastjepa.engine.base import Engine
 from fastjepa.errors import CheckpointError
 from fastjepa.objectives.ijepa.block_sizes import MaskConfig
+from fastjepa.objectives.ijepa.settings import Savings
 from fastjepa.run.folder import RunFolder
 from tests.support.checkpoints import CONFIG, assert_identical, state_of, torch_engine
 
@@ -78,6 +79,7 @@ def test_settings_that_cannot_change_what_is_learnt_are_not_named() -> None:
         data=replace(CONFIG.data, num_threads=9, val_source="elsewhere"),
         model=replace(CONFIG.model, activation_checkpointing=True),
         kernels=replace(CONFIG.kernels, linear="torch"),
+        objective=replace(CONFIG.objective, savings=Savings(target_last_block=False)),  # type: ignore[call-arg]
     )
     assert differences(recorded(CONFIG), now) == []
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,25 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
     assert refusal(None, "data.mean=[1,").startswith("command line: data.mean: [1,: not valid YAML: ")
 
 
+@pytest.mark.parametrize("name", ["''", "mae"])
+def test_an_unknown_method_is_refused_with_its_source(file: Path, name: str) -> None:
+    file.write_text(f"objective: {{name: {name}}}\n")
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(file))}: objective\.name = {name}: expected one of: ijepa"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "resume"])
+def test_an_empty_path_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = '': expected a path"):
+        load_config(None, [f"{key}=''"])
+
+
+def test_yaml_that_refers_to_itself_is_refused(file: Path) -> None:
+    file.write_text("data: &data\n  data: *data\n")
+    with pytest.raises(ConfigError, match=r"unknown key data\.data"):
+        load_config(file)
+
+
 def test_a_missing_file_names_the_ones_near_by(tmp_path: Path) -> None:
     (tmp_path / "default.yaml").touch()
     assert refusal(tmp_path / "defualt.yaml").endswith(f"; did you mean {tmp_path / 'default.yaml'}?")
@@ -218,9 +238,9 @@ def test_a_grid_without_a_valid_mask_is_refused_when_read() -> None:
 @pytest.mark.parametrize("name", ["nonsense", "I-JEPA", "1"])
 def test_an_unknown_objective_is_refused_with_the_names_of_all(name: str, file: Path) -> None:
     expected = f"objective.name = {name}: expected one of: ijepa"
-    assert refusal(None, f"objective.name={name}") == expected
+    assert refusal(None, f"objective.name={name}") == f"command line: {expected}"
     file.write_text(f"objective: {{name: {name}}}\n")
-    assert refusal(file) == expected
+    assert refusal(file) == f"{file}: {expected}"
 
 
 def test_the_last_name_of_an_objective_is_the_one_that_counts(file: Path) -> None:

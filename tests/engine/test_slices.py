@@ -32,14 +32,15 @@ def test_loss_and_gradients_are_those_of_the_whole_batch(
         taken.append(part.num_images)
         loss: torch.Tensor = model(part).loss
         (loss * share).backward()
-        return Output(loss.detach(), {"loss again": loss.detach()})
+        return Output(loss.detach(), {"loss again": loss.detach()}, {"losses": loss.detach().expand(2)})
 
     method = method_of(config)
     monkeypatch.setattr(method, "activation_bytes", lambda *a, **k: slices._ACTIVATIONS / per_slice)
-    loss, signals = slices.SlicedPasses(forward_and_backward, method, bf16=False)(batch)
+    loss, signals, statistics = slices.SlicedPasses(forward_and_backward, method, bf16=False)(batch)
     assert sum(taken) == IMAGES
     assert len(taken) == round(IMAGES / per_slice)
     torch.testing.assert_close(loss.double(), whole, rtol=1e-6, atol=0)  # the sum of losses is kept in fp32
     torch.testing.assert_close(signals["loss again"], whole)
+    torch.testing.assert_close(statistics["losses"], whole.expand(2))
     for p, grad in zip([p for p in model.trained_parameters() if p.grad is not None], expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,25 @@ def test_a_loaded_encoder_is_in_evaluation_mode(run: Path) -> None:
         assert not any(module.training for module in encoder.modules())
 
 
-def test_a_part_that_is_not_there_is_refused_by_name(run: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no decoder"):
-        load_encoder(run, "decoder")
+def test_an_encoder_of_another_size_than_the_settings_say_is_refused(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    config = RunFolder(other).config
+    config.write_text(config.read_text().replace("embed_dim: 24", "embed_dim: 48"))
+    with pytest.raises(CheckpointError, match=r"step_00000001 is of another model than .*config\.yaml"):
+        load_encoder(other)
+
+
+@pytest.mark.parametrize("part", ["nonsense", "target_encoder.blocks"])
+def test_a_part_that_does_not_exist_is_refused_with_those_that_do(run: Path, part: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"part {part}: expected one of context_encoder, predictor, target_encoder"
+    ):
+        load_encoder(run, part)
+
+
+def test_a_run_without_the_file_that_names_the_newest_checkpoint_is_read(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    (other / "checkpoints" / "latest").unlink()
+    assert load_encoder(other)(torch.zeros(1, 2, 24, 32)).shape == (1, 48, 24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.launch import ROOT, launch
 from fastjepa.config.batch_sizes import BatchSizes
+from fastjepa.engine.base import Engine
 from fastjepa.evaluate import evaluate_run, load_encoder
 from fastjepa.objectives import registry
+from fastjepa.objectives.base import DenseBatch, Moment, Prepared, check_objective
 from fastjepa.objectives.registry import load_config, method_of, register
 from fastjepa.plan.__main__ import main as plan
 from fastjepa.plan.zero import parameters_of
 from fastjepa.profiling import Steps, profile_steps, synthetic_batches
 from fastjepa.run.folder import RunFolder
 from tests.support.small import engine_of
-from tests.support.toy_objective import Toy, ToyConfig
+from tests.support.toy_objective import Toy, ToyConfig, ToyObjective
 from tests.workers.toy import ENGINES
 
 RECIPE = """
@@ -141,3 +145,86 @@ def test_it_is_evaluated(runs: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_it_is_short() -> None:
     code = (ROOT / "tests" / "support" / "toy_objective.py").read_text().splitlines()
     assert sum(bool(line.strip()) for line in code) <= 60
+
+
+# What breaks the contract is refused when the networks are built
+
+
+def _objective(tmp_path: Path, change: Callable[[ToyObjective], None]) -> None:
+    objective = ToyObjective(load_config(recipe(tmp_path)))
+    change(objective)
+    check_objective(objective, "slow")
+
+
+def test_the_toy_keeps_the_contract(tmp_path: Path) -> None:
+    _objective(tmp_path, lambda objective: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda o: o.head.bias.requires_grad_(False), r"head\.bias needs no gradient"),
+        (lambda o: setattr(o, "extra", nn.Linear(2, 2)), r"extra\.weight is in 0 parts: expected one"),
+        (lambda o: setattr(o.head, "again", o.encoder.norm), r"encoder\.norm\.weight is in 2 parts: expected one"),
+        (
+            lambda o: setattr(o.slow, "more", nn.Linear(2, 2)),
+            "part slow: expected encoder before it, with parameters of",
+        ),
+        (lambda o: setattr(o, "slow", nn.Linear(2, 2)), "part slow: expected encoder before it, with parameters of"),
+        (lambda o: setattr(o, "centre", torch.zeros(1, dtype=torch.float64)), "state buffer centre: .* in fp32"),
+        (
+            lambda o: o.register_buffer("count", torch.zeros(1, dtype=torch.int64)),
+            "buffer count is torch.int64: expected",
+        ),
+    ],
+)
+def test_an_objective_that_breaks_the_contract_is_refused(
+    change: Callable[[ToyObjective], None], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        _objective(tmp_path, change)
+
+
+def test_a_part_that_is_evaluated_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="evaluated part teacher: expected one of encoder, head, slow"):
+        check_objective(ToyObjective(load_config(recipe(tmp_path))), "teacher")
+
+
+# State buffers
+
+
+def toy_engine(tmp_path: Path, accum: int = 1) -> tuple[Engine, Prepared]:
+    config = load_config(recipe(tmp_path))
+    engine = engine_of(config, BatchSizes(4, accum), torch.device("cpu"))
+    images = torch.arange(4 * 256, dtype=torch.float32).view(4, 1, 16, 16).remainder(251)
+    return engine, method_of(config).prepare([images.byte()], torch.arange(4), Moment(0, 1, 8))
+
+
+def test_statistics_are_means_over_the_micro_batches_of_a_step(tmp_path: Path) -> None:
+    engine, batch = toy_engine(tmp_path, accum=2)
+    images, masked = batch.tensors()
+    other = DenseBatch((images // 2, masked), batch.lengths().tokens())
+    engine.micro_step(batch)
+    assert engine.model.state()["centre"].item() == 0
+    engine.micro_step(other)
+    brightness = (images.float().mean() + (images // 2).float().mean()) / 2 / 255
+    torch.testing.assert_close(engine.model.state()["centre"], 0.1 * brightness[None])
+
+
+def test_a_skipped_step_does_not_touch_state_buffers(tmp_path: Path) -> None:
+    engine, batch = toy_engine(tmp_path)
+    engine.micro_step(batch)
+    before = engine.model.state()["centre"].clone()
+    images, masked = batch.tensors()
+    engine.micro_step(DenseBatch((images * torch.nan, masked), batch.lengths().tokens()))
+    assert int(engine.skipped_in_a_row()) == 1
+    assert torch.equal(engine.model.state()["centre"], before)
+
+
+def test_a_buffer_that_changes_and_is_not_in_the_state_is_refused_when_saved(tmp_path: Path) -> None:
+    engine, batch = toy_engine(tmp_path)
+    engine.micro_step(batch)
+    assert "encoder.pos_embed" in engine.constants()
+    engine.model.get_buffer("encoder.pos_embed").add_(1)
+    with pytest.raises(TypeError, match=r"buffer encoder\.pos_embed has changed in training"):
+        engine.constants()

@@ -146,7 +146,7 @@ def test_a_signal_cannot_take_the_name_of_another_figure(name: str, clock: Clock
     meter = Meter(torch.device("cpu"))
     update(meter, 1.0, {name: 2.0})
     clock.seconds = 100.0
-    with pytest.raises(AssertionError, match="have names of other figures"):
+    with pytest.raises(ValueError, match=f"have the same name: {name}"):
         meter.summary()
 
 

@@ -1,9 +1,9 @@
 """A method in few lines: the mean pixels of hidden patches are predicted; with an EMA part and a trained buffer."""
 
 import copy
-from collections.abc import Sequence
+from collections import namedtuple
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,12 @@ class ToyConfig(ObjectiveConfig):
     hidden: float = 0.5
 
 
-class Tokens(NamedTuple):
-    patch: int
+Tokens = namedtuple("Tokens", ["patch"])
 
 
 class ToyObjective(Objective):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.patch = config.model.patch_size
         self.encoder = VisionTransformer(config.model, config.data)
         self.head, self.slow = nn.Linear(config.model.size.embed_dim, 1), copy.deepcopy(self.encoder)
         self.register_buffer("centre", torch.zeros(1))
@@ -41,13 +39,16 @@ class ToyObjective(Objective):
         return {"centre": self.get_buffer("centre")}
 
     def compute(self, batch: DenseBatch) -> Output:
-        images, hidden, progress = batch.data
-        means = F.avg_pool2d(images.float().mean(1) / 255, self.patch).flatten(1) - self.get_buffer("centre")
-        features = self.encoder(images * F.interpolate(1 - hidden[:, None], scale_factor=float(self.patch)).byte())
-        error = (self.head(features)[..., 0].float() - means).square().mean()
+        images, masked = batch.data
+        light, features = images.float().mean(1) / 255, self.encoder(masked)
+        means = F.avg_pool2d(light, self.encoder.patch_size).flatten(1) - self.get_buffer("centre")
+        error = F.mse_loss(self.head(features)[..., 0].float(), means)
         with torch.no_grad():
-            goal, _ = self.slow(images).mean(1).float(), self.get_buffer("centre").lerp_(progress[:1], 0.1)
-        return Output(error + (features.mean(1).float() - goal).square().mean(), {"error": error.detach()})
+            goal = self.slow(images).mean(1)
+        return Output(error + F.mse_loss(features.mean(1), goal), {"error": error.detach()}, {"light": light.mean()})
+
+    def update_state(self, statistics: Mapping[str, Tensor]) -> None:
+        self.get_buffer("centre").lerp_(statistics["light"], 0.1)
 
 
 class Toy(Method):
@@ -57,11 +58,11 @@ class Toy(Method):
         return ToyObjective(self.config)
 
     def prepare(self, views: Sequence[Tensor], sample_indices: Tensor, moment: Moment) -> DenseBatch:
-        grid = torch.arange(self.config.num_patches).view(self.config.grid_h, -1)
+        grid = torch.arange(self.config.num_patches, device=sample_indices.device).view(self.config.grid_h, -1)
         draws = (sample_indices[:, None, None] * 7919 + grid * 104729 + moment.step * 1299709) % 1000
-        hidden = (draws < 1000 * self.config.objective.hidden).float()  # type: ignore[attr-defined]
-        progress = torch.full((len(draws),), moment.step / moment.total_steps)
-        return DenseBatch((views[0], hidden, progress), Tokens(self.config.num_patches))
+        seen = (draws >= 1000 * self.config.objective.hidden)[:, None].float()  # type: ignore[attr-defined]
+        masked = views[0] * F.interpolate(seen, scale_factor=float(self.config.model.patch_size)).to(views[0].dtype)
+        return DenseBatch((views[0], masked), Tokens(self.config.num_patches))
 
     def scalars(self, moment: Moment) -> dict[str, float]:
         return {"progress": moment.step / moment.total_steps}

@@ -45,6 +45,9 @@ def run(config: Config, engine_name: str) -> None:
     engine = build_engine(build_objective(method), method, config, sizes, torch.device("cpu"), ds_config)
     with StopRequest() as stop_request:
         Trainer(method, dataset, engine, sizes, folder).run(stop_request)
+    for name, buffer in engine.model.state().items():
+        everyone = distributed.gather_objects(buffer)
+        assert all(torch.equal(buffer, other) for other in everyone), f"{name} differs between ranks: {everyone}"
     engine.close()
 
 
