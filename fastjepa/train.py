@@ -117,10 +117,10 @@ def train(
     trainer = Trainer(method, dataset, engine, sizes, folder, profile=profile)
     with distributed.share_errors():
         if first:
-            # Only now: a run that is refused leaves the earlier run's file alone.
+            # Write it this late, so that a run that is refused leaves the earlier run's file alone.
             folder.write_config(dump_config(dataclasses.replace(config, resume="auto")))
     trainer.run(stop_request)
-    # The other ranks need not wait for the evaluation, nor the memory of training be held.
+    # Free the memory of training, and let the other ranks end, before the first rank evaluates.
     engine.close()
     distributed.finish()
     del trainer, engine, model

@@ -165,7 +165,7 @@ def attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterato
 
 def products(shape: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
     """Linear layers: the first one of each MLP."""
-    from fastjepa_kernels import linear  # not above: a revision that is compared may be older than this operation
+    from fastjepa_kernels import linear  # not above: a revision under comparison may lack this operation
 
     for place, lengths, _ in _attention_places(shape):
         rows, width = lengths.total, shape.predictor_width if place == "predictor" else shape.width

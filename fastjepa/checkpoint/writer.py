@@ -193,7 +193,7 @@ def _commit(temporary: Path, final: Path, snapshot: Snapshot, shards: list[dict[
 
 
 def _write_model(checkpoint: Path, index: dict[str, Any], constants: Mapping[str, Tensor]) -> str:
-    """Write model.safetensors: the weights, whole, from the shards, and the constants. Returns its SHA-256."""
+    """Write model.safetensors, with whole weights, put together from the shards, and the constants. Returns its SHA-256."""
     reader = Reader(checkpoint, index)
 
     def weights() -> Iterator[Tensor]:

@@ -16,7 +16,8 @@ def for_each(work: Callable[[int], None], count: int, pool: Executor, num_thread
     """
     bad: dict[int, str] = {}
 
-    # A thread gets every num_threads-th number as one task: a task of its own would cost as much as a small image.
+    # Each thread gets one task, which takes every num_threads-th number: a task per number would cost as much as decoding a
+    # small image.
     def run_share(first: int) -> None:
         for number in range(first, count, num_threads):
             try:

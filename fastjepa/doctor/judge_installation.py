@@ -113,7 +113,7 @@ def judge_dali(outcome: Outcome, *, loader: str, gpu: bool) -> Iterator[Finding]
     if outcome.failure or facts["problem"]:
         found = facts.get("problem") or f"decoding with it {outcome.failure}"
         if outcome.failure and used:
-            level = "problem"  # the run would end in the same way
+            level = "problem"  # training would fail in the same way
         advice = (
             f"decode on the CPU with data.loader=turbo, or install DALI (Linux): {INSTALL}" if level != "ok" else ""
         )
@@ -162,10 +162,10 @@ def judge_kernels(outcome: Outcome, *, gpu: bool) -> Iterator[Finding]:
         yield Finding(name, "warning" if slow else "ok", f"runs on {entry['chosen']}{heads}{others}", advice)
     difference = facts["agreement"]
     if difference is None:
-        if "not_compared" in facts:  # varlen, for one, takes no fp32, in which the small model is trained
+        if "not_compared" in facts:  # for example: varlen takes no fp32, the dtype in which the small model is trained
             yield Finding("kernels", "ok", f"not compared with plain PyTorch: {facts['not_compared']}")
         return
-    if not difference <= _MAX_LOSS_DIFFERENCE:  # also if it is nan
+    if not difference <= _MAX_LOSS_DIFFERENCE:  # NaN counts as a difference
         found = (
             "two training steps of a small model give another loss than plain PyTorch: the relative difference is "
             f"{difference:.1%} (expected at most {_MAX_LOSS_DIFFERENCE:.0%})"

@@ -1,8 +1,9 @@
 """Every place where fastjepa changes what DeepSpeed does, each with its reason.
 
-They were made for DeepSpeed 0.19.8. Each checks that what it changes is still there; if it is not, that is logged once and
-DeepSpeed does as it likes, which is slower but not wrong. tests/engine/test_deepspeed_patches.py holds that the installed
-version still needs them.
+They were made for DeepSpeed 0.19.8. A patch that replaces a function of DeepSpeed checks that the function is still there.
+If it is not, that is logged once, and DeepSpeed goes its own way, which is slower but not wrong. The others (`_quieten`,
+`_local_rank`, `forget`) replace nothing. tests/engine/test_deepspeed_patches.py holds that the installed version still needs
+them.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _without_shm_comm(ops: Any) -> None:
 
 
 def _quieten(deepspeed: Any) -> None:
-    """Drop messages that are not for the user: of an optimizer that DeepSpeed was not tested with, and of its own calls."""
+    """Drop messages that do not concern the user: an untested optimizer, and deprecated calls of DeepSpeed's own."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, "torch.distributed")
@@ -144,8 +145,8 @@ def gather_replaced_by(launch: Callable[..., None], zero: Any) -> Iterator[None]
 def forget(model: Objective) -> None:
     """Drop DeepSpeed's last references to a model whose engine was destroyed, so that its memory can be freed.
 
-    ZeRO 3 leaves the model on its list of the modules that compute, and methods that cache their results hold what they
-    were called on.
+    ZeRO 3 leaves the model on its list of modules whose forward pass runs, and DeepSpeed's cached methods
+    (functools.lru_cache) hold the objects that they were called on.
     """
     stack = getattr(sys.modules.get(OFFLOAD), "FWD_MODULE_STACK", [])
     stack[:] = [module for module in stack if module is not model]

@@ -85,7 +85,7 @@ def read_ds_config(
         "train_micro_batch_size_per_gpu": (sizes.micro, "micro_batch_size"),
         "gradient_accumulation_steps": (sizes.accum, f"global_batch_size / (micro_batch_size * {world_size} ranks)"),
         "gradient_clipping": (config.optim.clip_grad or 0.0, "optim.clip_grad"),
-        # DeepSpeed's own bf16 takes a hidden optimizer step at stage 0; autocast over fp32 weights serves there.
+        # Not at stage 0, where DeepSpeed takes an optimizer step of its own for bf16. Autocast over fp32 weights serves.
         "bf16.enabled": (
             bf16 and stage > 0,
             "precision" if stage else "precision (at stage 0: autocast over fp32 weights)",

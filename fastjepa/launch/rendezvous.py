@@ -56,7 +56,7 @@ class Answer:
 
     problem: str | None
     cards: int
-    """Number of cards that were read. A rank with a later one does not belong to this run."""
+    """Number of cards that rank 0 read. A rank whose card came later does not belong to this run."""
 
 
 def meet(launch: Launch, facts: Mapping[str, str], seconds: float, *, gpu: str = "none", gpu_id: str = "") -> Store:

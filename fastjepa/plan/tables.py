@@ -74,7 +74,7 @@ def markdown_table(device: str) -> str:
 
 
 def write_tables(path: Path) -> None:
-    """Update the table of each device in a Markdown file, between the two comments that mark its place.
+    """Update the table of each device in a Markdown file, between `<!-- table NAME -->` and `<!-- end NAME -->`.
 
     Raises:
         ConfigError: the file cannot be read or written, or lacks the marks.

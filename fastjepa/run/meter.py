@@ -30,7 +30,7 @@ class Meter:
     def _reset(self, now: float, signals: tuple[str, ...]) -> None:
         self._started = now
         self._signals = signals
-        # Of the loss and then of each signal: the sum of the finite values, and their number.
+        # One element for the loss, then one for each signal: the sum of its finite values, and how many there were.
         self._sums = torch.zeros(1 + len(signals), dtype=torch.float64, device=self._device)
         self._finite = torch.zeros_like(self._sums)
         self._micro_batches = self._images = 0

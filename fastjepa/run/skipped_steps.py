@@ -30,7 +30,7 @@ class SkippedSteps:
     """Remembers the last steps, so that one look at every `limit`-th step, or more often, can name all that were skipped.
 
     Args:
-        limit: so many skipped steps in a row are too many.
+        limit: number of skipped steps in a row at which the run stops.
         name_of: the name of a sample, by its index.
     """
 
@@ -41,7 +41,7 @@ class SkippedSteps:
     def note(
         self, step: int, samples: Sequence[npt.NDArray[np.int64]], losses: Sequence[Tensor], skipped_in_a_row: Tensor
     ) -> None:
-        """A step was taken. Nothing is read back from the device."""
+        """Remember a step. Nothing is read back from the device."""
         self._recent.append(_Step(step, samples, losses, skipped_in_a_row))
 
     def look(self, done: int) -> tuple[int, str | None]:

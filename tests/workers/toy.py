@@ -2,8 +2,8 @@
 
 usage: toy RUN.yaml FOLDER
 
-For each engine a run of 8 steps; the same run stopped after step 4 by a limit, and resumed from its checkpoint; what both
-leave behind is compared bit for bit by the test.
+Each engine trains 8 steps without a stop, and once more from the checkpoint of step 4, as a killed run would. The test
+compares the files of both, bit for bit. State buffers must be the same on all ranks.
 """
 
 from __future__ import annotations

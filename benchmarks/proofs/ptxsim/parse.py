@@ -10,15 +10,15 @@ from pathlib import PurePath
 
 @dataclass(frozen=True)
 class Instruction:
-    """One statement: `@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd3+8];`."""
+    """One statement of PTX, for example `@%p1 ld.global.v2.b32 {%r1, %r2}, [%rd3+8];`."""
 
     text: str
     predicate: str | None
-    """`%p1`, `!%p1`, or None."""
+    """The register that switches it on (`%p1`) or off (`!%p1`), or None."""
     opcode: str
-    """`ld`."""
+    """The first word: `ld`."""
     modifiers: tuple[str, ...]
-    """`("global", "v2", "b32")`."""
+    """The words after it: `("global", "v2", "b32")`."""
     operands: tuple[str, ...]
     """`("{%r1, %r2}", "[%rd3+8]")`."""
     source: str

@@ -1,1 +1,1 @@
-"""From the bytes of image files to pixels. This is the only room that knows DALI."""
+"""Decodes the bytes of image files into pixels. This is the only room that knows DALI."""

@@ -56,7 +56,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "val"]) -> ImageDat
     source: str = getattr(config, key)
     try:
         splits = _splits_of(source)
-        if key == "val_source":  # held out as a whole, unless it has a split val itself
+        if key == "val_source":  # all of it is held out, unless it has a split `val` of its own
             splits = {"val": splits.get("val") or splits["train"]}
         if split == "train" and "train" not in splits:
             raise DataError("nothing in it is named train; give the files or the folder to train on")
@@ -73,7 +73,7 @@ def _splits_of(source: str) -> dict[str, _SplitFiles]:
     if not source:
         raise DataError("expected the path of images, shards, tables or a list of files, or fashion_mnist")
     if source == "fashion_mnist":
-        from fastjepa.data.sources.embedded import fashion_mnist  # here, not above: only who uses it pays for it
+        from fastjepa.data.sources.embedded import fashion_mnist  # not above: only runs that use it pay for the import
 
         return _splits_of_folder(fashion_mnist())
     path = Path(os.path.abspath(Path(source).expanduser()))  # noqa: PTH100 (links stay as they are)

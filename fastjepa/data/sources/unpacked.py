@@ -76,14 +76,15 @@ class UnpackedImages:
             with _locked(self._folder.with_suffix(".lock")) as locked:
                 if (spans := self.spans()) is not None:
                     return spans
-                for left_behind in parent.glob(f".{self._folder.name}-*") if locked else ():  # by a killed process
+                for left_behind in parent.glob(f".{self._folder.name}-*") if locked else ():  # a process was killed
                     shutil.rmtree(left_behind, ignore_errors=True)
                 with temporary_folder(self._folder) as temporary:
                     spans = _write_files(temporary, batches)
-                    # With the time of the file that it was made from, an index takes it for settled, and changes show.
+                    # Give it the time of the file that it was made from. An index then trusts it at once (it would not trust
+                    # a young file, which may still grow), and sees when the source changes.
                     os.utime(temporary / self.images.name, ns=(self._status.st_atime_ns, self._status.st_mtime_ns))
                     if self.spans() is None:
-                        shutil.rmtree(self._folder, ignore_errors=True)  # what is there is damaged
+                        shutil.rmtree(self._folder, ignore_errors=True)  # the folder that is there is damaged
                         temporary.rename(self._folder)
         logger.info("%s: %.2f GB of images unpacked into %s", self._path, spans[:, 1].clip(0).sum() / 1e9, self._folder)
         return spans

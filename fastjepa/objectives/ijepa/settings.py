@@ -25,16 +25,17 @@ PREDICTOR_MLP_RATIO = 4.0  # for every named model, as in the official code
 
 @dataclass(frozen=True, kw_only=True)
 class Savings:
-    """Work left out of the step without changing its outputs or gradients (each can be turned off to see that)."""
+    """Work that the step leaves out without changing outputs or gradients. Each can be turned off, to check that."""
 
     gather_before_embed: bool = True
     """Embed the context patches only, not all patches of the image."""
     target_last_block: bool = True
-    """Queries, projection and MLP of the target encoder's last block only for patches that some target block holds."""
+    """In the target encoder's last block, compute queries, projection and MLP for the patches of target blocks only."""
     predictor_last_block: bool = True
-    """The same in the predictor's last block, for the mask tokens."""
+    """In the predictor's last block, compute queries, projection and MLP for the mask tokens only."""
     predictor_first_block: bool = True
-    """LayerNorm and QKV of the predictor's first block once per context token and mask position, not per target block."""
+    """In the predictor's first block, compute LayerNorm and QKV once per context token and mask position, not once per
+    target block."""
 
 
 @dataclass(frozen=True, kw_only=True)
