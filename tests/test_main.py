@@ -18,7 +18,7 @@ def test_each_command_has_its_own_help(command: str, capsys: pytest.CaptureFixtu
 
 def test_an_unknown_or_missing_command_is_an_error_that_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["trian"]) == 2
-    assert "trian: expected one of the commands train, doctor, plan, check, evaluate" in capsys.readouterr().err
+    assert "trian: expected one of train, doctor, plan, check, evaluate" in capsys.readouterr().err
     assert command_line.main([]) == 2
     assert "usage: fastjepa COMMAND" in capsys.readouterr().err
     assert command_line.main(["--help"]) == 0

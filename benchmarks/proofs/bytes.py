@@ -159,6 +159,7 @@ def measure(stage: Stage, config: Config, folder: Path) -> list[dict[str, Any]]:
     distributed.wait_for_gloo()
     resident = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     resident -= sum(buffer.nbytes for buffer in engine.model.buffers())  # position tables
+    resident -= sum(constant.nbytes for constant in engine.constants().values())  # their copies on the host
     micro_steps(1)
     masters = {piece.tensor.data_ptr(): piece for piece in engine.pieces()}.values()
     ema = sum(p.tensor.nbytes for p in masters if p.name.startswith("target_encoder."))
