@@ -23,7 +23,7 @@ def test_the_facts_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_cores_that_may_be_used_count_as_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine of 8 cores this process may use 2."""
+    """The machine has 8 cores, of which this process may use 2."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(host_facts, "usable_cores", lambda: 2.0)
     for busy, taken in ((5.0, 0.0), (7.5, 1.5), (None, None)):

@@ -112,7 +112,7 @@ def test_small_and_large_products_share_a_graph(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_compiled_block_keeps_its_hooks() -> None:
-    """At ZeRO 1 and 2 hooks wait for the block's weights."""
+    """Hooks wait for the weights of the block at ZeRO 1 and 2."""
     block, calls = Block(24, 3, mlp_ratio=4.0), []
     compile_blocks(block, "eager")
     block.register_forward_pre_hook(lambda *_: calls.append("waited"))

@@ -51,7 +51,7 @@ def only_cases(wanted: Callable[..., bool]) -> pytest.MarkDecorator:
 
 
 def simulator_runs(wanted: Callable[..., bool]) -> pytest.MarkDecorator:
-    """In the simulator, which is slow, run only those cases for which `wanted` is true; the other engines run all.
+    """Keep the cases for which `wanted` is true where the slow simulator runs them; the other engines run all.
 
     Args:
         wanted: a function of any of the test's parameters, under their names.
