@@ -23,7 +23,7 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture
 def record(record_property: Callable[[str, object], None]) -> Callable[[str, str, str], None]:
-    """Record what a test with an injected fault saw: the fault, what happened, what was lost (tests/support/reliability.py)."""
+    """Record a fault that a test injected, what happened and what was lost. See tests/support/reliability.py."""
     return lambda fault, happened, lost: record_property("fault", (fault, happened, lost))
 
 
